@@ -1,0 +1,360 @@
+"""Configurations: frozen dataclasses, validated where they are made. Imports no jax.
+
+A whole run is one `Config`. Experiments return it as an `ml_collections.ConfigDict`
+(`Config(...).to_config_dict()`), so that any field can be set on the command line; the doors turn
+the result back into the validated, frozen form with `Config.from_dict`.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+import ml_collections
+
+THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+GELUS = ("erf", "tanh")
+REMAT_POLICIES = ("none", "dots", "full")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
+PACKINGS = ("contiguous", "documents")
+
+
+def _require(condition: bool, field: str, value: Any, way_out: str) -> None:
+  if not condition:
+    raise ValueError(f"{field}={value!r}: {way_out}")
+
+
+def _require_choice(field: str, value: str, choices) -> None:
+  _require(value in choices, field, value, f"choose one of {', '.join(choices)}.{nearest(value, choices)}")
+
+
+def nearest(word: str, known) -> str:
+  """' Did you mean 'x'?' for the closest of `known`, or an empty string."""
+  close = difflib.get_close_matches(str(word), list(known), n=1)
+  return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class _Checked:
+  """Checks the type of every field, so that a float for an int is found where it is written."""
+
+  def __post_init__(self):
+    for field, kind in typing.get_type_hints(type(self)).items():
+      value = getattr(self, field)
+      if kind is float and type(value) is int:
+        object.__setattr__(self, field, float(value))
+      elif kind in (int, float, str, bool) and type(value) is not kind:
+        raise ValueError(f"{field}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
+    self.validate()
+
+  def validate(self) -> None:
+    """Raises ValueError naming the field, its value and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Checked):
+  """A TokenFormer language model (arXiv 2410.23168, section 3).
+
+  `qkv_tokens` parameter tokens in each of query, key and value; `proj_tokens` in the attention's
+  output projection; `ffn_tokens` in the feed-forward. These three are what growth changes.
+  """
+
+  vocab_size: int
+  num_layers: int
+  hidden_size: int
+  num_heads: int
+  qkv_tokens: int
+  proj_tokens: int
+  ffn_tokens: int
+  seq_length: int = 2048
+  theta: str = "l2_norm_gelu"
+  gelu: str = "erf"
+  rotary_fraction: float = 0.25
+  rotary_base: float = 10_000.0
+  compute_dtype: str = "float32"
+  remat: str = "none"
+
+  def validate(self):
+    for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "proj_tokens",
+                  "ffn_tokens", "seq_length"):
+      _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+    _require(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads,
+             f"must divide hidden_size={self.hidden_size}.")
+    _require(0.0 <= self.rotary_fraction <= 1.0, "rotary_fraction", self.rotary_fraction, "must be in [0, 1].")
+    _require(self.rotary_dims % 2 == 0, "rotary_fraction", self.rotary_fraction,
+             f"rotates {self.rotary_dims} of {self.head_dim} channels a head; the number must be even.")
+    _require(self.rotary_base > 0, "rotary_base", self.rotary_base, "must be positive.")
+    _require_choice("theta", self.theta, THETAS)
+    _require_choice("gelu", self.gelu, GELUS)
+    _require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+    _require_choice("remat", self.remat, REMAT_POLICIES)
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_heads
+
+  @property
+  def rotary_dims(self) -> int:
+    """Channels of each head that rotate: int(head_dim · rotary_fraction)."""
+    return int(self.head_dim * self.rotary_fraction)
+
+  @property
+  def num_parameters(self) -> int:
+    """Trained numbers: V·d + 2d + L·2d·(3·n_qkv + n_proj + n_ffn). τ is state and not counted."""
+    return self.vocab_size * self.hidden_size + 2 * self.hidden_size + self.num_non_embedding_parameters
+
+  @property
+  def num_non_embedding_parameters(self) -> int:
+    rows = 3 * self.qkv_tokens + self.proj_tokens + self.ffn_tokens
+    return self.num_layers * 2 * self.hidden_size * rows
+
+  @property
+  def forward_flops_per_token(self) -> int:
+    """Forward FLOPs a token at full context, causal attention counted at half; training is 3×."""
+    rows = 3 * self.qkv_tokens + self.proj_tokens + self.ffn_tokens
+    per_layer = 4 * self.hidden_size * rows + 2 * self.seq_length * self.hidden_size
+    return self.num_layers * per_layer + 2 * self.vocab_size * self.hidden_size
+
+  def grown(self, **tokens: int) -> "ModelConfig":
+    """The same model with other token counts, e.g. `config.grown(ffn_tokens=8560)`."""
+    return dataclasses.replace(self, **tokens)
+
+  @classmethod
+  def named(cls, name: str, **changes) -> "ModelConfig":
+    """A named size; `changes` replace fields, e.g. `ModelConfig.named("tiny", vocab_size=384)`."""
+    if name not in NAMED_SIZES:
+      raise ValueError(f"model size {name!r} is unknown: choose one of {', '.join(NAMED_SIZES)}."
+                       + nearest(name, NAMED_SIZES))
+    layers, hidden, heads, attention_tokens, ffn_tokens, seq_length = NAMED_SIZES[name]
+    fields = dict(vocab_size=50304, num_layers=layers, hidden_size=hidden, num_heads=heads,
+                  qkv_tokens=attention_tokens, proj_tokens=attention_tokens, ffn_tokens=ffn_tokens,
+                  seq_length=seq_length)
+    unknown = set(changes) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+      raise ValueError(f"model field {sorted(unknown)[0]!r} is unknown."
+                       + nearest(sorted(unknown)[0], [f.name for f in dataclasses.fields(cls)]))
+    return cls(**{**fields, **changes})
+
+
+# name: layers, hidden, heads, tokens in each of q, k, v and proj, feed-forward tokens, sequence length
+NAMED_SIZES = {
+    # For CPUs and tests.
+    "tiny": (2, 64, 4, 64, 256, 128),
+    "mini": (4, 128, 4, 128, 512, 128),
+    "small": (4, 256, 4, 256, 1024, 256),
+    # The released Pile models.
+    "150m": (12, 768, 12, 768, 3072, 2048),
+    "450m": (24, 1024, 16, 1024, 4096, 2048),
+    "900m": (32, 1280, 16, 1280, 5120, 2048),
+    "1.5b": (40, 1536, 16, 1536, 6144, 2048),
+    # The paper's growth chain on OpenWebText (Table 9); it prints the last as 1.4B.
+    "124m": (12, 768, 12, 576, 2304, 1024),
+    "354m": (12, 768, 12, 2140, 8560, 1024),
+    "757m": (12, 768, 12, 4850, 19400, 1024),
+    "1.3b": (12, 768, 12, 8620, 34480, 1024),
+    # The released growth chain on OpenWebText2: deeper and wider models than the paper's.
+    "owt2-354m": (24, 1024, 16, 768, 3072, 1024),
+    "owt2-757m": (24, 1024, 16, 1792, 7168, 1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Checked):
+  """What the model reads.
+
+  `source` is one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, …
+  Held-out text is `held_out_source` if given, else `held_out_fraction` of the source's documents,
+  chosen by a hash of each document's name. `batch_size` is the global number of sequences in one
+  optimizer step.
+  """
+
+  source: str = "python-sources"
+  held_out_source: str = ""
+  held_out_fraction: float = 0.05
+  tokenizer: str = "bytes"
+  packing: str = "contiguous"
+  batch_size: int = 16
+  seed: int = 0
+
+  def validate(self):
+    _require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
+    _require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction,
+             "must be between 0 and 1.")
+    _require_choice("packing", self.packing, PACKINGS)
+    _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
+    _require(self.seed >= 0, "seed", self.seed, "must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(_Checked):
+  """AdamW with global-norm clipping and a learning-rate schedule.
+
+  `warmup_cosine`: linear from 0, then cosine to `min_learning_rate` at the last step.
+  `warmup_stable_decay`: linear from 0, constant, linear to `min_learning_rate` over the last
+  `decay_steps`; the one to grow under, since it has no restart and no early decay.
+  """
+
+  schedule: str = "warmup_stable_decay"
+  learning_rate: float = 6e-4
+  min_learning_rate: float = 6e-5
+  warmup_steps: int = 100
+  decay_steps: int = 0
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  z_loss: float = 0.0
+
+  def validate(self):
+    _require_choice("schedule", self.schedule, SCHEDULES)
+    _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive.")
+    _require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate",
+             self.min_learning_rate, f"must be in [0, learning_rate={self.learning_rate}].")
+    for field in ("warmup_steps", "decay_steps", "weight_decay", "z_loss"):
+      _require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
+    for field in ("beta1", "beta2"):
+      _require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
+    for field in ("eps", "clip_norm"):
+      _require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthStage(_Checked):
+  """At `step` (after that many updates) the model gets these token counts."""
+
+  step: int
+  qkv_tokens: int
+  proj_tokens: int
+  ffn_tokens: int
+
+  @property
+  def tokens(self) -> dict[str, int]:
+    return dict(qkv_tokens=self.qkv_tokens, proj_tokens=self.proj_tokens, ffn_tokens=self.ffn_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthConfig(_Checked):
+  """Growth inside a run. `warmup_steps`: over how many steps the new rows' updates rise to full size."""
+
+  stages: tuple[GrowthStage, ...] = ()
+  warmup_steps: int = 100
+
+  def validate(self):
+    _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative.")
+    steps = [stage.step for stage in self.stages]
+    _require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps,
+             "the steps must be at least 1 and rise.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(_Checked):
+  """Devices along each mesh axis; −1 takes what the others leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  token: int = 1
+
+  def validate(self):
+    sizes = dataclasses.asdict(self)
+    for axis, size in sizes.items():
+      _require(size >= 1 or size == -1, f"{axis}", size, "must be at least 1, or −1 for the rest.")
+    _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be −1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(_Checked):
+  """Length of the run, and how often it reports, evaluates and saves (all in optimizer steps)."""
+
+  num_steps: int = 1000
+  seed: int = 1234
+  gradient_accumulation: int = 1
+  log_every: int = 10
+  eval_every: int = 100
+  eval_batches: int = 20
+  checkpoint_every: int = 500
+  checkpoints_kept: int = 2
+  sample_prompt: str = "def "
+  sample_tokens: int = 200
+
+  def validate(self):
+    for field in ("num_steps", "gradient_accumulation", "log_every", "eval_every", "eval_batches",
+                  "checkpoint_every", "checkpoints_kept"):
+      _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+    for field in ("seed", "sample_tokens"):
+      _require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_Checked):
+  """One run. `init_from` names a work folder whose weights this run starts from, optimizer fresh."""
+
+  model: ModelConfig
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  growth: GrowthConfig = GrowthConfig()
+  training: TrainingConfig = TrainingConfig()
+  mesh: MeshConfig = MeshConfig()
+  init_from: str = ""
+
+  def validate(self):
+    model = self.model
+    for stage in self.growth.stages:
+      for field, count in stage.tokens.items():
+        _require(count >= getattr(model, field), f"stages: {field} at step {stage.step}", count,
+                 f"growth cannot take rows away; the model has {getattr(model, field)}.")
+      model = model.grown(**stage.tokens)
+    accumulation = self.training.gradient_accumulation
+    _require(self.data.batch_size % accumulation == 0, "gradient_accumulation", accumulation,
+             f"must divide data.batch_size={self.data.batch_size}.")
+
+  def model_at(self, step: int) -> ModelConfig:
+    """The model's configuration after `step` updates and the growths due by then."""
+    model = self.model
+    for stage in self.growth.stages:
+      if stage.step <= step:
+        model = model.grown(**stage.tokens)
+    return model
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain nested dicts, as stored in a work folder's config.json."""
+    return dataclasses.asdict(self)
+
+  def to_config_dict(self) -> ml_collections.ConfigDict:
+    """The mutable form that `get_config()` returns, for `--config.field=value` on the command line."""
+    return ml_collections.ConfigDict(self.to_dict())
+
+  @classmethod
+  def from_dict(cls, fields) -> "Config":
+    """The validated form of `to_dict()`; unknown keys are refused with the nearest match."""
+    if isinstance(fields, ml_collections.ConfigDict):
+      fields = fields.to_dict()
+    return _build(cls, fields, "config")
+
+
+def _build(cls, fields, path: str):
+  """Builds dataclass `cls` from nested dicts, naming the path of whatever does not fit."""
+  if not isinstance(fields, typing.Mapping):
+    raise ValueError(f"{path}={fields!r}: expected the fields of {cls.__name__}.")
+  hints = typing.get_type_hints(cls)
+  values = {}
+  for key, value in fields.items():
+    if key not in hints:
+      raise ValueError(f"{path}.{key} is unknown.{nearest(key, hints)} Known: {', '.join(hints)}.")
+    kind = hints[key]
+    if dataclasses.is_dataclass(kind):
+      value = _build(kind, value, f"{path}.{key}")
+    elif typing.get_origin(kind) is tuple:
+      element = typing.get_args(kind)[0]
+      if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{path}.{key}={value!r}: expected a sequence of {element.__name__}.")
+      value = tuple(_build(element, v, f"{path}.{key}[{i}]") for i, v in enumerate(value))
+    values[key] = value
+  missing = [f.name for f in dataclasses.fields(cls)
+             if f.name not in values and f.default is dataclasses.MISSING]
+  if missing:
+    raise ValueError(f"{path}.{missing[0]} is missing: give {cls.__name__} its {', '.join(missing)}.")
+  try:
+    return cls(**values)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
