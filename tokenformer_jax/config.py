@@ -15,7 +15,7 @@ import ml_collections
 THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 GELUS = ("erf", "tanh")
 REMAT_POLICIES = ("none", "dots", "full")
-COMPUTE_DTYPES = ("float32", "bfloat16")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
 PACKINGS = ("contiguous", "documents")
 

@@ -1,0 +1,47 @@
+"""The one wrapper of all doors: a user's mistake is one line on stderr and exit code 2.
+
+Everything else that goes wrong keeps its traceback: it is ours to mend.
+"""
+
+import re
+import sys
+
+from absl import app, flags
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def run(main) -> None:
+  """Runs `main(argv)` as absl's `app.run` does, with `--help` and users' mistakes handled.
+
+  Exits with 0 after success and after `--help`, with 2 after a bad flag, a missing required flag,
+  an unknown configuration key or a `ValueError` that a library function raised about its input.
+  """
+  if any(re.fullmatch(r"--?(help|helpshort|helpfull)", argument) for argument in sys.argv[1:]):
+    print(sys.modules[main.__module__].__doc__.strip(), end="\n\n")
+    print(flags.FLAGS.module_help(sys.modules[main.__module__]))
+    sys.exit(0)
+
+  try:
+    argv = flags.FLAGS(sys.argv)
+    if len(argv) > 1:
+      raise ValueError(f"argument {argv[1]!r} is not a flag: flags look like --name=value.")
+  except (flags.Error, AttributeError, KeyError, TypeError, *USER_ERRORS, ImportError, SyntaxError) as error:
+    fail(error)
+
+  def guarded(argv):
+    try:
+      return main(argv)
+    except USER_ERRORS as error:
+      fail(error)
+
+  app.run(guarded)
+
+
+def fail(error: BaseException) -> None:
+  """Prints the error as one line and exits with 2."""
+  message = " ".join(str(error).split()) or type(error).__name__
+  if isinstance(error, KeyError):
+    message = message.strip("'\"")
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)

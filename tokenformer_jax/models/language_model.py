@@ -1,0 +1,91 @@
+"""The TokenFormer language model."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.nn.block import Block
+from tokenformer_jax.nn.kv_cache import KVCache
+from tokenformer_jax.nn.layer_norm import LayerNorm
+from tokenformer_jax.nn.parameters import parameter, split, stack_layers
+from tokenformer_jax.nn.rotary import rotation
+
+_REMAT = {
+    "none": lambda layer: layer,
+    "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
+
+
+class LanguageModel(nnx.Module):
+  """Embedding, `num_layers` blocks under one scan, a final norm, and logits from the same embedding.
+
+  Parameters are float32; products run in `config.compute_dtype`, sums in float32 or wider.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:
+      raise ValueError("compute_dtype='float64': JAX has it switched off; set jax_enable_x64, or choose float32.")
+    self.config = config
+    self.embedding = parameter(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"),
+                               nnx.initializers.normal(0.02))
+    self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
+    self.final_norm = LayerNorm(config.hidden_size, rngs=rngs)
+
+  def __call__(self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
+               segments: Int[Array, "batch time"] | None = None) -> Float[Array, "batch time vocab"]:
+    """Float32 logits [B, T, V] of the next token after each of `tokens` [B, T].
+
+    Args:
+      tokens: ids in [0, vocab_size). Ids are not checked here; the doors check them on the host.
+      positions: position of each token, for the rotary embedding; by default 0 … T − 1.
+      segments: document of each token; attention stays inside a document. By default one document.
+    """
+    return self.logits(self.hidden(tokens, positions, segments))
+
+  def hidden(self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
+             segments: Int[Array, "batch time"] | None = None) -> Float[Array, "batch time embed"]:
+    """Outputs of the final norm, [B, T, d]."""
+    if positions is None:
+      positions = jnp.arange(tokens.shape[1])[None]
+    by = rotation(positions, self.config.rotary_dims, self.config.rotary_base)
+    mask = None if segments is None else _same_segment(segments)
+    graphdef, *leaves = split(self.blocks)
+
+    def layer(x_BxTxD, leaves):
+      return nnx.merge(graphdef, *leaves)(x_BxTxD, by, mask), None
+
+    x_BxTxD, _ = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
+    return self.final_norm(x_BxTxD)
+
+  def extend(self, tokens: Int[Array, "batch time"], cache: KVCache
+             ) -> tuple[Float[Array, "batch time embed"], KVCache]:
+    """`hidden` of tokens that follow those in `cache`, and the cache with them in it."""
+    by = rotation(cache.positions(tokens.shape[1]), self.config.rotary_dims, self.config.rotary_base)
+    mask = cache.mask(tokens.shape[1])
+    graphdef, *leaves = split(self.blocks)
+
+    def layer(carry, xs):
+      x_BxTxD, cache = carry
+      index, leaves = xs
+      return nnx.merge(graphdef, *leaves).extend(x_BxTxD, by, mask, cache, index), None
+
+    layers = jnp.arange(self.config.num_layers)
+    (x_BxTxD, cache), _ = jax.lax.scan(layer, (self._embed(tokens), cache), (layers, leaves))
+    return self.final_norm(x_BxTxD), cache.advanced(tokens.shape[1])
+
+  def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
+    """Float32 scores of every vocabulary entry, hidden · Eᵀ."""
+    hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
+    logits_MxV = jnp.matmul(hidden_MxD, self.embedding[...].astype(hidden.dtype).T,
+                            preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+    return logits_MxV.reshape(*hidden.shape[:-1], -1)
+
+  def _embed(self, tokens):
+    return self.embedding[...][tokens].astype(self.config.compute_dtype)
+
+
+def _same_segment(segments: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:
+  return (segments[:, None, :, None] == segments[:, None, None, :])

@@ -1,0 +1,53 @@
+"""Causal attention between tokens, its four projections being pattention layers."""
+
+import functools
+
+from flax import nnx
+import jax
+from jaxtyping import Array, Bool, Float
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.nn.kv_cache import KVCache
+from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.nn.rotary import Rotation, rotate
+
+
+class Attention(nnx.Module):
+  """Multi-head attention of the released models: separate q, k, v and proj, partial rotary.
+
+  Args:
+    projection: makes one `hidden -> hidden` projection, `(num_tokens, rngs) -> nnx.Module`.
+  """
+
+  def __init__(self, config: ModelConfig, projection, *, rngs: nnx.Rngs):
+    self.num_heads = config.num_heads
+    self.query = projection(config.qkv_tokens, rngs=rngs)
+    self.key = projection(config.qkv_tokens, rngs=rngs)
+    self.value = projection(config.qkv_tokens, rngs=rngs)
+    self.proj = projection(config.proj_tokens, rngs=rngs)
+
+  def __call__(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
+               mask: Bool[Array, "batch 1 time time"] | None = None) -> Float[Array, "batch time embed"]:
+    """Every token attends to itself and those before it, where `mask` (True = may see) allows."""
+    q, k, v = self._qkv(x_BxTxD, by)
+    return self.proj(_merge_heads(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)))
+
+  def extend(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
+             mask: Bool[Array, "batch 1 time slot"], cache: KVCache, layer) -> tuple[Array, KVCache]:
+    """The same for tokens that follow those in `cache`; returns the output and the cache with them."""
+    q, k, v = self._qkv(x_BxTxD, by)
+    cache = cache.write(layer, k, v)
+    keys, values = cache.layer(layer)
+    return self.proj(_merge_heads(jax.nn.dot_product_attention(q, keys, values, mask=mask))), cache
+
+  def _qkv(self, x_BxTxD, by):
+    heads = functools.partial(_split_heads, num_heads=self.num_heads)
+    return rotate(heads(self.query(x_BxTxD)), by), rotate(heads(self.key(x_BxTxD)), by), heads(self.value(x_BxTxD))
+
+
+def _split_heads(x_BxTxD, num_heads):
+  return x_BxTxD.reshape(*x_BxTxD.shape[:2], num_heads, -1)
+
+
+def _merge_heads(x_BxTxHxC):
+  return x_BxTxHxC.reshape(*x_BxTxHxC.shape[:2], -1)

@@ -1,0 +1,37 @@
+"""One TokenFormer layer (arXiv 2410.23168, eq. 6–8)."""
+
+import functools
+import math
+
+from flax import nnx
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.nn.attention import Attention
+from tokenformer_jax.nn.layer_norm import layer_norm
+from tokenformer_jax.nn.pattention import Pattention
+
+
+class Block(nnx.Module):
+  """x + Attention(LN(x)), then + Pattention(LN(·)); the norms have no parameters."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    projection = functools.partial(
+        Pattention, config.hidden_size, config.hidden_size, theta=config.theta, gelu=config.gelu,
+        key_init=nnx.initializers.normal(0.02), value_init=nnx.initializers.normal(value_std(config)))
+    self.attention = Attention(config, projection, rngs=rngs)
+    self.ffn = projection(config.ffn_tokens, rngs=rngs)
+
+  def __call__(self, x_BxTxD, by, mask=None):
+    x_BxTxD += self.attention(layer_norm(x_BxTxD), by, mask)
+    return x_BxTxD + self.ffn(layer_norm(x_BxTxD))
+
+  def extend(self, x_BxTxD, by, mask, cache, layer):
+    """`__call__` for tokens that follow those in `cache`; returns (output, cache)."""
+    attended, cache = self.attention.extend(layer_norm(x_BxTxD), by, mask, cache, layer)
+    x_BxTxD += attended
+    return x_BxTxD + self.ffn(layer_norm(x_BxTxD)), cache
+
+
+def value_std(config: ModelConfig) -> float:
+  """Standard deviation of new values, 2 / (L √d): GPT-NeoX's `wang_init`, as released."""
+  return 2.0 / (config.num_layers * math.sqrt(config.hidden_size))

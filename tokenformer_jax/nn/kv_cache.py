@@ -1,0 +1,62 @@
+"""The cache of keys and values for decoding: one buffer for all layers, written in place."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "start", "length"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Rotated keys and values of the tokens read so far.
+
+  Rows of a batch end together: a shorter prompt is padded on its left, and `start` is its first
+  real slot. All rows write the same slots next, `length` onwards.
+
+  Attributes:
+    keys, values: [layer, batch, slot, head, channel].
+    start: [batch], the first real slot of each row.
+    length: [], slots filled so far. The caller keeps it within the number of slots.
+  """
+
+  keys: Float[Array, "layer batch slot head channel"]
+  values: Float[Array, "layer batch slot head channel"]
+  start: Int[Array, "batch"]
+  length: Int[Array, ""]
+
+  @classmethod
+  def empty(cls, config, start: Int[Array, "batch"], num_slots: int) -> "KVCache":
+    """A cache for `config` (a ModelConfig) with room for `num_slots` tokens a row."""
+    shape = (config.num_layers, start.shape[0], num_slots, config.num_heads, config.head_dim)
+    zeros = functools.partial(jnp.zeros, shape, config.compute_dtype)
+    return cls(zeros(), zeros(), start, jnp.int32(0))
+
+  def positions(self, num_new: int) -> Int[Array, "batch time"]:
+    """Positions of the next `num_new` tokens, counted from each row's first real token."""
+    slots = self.length + jnp.arange(num_new)
+    return jnp.maximum(slots[None, :] - self.start[:, None], 0)
+
+  def mask(self, num_new: int) -> Bool[Array, "batch 1 time slot"]:
+    """Which slots each of the next `num_new` tokens may see: real ones up to its own."""
+    key_slots = jnp.arange(self.keys.shape[2])
+    query_slots = self.length + jnp.arange(num_new)
+    causal = key_slots[None, None, :] <= query_slots[None, :, None]
+    real = key_slots[None, None, :] >= self.start[:, None, None]
+    return (causal & real)[:, None]
+
+  def write(self, layer: Int[Array, ""], keys, values) -> "KVCache":
+    """The cache with one layer's new keys and values, [batch, time, head, channel] each."""
+    def at(buffer, new):
+      return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype)[None], (layer, 0, self.length, 0, 0))
+    return dataclasses.replace(self, keys=at(self.keys, keys), values=at(self.values, values))
+
+  def layer(self, layer: Int[Array, ""]):
+    """(keys, values) of one layer, [batch, slot, head, channel] each."""
+    return tuple(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False) for buffer in (self.keys, self.values))
+
+  def advanced(self, num_new: int) -> "KVCache":
+    """The cache after all layers have written `num_new` tokens."""
+    return dataclasses.replace(self, length=self.length + num_new)

@@ -1,0 +1,29 @@
+"""Layer normalisation: without parameters inside the blocks, with them once at the end."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tokenformer_jax.nn.parameters import parameter
+
+EPSILON = 1e-5
+
+
+def layer_norm(x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+  """Zero mean and unit (biased) variance over the last axis; at least float32 inside, x's dtype outside."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return (centred * jax.lax.rsqrt(variance + EPSILON)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """`layer_norm(x) · scale + bias`, [..., size] -> [..., size]."""
+
+  def __init__(self, size: int, *, rngs: nnx.Rngs):
+    self.scale = parameter(rngs, (size,), ("norm",), nnx.initializers.ones)
+    self.bias = parameter(rngs, (size,), ("norm",), nnx.initializers.zeros)
+
+  def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+    return layer_norm(x) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)

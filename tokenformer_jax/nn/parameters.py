@@ -1,0 +1,53 @@
+"""How a parameter is declared: once, with its shape, its logical axes and its initialiser.
+
+Everything that needs one of the three (shardings, growth, decay masks, counts) reads it from here.
+"""
+
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+Axes = tuple[str | None, ...]
+Tree = dict[str, Any]
+
+
+class Tau(nnx.Variable):
+  """The scale inside Θ: state, not a parameter. No gradient, no decay; growth alone changes it."""
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: nnx.Initializer) -> nnx.Param:
+  """A float32 parameter of `shape`, whose axes have the logical names `axes`."""
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
+  """`num_layers` layers as one module whose leaves have a leading `layer` axis.
+
+  Args:
+    make_layer: `nnx.Rngs -> nnx.Module`; every layer draws from its own key.
+  """
+  abstract = nnx.eval_shape(lambda: make_layer(nnx.Rngs(0)))
+  for _, variable in nnx.to_flat_state(nnx.state(abstract)):
+    variable.set_metadata(axes=("layer", *variable.axes))
+  graphdef = nnx.graphdef(abstract)
+  keys = jax.random.split(rngs.params(), num_layers)
+  return nnx.merge(graphdef, jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(make_layer(nnx.Rngs(key)))))(keys))
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
+  """(graph definition, parameters, τ) with both trees as plain nested dicts of arrays.
+
+  `nnx.merge(graphdef, parameters, tau)` is the module again.
+  """
+  graphdef, parameters, tau = nnx.split(module, nnx.Param, Tau)
+  return graphdef, nnx.to_pure_dict(parameters), nnx.to_pure_dict(tau)
+
+
+def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
+  """The logical axes of every parameter and every τ, as trees like those of `split`."""
+  _, parameters, tau = nnx.split(module, nnx.Param, Tau)
+  return tuple(nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(v.axes), state,
+                                             is_leaf=lambda v: isinstance(v, nnx.Variable)))
+               for state in (parameters, tau))

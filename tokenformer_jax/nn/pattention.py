@@ -1,0 +1,41 @@
+"""The pattention layer: parameter tokens in the place of a linear layer's matrix."""
+
+import math
+
+from flax import nnx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tokenformer_jax.nn.parameters import Tau, parameter
+from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
+
+
+class Pattention(nnx.Module):
+  """`[..., d_in] -> [..., d_out]` through `num_tokens` parameter tokens; a drop-in for `nnx.Linear`.
+
+  Args:
+    d_in, d_out: channels in and out.
+    num_tokens: parameter tokens N; the layer has N · (d_in + d_out) parameters.
+    theta: `l2_norm_gelu` (default), `gelu_l2_norm` or `softmax`.
+    gelu: `erf` or `tanh`.
+    key_init: keys' initialiser. The default's scale cancels in Θ's norm: it sets only the pace of learning.
+    value_init: values' initialiser; by default N(0, 1/N), which keeps the size of normalised inputs.
+    rngs: parameters are drawn from `rngs.params()`.
+  """
+
+  def __init__(self, d_in: int, d_out: int, num_tokens: int, *, theta: str = "l2_norm_gelu", gelu: str = "erf",
+               key_init: nnx.Initializer = nnx.initializers.normal(0.02),
+               value_init: nnx.Initializer | None = None, rngs: nnx.Rngs):
+    for name, size in (("d_in", d_in), ("d_out", d_out), ("num_tokens", num_tokens)):
+      if size < 1:
+        raise ValueError(f"{name}={size}: must be at least 1.")
+    value_init = value_init or nnx.initializers.normal(1.0 / math.sqrt(num_tokens))
+    self.theta = theta
+    self.gelu = gelu
+    self.keys = parameter(rngs, (num_tokens, d_in), ("param_token", "embed"), key_init)
+    self.values = parameter(rngs, (num_tokens, d_out), ("param_token", "embed"), value_init)
+    self.tau = Tau(jnp.float32(initial_tau(theta, num_tokens)), axes=())
+
+  def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+    tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...])
+    return pattention(x, tokens, self.theta, self.gelu)

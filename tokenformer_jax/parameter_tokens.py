@@ -1,0 +1,156 @@
+"""Pattention: attention between input tokens and learned parameter tokens (arXiv 2410.23168, eq. 4–5).
+
+    y = Θ(x Kᵀ) V        x [..., d_in],  K [N, d_in],  V [N, d_out]
+
+Θ turns a row of scores s [N] into weights, with a scale τ inside it:
+
+    l2_norm_gelu   GeLU(τ · s / ‖s‖₂)              τ = √N    the paper's Θ
+    gelu_l2_norm   τ · g / ‖g‖₂,  g = GeLU(s)      τ = √N
+    softmax        τ · softmax(s)                  τ = N
+
+τ is an argument and not a formula of N, so that rows can be added without changing the function.
+The released code has no guard: a row of zero scores gives NaN there. Here value and gradient are
+finite wherever the float32 scores are, and equal to the formula wherever that is representable.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# ‖s‖₂ below this counts as a row of zeros.
+_ZERO_NORM = 1e-12
+# GeLU(s) of very negative scores is tiny but still has a direction, down to about float32's range.
+_ZERO_GELU_NORM = 1e-30
+# Squares of s · 2⁻¹³ neither underflow at ‖s‖₂ = 1e-12 nor overflow at s = 1e18, for up to 10⁶ tokens.
+_SQUARE_SCALE = 2.0**-13
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "tau"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ParameterTokens:
+  """N parameter tokens: `keys` [N, d_in], `values` [N, d_out] and the scale `tau` [] inside Θ."""
+
+  keys: Float[Array, "param_token d_in"]
+  values: Float[Array, "param_token d_out"]
+  tau: Float[Array, ""]
+
+
+def pattention(
+    x: Float[Array, "*batch d_in"],
+    tokens: ParameterTokens,
+    theta: str = "l2_norm_gelu",
+    gelu: str = "erf",
+) -> Float[Array, "*batch d_out"]:
+  """Θ(x Kᵀ) V in x's dtype, with scores, Θ and both sums in float32 (float64 for a float64 x).
+
+  Args:
+    x: inputs [..., d_in], float32 or bfloat16. The products run in this dtype.
+    tokens: keys [N, d_in], values [N, d_out], tau []; `initial_tau` gives a new layer's τ.
+    theta: `l2_norm_gelu`, `gelu_l2_norm` or `softmax`.
+    gelu: `erf` (exact, as released) or `tanh` (its usual approximation).
+
+  Returns:
+    [..., d_out] in x's dtype.
+
+  Raises:
+    ValueError: unknown `theta` or `gelu`, or shapes that do not fit.
+  """
+  keys, values = tokens.keys, tokens.values
+  if theta not in THETAS:
+    raise ValueError(f"theta={theta!r}: choose one of {', '.join(THETAS)}.")
+  if gelu not in GELUS:
+    raise ValueError(f"gelu={gelu!r}: choose one of {', '.join(GELUS)}.")
+  if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
+    raise ValueError(f"keys {keys.shape} and values {values.shape}: expected [N, d_in] and [N, d_out].")
+  if x.shape[-1] != keys.shape[1]:
+    raise ValueError(f"x {x.shape} and keys {keys.shape}: the last axes must be equal.")
+  # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
+  x_MxD = x.reshape(-1, x.shape[-1])
+  scores_MxN = _product(x_MxD, keys.astype(x.dtype).T)
+  weights_MxN = THETAS[theta](scores_MxN, tokens.tau.astype(scores_MxN.dtype), GELUS[gelu])
+  y_MxE = _product(weights_MxN.astype(x.dtype), values.astype(x.dtype))
+  return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], values.shape[1])
+
+
+def initial_tau(theta: str, num_tokens: int) -> float:
+  """τ of a layer born with `num_tokens` tokens: √N for the L2 variants, N for softmax."""
+  return float(num_tokens) if theta == "softmax" else math.sqrt(num_tokens)
+
+
+def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+  return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _l2_norm_gelu(s, tau, gelu):
+  return gelu(tau * _unit_rows(s, jnp.asarray(_SQUARE_SCALE, s.dtype), _ZERO_NORM))
+
+
+def _gelu_l2_norm(s, tau, gelu):
+  g = gelu(s)
+  # GeLU's range is too wide for one fixed scale: take each row's own.
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(g), axis=-1, keepdims=True))
+  return tau * _unit_rows(g, 1.0 / jnp.maximum(largest, _ZERO_GELU_NORM), _ZERO_GELU_NORM)
+
+
+def _softmax(s, tau, gelu):
+  del gelu
+  return tau * jax.nn.softmax(s, axis=-1)
+
+
+THETAS = {"l2_norm_gelu": _l2_norm_gelu, "gelu_l2_norm": _gelu_l2_norm, "softmax": _softmax}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _unit_rows(s: Float[Array, "m n"], scale: Float[Array, "..."], zero_norm: float) -> Float[Array, "m n"]:
+  """s / ‖s‖₂ along the last axis; 0, with zero gradient, where ‖s‖₂ < `zero_norm`.
+
+  The squares are taken of s · `scale` (a scalar or [m, 1]), to keep their sum within float32.
+  """
+  return s * _inverse_norm(s, scale, zero_norm)
+
+
+@_unit_rows.defjvp
+def _unit_rows_jvp(zero_norm, primals, tangents):
+  # Written out, for ∂(s/‖s‖) by the chain rule passes through ‖s‖³, which leaves float32's range.
+  s, scale = primals
+  ds, _ = tangents
+  inverse = _inverse_norm(s, scale, zero_norm)
+  unit = s * inverse
+  return unit, inverse * ds - unit * jnp.sum(unit * (inverse * ds), axis=-1, keepdims=True)
+
+
+def _inverse_norm(s, scale, zero_norm):
+  norm_Mx1 = jnp.sqrt(jnp.sum(jnp.square(s * scale), axis=-1, keepdims=True))
+  live = norm_Mx1 >= zero_norm * scale
+  return jnp.where(live, scale / jnp.where(live, norm_Mx1, 1.0), 0.0)
+
+
+@jax.custom_jvp
+def _gelu_erf(x):
+  return x * _normal_cdf(x)
+
+
+@_gelu_erf.defjvp
+def _gelu_erf_jvp(primals, tangents):
+  # The slope as one number: the backward pass then keeps one array of scores' size and not three.
+  (x,), (dx,) = primals, tangents
+  cdf = _normal_cdf(x)
+  density = jnp.exp(-0.5 * jnp.square(x)) * (1.0 / math.sqrt(2.0 * math.pi))
+  return x * cdf, (cdf + x * density) * dx
+
+
+def _normal_cdf(x):
+  return 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))
+
+
+def _gelu_tanh(x):
+  # tanh is ±1 in float32 long before |x| = 15; clipping keeps x³ and its slope finite.
+  c = jnp.clip(x, -15.0, 15.0)
+  return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (c + 0.044715 * c**3)))
+
+
+GELUS = {"erf": _gelu_erf, "tanh": _gelu_tanh}
