@@ -1,14 +1,18 @@
 """The one wrapper of all doors: a user's mistake is one line on stderr and exit code 2.
 
+A mistake is a file that is not there or a `ValueError` that this package raised about its input.
 Everything else that goes wrong keeps its traceback: it is ours to mend.
 """
 
+import pathlib
 import re
 import sys
+import traceback
 
 from absl import app, flags
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_PACKAGE = pathlib.Path(__file__).parent.parent
 
 
 def run(main) -> None:
@@ -26,13 +30,18 @@ def run(main) -> None:
     argv = flags.FLAGS(sys.argv)
     if len(argv) > 1:
       raise ValueError(f"argument {argv[1]!r} is not a flag: flags look like --name=value.")
-  except (flags.Error, AttributeError, KeyError, TypeError, *USER_ERRORS, ImportError, SyntaxError) as error:
+  except Exception as error:  # Whatever a flag or a --config file raises while it is read.
     fail(error)
 
   def guarded(argv):
     try:
       return main(argv)
-    except USER_ERRORS as error:
+    except _FILE_ERRORS as error:
+      fail(error)
+    except ValueError as error:
+      raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+      if _PACKAGE not in raised_in.parents:
+        raise
       fail(error)
 
   app.run(guarded)
