@@ -1,0 +1,33 @@
+"""The one place where a mesh is made."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from tokenformer_jax.config import MeshConfig
+
+# data: copies of the parameters. fsdp: channels of the parameters, gathered where they are used.
+# token: parameter tokens and vocabulary, whose partial sums are added up.
+MESH_AXES = ("data", "fsdp", "token")
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """A mesh with the axes data, fsdp and token over all of `devices` (by default all of `jax.devices()`).
+
+  The axes are Auto: the partitioner chooses the shardings inside a jitted function.
+
+  Raises:
+    ValueError: the sizes do not use all the devices exactly.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [getattr(config, axis) for axis in MESH_AXES]
+  shown = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
+  fixed = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes and len(devices) % fixed == 0:
+    sizes[sizes.index(-1)] = len(devices) // fixed
+  elif fixed != len(devices):
+    raise ValueError(f"mesh {shown} takes {'a multiple of ' if -1 in sizes else ''}{fixed} devices, but there are "
+                     f"{len(devices)}: choose sizes whose product is {len(devices)}, or -1 for the rest.")
+  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
