@@ -1,0 +1,1 @@
+"""Other people's checkpoints: the released PyTorch models' names and files, to ours and back."""
