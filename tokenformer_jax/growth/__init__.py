@@ -1,0 +1,1 @@
+"""Growth: more parameter tokens, the same function."""

@@ -1,0 +1,63 @@
+"""The compiled functions of a run at one size; growth makes the next one."""
+
+import dataclasses
+from typing import Any, Callable
+
+import jax
+import optax
+
+from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tokenformer_jax.training.state import TrainState, abstract_model, initial_state, state_shardings
+from tokenformer_jax.training.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run at one model size executes.
+
+  Attributes:
+    model: the model's configuration.
+    graphdef: `nnx.merge(graphdef, params, tau)` is the model.
+    optimizer: the optax transformation.
+    shapes: the state's abstract leaves, each with its sharding.
+    train_step: jitted `(state, batch) -> (state, metrics)`; the old state is donated.
+    eval_step: jitted `(params, tau, batch) -> LossSums`.
+    initial_state: jitted `() -> TrainState`.
+  """
+
+  model: ModelConfig
+  graphdef: Any
+  optimizer: optax.GradientTransformationExtraArgs
+  shapes: TrainState
+  train_step: Callable
+  eval_step: Callable
+  initial_state: Callable
+
+  @property
+  def shardings(self) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+
+
+def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Program:
+  """The program of run `config` while its model is `model`."""
+  abstract = abstract_model(model)
+  graphdef, _, _ = split(abstract)
+  axes, _ = logical_axes(abstract)
+  optimizer = make_optimizer(config.optimizer, config.training.num_steps, config.growth.warmup_steps, axes)
+  schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
+
+  def initial():
+    return initial_state(model, optimizer, config.training.seed)
+
+  shapes = jax.eval_shape(initial)
+  shardings = state_shardings(mesh, model, shapes, optimizer)
+  shapes = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+  train_step = make_train_step(graphdef, optimizer, schedule, config.optimizer.z_loss,
+                               config.training.gradient_accumulation)
+  return Program(
+      model=model, graphdef=graphdef, optimizer=optimizer, shapes=shapes,
+      train_step=jax.jit(train_step, out_shardings=(shardings, None), donate_argnums=0),
+      eval_step=jax.jit(make_eval_step(graphdef)),
+      initial_state=jax.jit(initial, out_shardings=shardings))

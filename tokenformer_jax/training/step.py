@@ -1,0 +1,53 @@
+"""One update and one evaluation, as pure functions for `jax.jit`."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokenformer_jax.training.loss import LossSums, loss_sums
+from tokenformer_jax.training.state import TrainState
+
+
+def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, schedule: optax.Schedule,
+                    z_loss: float, accumulation: int):
+  """`(state, batch) -> (state, metrics)`, with batch [B, T] in `accumulation` micro-batches.
+
+  The gradient is that of the mean over the whole batch's tokens, however it is cut. `metrics`:
+  `loss` (nats a token), `grad_norm` (before clipping), `learning_rate`.
+  """
+  def objective(params, tau, batch):
+    sums = _loss_sums(graphdef, params, tau, batch)
+    return sums.nats + z_loss * sums.z, sums
+
+  def train_step(state: TrainState, batch):
+    # Every accumulation-th row: so the rows of a micro-batch lie on all devices, as the batch does.
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add_micro_batch(total, micro_batch):
+      (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, state.tau, micro_batch)
+      return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, state.params), LossSums(*jnp.zeros(3)))
+    (grads, sums), _ = jax.lax.scan(add_micro_batch, zeros, micro_batches)
+    grads = jax.tree.map(lambda g: g / sums.weight, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born)
+    metrics = {"loss": sums.nats / sums.weight, "grad_norm": optax.tree.norm(grads),
+               "learning_rate": schedule(state.step)}
+    state = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), tau=state.tau,
+                       opt_state=opt_state, born=state.born)
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(graphdef):
+  """`(params, tau, batch) -> LossSums` over the batch."""
+  def eval_step(params, tau, batch):
+    return _loss_sums(graphdef, params, tau, batch)
+  return eval_step
+
+
+def _loss_sums(graphdef, params, tau, batch) -> LossSums:
+  logits = nnx.merge(graphdef, params, tau)(batch.inputs, batch.positions, batch.segments)
+  return loss_sums(logits, batch.labels, batch.weights)
