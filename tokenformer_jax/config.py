@@ -18,6 +18,7 @@ REMAT_POLICIES = ("none", "dots", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
 PACKINGS = ("contiguous", "documents")
+BAD_TEXTS = ("error", "replace", "skip")
 
 
 def _require(condition: bool, field: str, value: Any, way_out: str) -> None:
@@ -165,7 +166,8 @@ class DataConfig(_Checked):
   `source` is one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, …
   Held-out text is `held_out_source` if given, else `held_out_fraction` of the source's documents,
   chosen by a hash of each document's name. `batch_size` is the global number of sequences in one
-  optimizer step.
+  optimizer step. `bad_text`: text that cannot be read stops the run (`error`); or bytes that are not
+  UTF-8 become U+FFFD (`replace`); or the document is left out (`skip`); both are counted.
   """
 
   source: str = "python-sources"
@@ -173,6 +175,7 @@ class DataConfig(_Checked):
   held_out_fraction: float = 0.05
   tokenizer: str = "bytes"
   packing: str = "contiguous"
+  bad_text: str = "error"
   batch_size: int = 16
   seed: int = 0
 
@@ -181,6 +184,7 @@ class DataConfig(_Checked):
     _require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction,
              "must be between 0 and 1.")
     _require_choice("packing", self.packing, PACKINGS)
+    _require_choice("bad_text", self.bad_text, BAD_TEXTS)
     _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
     _require(self.seed >= 0, "seed", self.seed, "must not be negative.")
 

@@ -1,0 +1,137 @@
+"""Token ids of many documents, in memory or in mapped files, and the parts of them that are held out."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from tokenformer_jax.data.documents import BadText, Document, DocumentSource
+from tokenformer_jax.data.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 4_000_000  # Of text given to the tokenizer at once; bounds its memory to some 100 MB.
+
+
+class Corpus(NamedTuple):
+  """Documents as token ids, one after the other, each with its end-of-document id.
+
+  Attributes:
+    tokens: [n] uint16 or uint32, in memory or mapped.
+    ends: [documents] int64, where each document ends in `tokens`; rising, the last one is n.
+    keys: [documents] uint64, a hash of each document, which decides whether it is held out.
+    identity: what was read: JSON-able, equal for equal text wherever it lies.
+    name: for errors and reports.
+  """
+
+  tokens: np.ndarray
+  ends: np.ndarray
+  keys: np.ndarray
+  identity: dict
+  name: str
+
+
+def key_hash(key: str | bytes) -> int:
+  """64 bits of a document's key."""
+  raw = key if isinstance(key, bytes) else key.encode("utf-8", errors="surrogatepass")
+  return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def batches_of_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
+  """Lists of documents with about BATCH_CHARACTERS in each."""
+  batch, size = [], 0
+  for document in documents:
+    batch.append(document)
+    size += len(document.text)
+    if size >= BATCH_CHARACTERS:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "error") -> Corpus:
+  """Reads and tokenizes a whole source into memory."""
+  bad, digest = BadText(bad_text), hashlib.sha256()
+  pieces, lengths, keys, size = [], [], [], 0
+  end = np.array([tokenizer.end_of_document], tokenizer.dtype)
+  for batch in batches_of_documents(source.read(bad)):
+    encoded = tokenizer.encode_documents([document.text for document in batch])
+    pieces.append(np.concatenate([piece for ids in encoded for piece in (ids, end)]))
+    lengths += [len(ids) + 1 for ids in encoded]
+    keys += [key_hash(document.key) for document in batch]
+    size += sum(update_digest(digest, document) for document in batch)
+  if not lengths:
+    raise ValueError(f"source {source.name} holds no text: check what it names.")
+  if bad.replaced or bad.skipped:
+    logging.warning("%s: %d byte sequences that are not UTF-8 replaced, %d documents skipped.", source.name,
+                    bad.replaced, bad.skipped)
+  identity = dict(documents=len(lengths), bytes=size, sha256=digest.hexdigest(), replaced=bad.replaced,
+                  skipped=bad.skipped)
+  return Corpus(np.concatenate(pieces), np.cumsum(lengths), np.array(keys, np.uint64), identity, source.name)
+
+
+def update_digest(digest, document: Document) -> int:
+  """Adds a document to a hash of the corpus; returns its size in bytes."""
+  raw = document.text.encode("utf-8", errors="surrogatepass")
+  if document.key is not document.text:
+    digest.update(document.key.encode("utf-8", errors="surrogatepass") + b"\0")
+  digest.update(len(raw).to_bytes(8, "little") + raw)
+  return len(raw)
+
+
+def split(corpus: Corpus, fraction: float) -> tuple["Part", "Part"]:
+  """(train, held out): documents whose hash lies in the lowest `fraction` of all hashes are held out.
+
+  So a document stays on its side whatever else is in the corpus, and equal texts are on one side.
+  Where no hash is that low (or all are), the document with the lowest hash is held out (or the one
+  with the highest is kept); a corpus of a single document is cut, and its tail is held out.
+  """
+  if len(corpus.ends) == 1:
+    cut = int(len(corpus.tokens) * (1 - fraction))
+    corpus = corpus._replace(ends=np.array([cut, len(corpus.tokens)]), keys=np.array([1, 0], np.uint64))
+    fraction = 0.0
+  held_out = corpus.keys < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+  if not held_out.any():
+    held_out[np.argmin(corpus.keys)] = True
+  if held_out.all():
+    held_out[np.argmax(corpus.keys)] = False
+  return Part(corpus, ~held_out), Part(corpus, held_out)
+
+
+class Part:
+  """Chosen documents of a corpus, as if they were one array.
+
+  Attributes:
+    corpus: the corpus.
+    documents: [k, 2] int64, where each chosen document starts and ends in `corpus.tokens`.
+  """
+
+  def __init__(self, corpus: Corpus, chosen: np.ndarray | None = None):
+    """`chosen` [documents] bool; all of them if None."""
+    self.corpus = corpus
+    self._chosen = np.ones(len(corpus.ends), bool) if chosen is None else chosen
+    runs = np.flatnonzero(np.diff(self._chosen, prepend=False, append=False)).reshape(-1, 2)
+    self._spans = np.stack([self._starts()[runs[:, 0]], corpus.ends[runs[:, 1] - 1]], axis=1)
+    self._ends = np.cumsum(self._spans[:, 1] - self._spans[:, 0])
+
+  def __len__(self):
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  def _starts(self) -> np.ndarray:
+    return np.concatenate([[0], self.corpus.ends[:-1]])
+
+  @property
+  def documents(self) -> np.ndarray:
+    return np.stack([self._starts()[self._chosen], self.corpus.ends[self._chosen]], axis=1)
+
+  def read(self, start: int, length: int) -> np.ndarray:
+    """Ids [length] `start` … `start + length − 1` of the chosen documents laid end to end, in their dtype."""
+    span = int(np.searchsorted(self._ends, start, side="right"))
+    pieces = []
+    while length:
+      first = int(self._spans[span, 1] - (self._ends[span] - start))
+      last = min(int(self._spans[span, 1]), first + length)
+      pieces.append(self.corpus.tokens[first:last])
+      start, length, span = start + last - first, length - (last - first), span + 1
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -1,0 +1,51 @@
+"""The little language of `config.data.source`: `[WEIGHT*]KIND[:REST]`, several joined by ' + '."""
+
+import re
+from typing import NamedTuple
+
+from tokenformer_jax.config import nearest
+
+KINDS = {
+    "python-sources": "python-sources",
+    "text": "text:GLOB[#MARKER]",
+    "jsonl": "jsonl:GLOB#FIELD",
+    "tokens": "tokens:PATH",
+    "tfds": "tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]",
+    "huggingface": "huggingface:NAME[,CONFIG][@SPLIT][#FIELD]",
+}
+
+
+class SourceSpec(NamedTuple):
+  """One source: its kind, what follows the colon, and its share of the mixture (not normalised)."""
+
+  kind: str
+  rest: str
+  weight: float
+
+  def __str__(self):
+    return f"{self.kind}:{self.rest}" if self.rest else self.kind
+
+
+def parse_sources(text: str) -> list[SourceSpec]:
+  """The sources of a spec such as `0.7*text:novels/*.txt + 0.3*jsonl:books.jsonl#text`.
+
+  Weights default to 1 and are relative. A path with ' + ' in it cannot be written.
+  Raises ValueError naming the part that is wrong.
+  """
+  return [_parse_source(part.strip()) for part in text.split(" + ")]
+
+
+def _parse_source(part: str) -> SourceSpec:
+  weight, kind, rest = re.fullmatch(r"(?s)(?:([0-9.eE+-]+)\*)?([^:]*):?(.*)", part).groups()
+  if kind not in KINDS:
+    raise ValueError(f"source {part!r}: kind {kind!r} is unknown; known: {', '.join(KINDS.values())}."
+                     + nearest(kind, KINDS))
+  if (kind == "python-sources") == bool(rest):
+    raise ValueError(f"source {part!r}: write {KINDS[kind]}.")
+  try:
+    number = 1.0 if weight is None else float(weight)
+  except ValueError:
+    number = 0.0
+  if not 0 < number < float("inf"):
+    raise ValueError(f"source {part!r}: weight {weight!r} must be a positive number, as in 0.5*{kind}:….")
+  return SourceSpec(kind, rest, number)
