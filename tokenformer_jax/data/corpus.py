@@ -1,11 +1,11 @@
 """Token ids of many documents, in memory or in mapped files, and the parts of them that are held out."""
 
+import collections
+import concurrent.futures
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 from tokenformer_jax.data.tokenizer import Tokenizer
@@ -13,22 +13,23 @@ from tokenformer_jax.data.tokenizer import Tokenizer
 BATCH_CHARACTERS = 4_000_000  # Of text given to the tokenizer at once; bounds its memory to some 100 MB.
 
 
-class Corpus(NamedTuple):
+class Corpus:
   """Documents as token ids, one after the other, each with its end-of-document id.
 
   Attributes:
-    tokens: [n] uint16 or uint32, in memory or mapped.
+    tokens: [n] unsigned or signed integers, in memory or mapped.
     ends: [documents] int64, where each document ends in `tokens`; rising, the last one is n.
     keys: [documents] uint64, a hash of each document, which decides whether it is held out.
     identity: what was read: JSON-able, equal for equal text wherever it lies.
     name: for errors and reports.
   """
 
-  tokens: np.ndarray
-  ends: np.ndarray
-  keys: np.ndarray
-  identity: dict
-  name: str
+  def __init__(self, tokens: np.ndarray, ends: np.ndarray, keys: np.ndarray, identity: dict, name: str):
+    self.tokens, self.ends, self.keys, self.identity, self.name = tokens, ends, keys, identity, name
+
+  def read(self, start: int, end: int) -> np.ndarray:
+    """`tokens[start:end]`, checked where they come from a file."""
+    return self.tokens[start:end]
 
 
 def key_hash(key: str | bytes) -> int:
@@ -50,22 +51,34 @@ def batches_of_documents(documents: Iterable[Document]) -> Iterator[list[Documen
     yield batch
 
 
+def encoded_batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list, list]]:
+  """(documents, their ids [n] each) in order; two batches at a time, so that no core waits for the other's end."""
+  def encode(batch: list[Document]):
+    return batch, tokenizer.encode_documents([document.text for document in batch])
+
+  waiting = collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="tokenize") as pool:
+    for batch in batches_of_documents(documents):
+      waiting.append(pool.submit(encode, batch))
+      if len(waiting) == 3:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+
+
 def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "error") -> Corpus:
   """Reads and tokenizes a whole source into memory."""
   bad, digest = BadText(bad_text), hashlib.sha256()
   pieces, lengths, keys, size = [], [], [], 0
   end = np.array([tokenizer.end_of_document], tokenizer.dtype)
-  for batch in batches_of_documents(source.read(bad)):
-    encoded = tokenizer.encode_documents([document.text for document in batch])
+  for documents, encoded in encoded_batches(source.read(bad), tokenizer):
     pieces.append(np.concatenate([piece for ids in encoded for piece in (ids, end)]))
     lengths += [len(ids) + 1 for ids in encoded]
-    keys += [key_hash(document.key) for document in batch]
-    size += sum(update_digest(digest, document) for document in batch)
+    keys += [key_hash(document.key) for document in documents]
+    size += sum(update_digest(digest, document) for document in documents)
   if not lengths:
     raise ValueError(f"source {source.name} holds no text: check what it names.")
-  if bad.replaced or bad.skipped:
-    logging.warning("%s: %d byte sequences that are not UTF-8 replaced, %d documents skipped.", source.name,
-                    bad.replaced, bad.skipped)
+  bad.report(source.name)
   identity = dict(documents=len(lengths), bytes=size, sha256=digest.hexdigest(), replaced=bad.replaced,
                   skipped=bad.skipped)
   return Corpus(np.concatenate(pieces), np.cumsum(lengths), np.array(keys, np.uint64), identity, source.name)
@@ -89,7 +102,8 @@ def split(corpus: Corpus, fraction: float) -> tuple["Part", "Part"]:
   """
   if len(corpus.ends) == 1:
     cut = int(len(corpus.tokens) * (1 - fraction))
-    corpus = corpus._replace(ends=np.array([cut, len(corpus.tokens)]), keys=np.array([1, 0], np.uint64))
+    corpus = Corpus(corpus.tokens, np.array([cut, len(corpus.tokens)]), np.array([1, 0], np.uint64),
+                    corpus.identity, corpus.name)
     fraction = 0.0
   held_out = corpus.keys < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
   if not held_out.any():
@@ -103,27 +117,27 @@ class Part:
   """Chosen documents of a corpus, as if they were one array.
 
   Attributes:
-    corpus: the corpus.
-    documents: [k, 2] int64, where each chosen document starts and ends in `corpus.tokens`.
+    corpus: the corpus that they belong to.
   """
 
   def __init__(self, corpus: Corpus, chosen: np.ndarray | None = None):
-    """`chosen` [documents] bool; all of them if None."""
-    self.corpus = corpus
-    self._chosen = np.ones(len(corpus.ends), bool) if chosen is None else chosen
-    runs = np.flatnonzero(np.diff(self._chosen, prepend=False, append=False)).reshape(-1, 2)
-    self._spans = np.stack([self._starts()[runs[:, 0]], corpus.ends[runs[:, 1] - 1]], axis=1)
+    """`chosen` [documents] bool; None takes all, without a look at where they end."""
+    self.corpus, self._chosen = corpus, chosen
+    if chosen is None:
+      self._spans = np.array([[0, len(corpus.tokens)]])
+    else:
+      runs = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).reshape(-1, 2)
+      self._spans = np.stack([_starts(corpus)[runs[:, 0]], corpus.ends[runs[:, 1] - 1]], axis=1)
     self._ends = np.cumsum(self._spans[:, 1] - self._spans[:, 0])
 
   def __len__(self):
     return int(self._ends[-1]) if len(self._ends) else 0
 
-  def _starts(self) -> np.ndarray:
-    return np.concatenate([[0], self.corpus.ends[:-1]])
-
   @property
   def documents(self) -> np.ndarray:
-    return np.stack([self._starts()[self._chosen], self.corpus.ends[self._chosen]], axis=1)
+    """[k, 2] int64, where each document starts and ends in `corpus.tokens`."""
+    bounds = np.stack([_starts(self.corpus), self.corpus.ends], axis=1)
+    return bounds if self._chosen is None else bounds[self._chosen]
 
   def read(self, start: int, length: int) -> np.ndarray:
     """Ids [length] `start` … `start + length − 1` of the chosen documents laid end to end, in their dtype."""
@@ -132,6 +146,10 @@ class Part:
     while length:
       first = int(self._spans[span, 1] - (self._ends[span] - start))
       last = min(int(self._spans[span, 1]), first + length)
-      pieces.append(self.corpus.tokens[first:last])
+      pieces.append(self.corpus.read(first, last))
       start, length, span = start + last - first, length - (last - first), span + 1
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _starts(corpus: Corpus) -> np.ndarray:
+  return np.concatenate([[0], corpus.ends[:-1]])

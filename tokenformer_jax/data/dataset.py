@@ -9,7 +9,7 @@ from absl import logging
 from tokenformer_jax.config import DataConfig
 from tokenformer_jax.data import loader
 from tokenformer_jax.data.corpus import Part, split
-from tokenformer_jax.data.packing import Batch, ContiguousWindows
+from tokenformer_jax.data.packing import Batch, ContiguousWindows, PackedDocuments
 from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
 from tokenformer_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -103,11 +103,13 @@ def _identities(specs, corpora) -> list[dict[str, Any]]:
 
 
 def _pack(part: Part, config: DataConfig, tokenizer: Tokenizer, seq_length: int):
-  return ContiguousWindows(part, seq_length, tokenizer.vocab_size)
+  if config.packing == "documents":
+    return PackedDocuments(part, seq_length, padding_id=tokenizer.end_of_document)
+  return ContiguousWindows(part, seq_length)
 
 
 def _report(part: Part, packer) -> dict[str, Any]:
-  return dict(source=part.corpus.name, tokens=len(part), windows=len(packer), dropped_tokens=packer.dropped_tokens)
+  return dict(source=part.corpus.name, tokens=len(part), **packer.report)
 
 
 def _require_a_batch(name: str, packers, batch_size: int, seq_length: int) -> None:

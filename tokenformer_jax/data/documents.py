@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from absl import logging
+
 
 class Document(NamedTuple):
   """One document; `key` decides by its hash whether it is held out."""
@@ -30,6 +32,12 @@ class BadText:
     self.choice = choice
     self.replaced = 0
     self.skipped = 0
+
+  def report(self, name: str) -> None:
+    """Warns of what was replaced or left out."""
+    if self.replaced or self.skipped:
+      logging.warning("%s: %d byte sequences that are not UTF-8 replaced, %d documents left out.", name,
+                      self.replaced, self.skipped)
 
   def refuse(self, message: str) -> None:
     """Counts one document left out, or raises ValueError(message)."""

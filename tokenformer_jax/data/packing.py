@@ -42,24 +42,87 @@ class ContiguousWindows:
   As in the released models' training (GPT-NeoX's GPT2Dataset).
   """
 
-  def __init__(self, part: Part, seq_length: int, vocab_size: int):
-    self._part, self._seq_length, self._vocab_size = part, seq_length, vocab_size
-    self._length = max(len(part) - 1, 0) // seq_length
-    self.dropped_tokens = len(part) - (self._length * seq_length + 1) if self._length else len(part)
+  def __init__(self, part: Part, seq_length: int):
+    self._part, self._seq_length = part, seq_length
 
   def __len__(self):
-    return self._length
+    return max(len(self._part) - 1, 0) // self._seq_length
+
+  @property
+  def report(self) -> dict[str, int]:
+    """Windows, and the tokens of the tail that are in none."""
+    used = len(self) * self._seq_length + 1 if len(self) else 0
+    return dict(windows=len(self), dropped_tokens=len(self._part) - used)
 
   def row(self, index: int) -> Batch:
-    ids = self._part.read(index * self._seq_length, self._seq_length + 1)
-    check_ids(ids, self._vocab_size, self._part.corpus.name)
-    ids = ids.astype(np.int32)
+    ids = self._part.read(index * self._seq_length, self._seq_length + 1).astype(np.int32)
     return Batch(ids[:-1], ids[1:])
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
-  """Raises ValueError for an id that the vocabulary does not have."""
-  if ids.max() >= vocab_size:
-    at = int(np.argmax(ids >= vocab_size))
-    raise ValueError(f"{name}: token id {ids[at]} is outside the tokenizer's {vocab_size} ids: give the "
-                     "tokenizer that wrote these tokens.")
+class PackedDocuments:
+  """Rows of whole documents side by side; attention, positions and loss stay inside each.
+
+  A document of n ids gives n − 1 pairs of input and label. One with more than seq_length pairs is cut
+  into pieces of seq_length; every label occurs once. What is shorter goes, longest first, into the
+  fullest row that has room for it (best-fit decreasing). The rest of a row is padding: the
+  end-of-document id, in segment 0, with weight 0.
+  """
+
+  def __init__(self, part: Part, seq_length: int, padding_id: int):
+    self._part, self._seq_length, self._padding_id = part, seq_length, padding_id
+    documents = part.documents
+    pairs = documents[:, 1] - documents[:, 0] - 1
+    counts = -(-pairs // seq_length)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    self._starts = np.repeat(documents[:, 0], counts) + within * seq_length
+    self._lengths = np.minimum(np.repeat(pairs, counts) - within * seq_length, seq_length)
+    rows = best_fit(self._lengths, seq_length)
+    self._order = np.argsort(rows, kind="stable")
+    self._row_ends = np.searchsorted(rows[self._order], np.arange(rows.max(initial=-1) + 1), side="right")
+    self._empty = int((pairs == 0).sum())
+
+  def __len__(self):
+    return len(self._row_ends)
+
+  @property
+  def report(self) -> dict[str, int]:
+    """Rows, the places in them that are padding, and the tokens of documents with no label, which are in none."""
+    places = len(self) * self._seq_length
+    return dict(windows=len(self), padding=places - int(self._lengths.sum()), dropped_tokens=self._empty)
+
+  def row(self, index: int) -> Batch:
+    inputs, labels = np.full((2, self._seq_length), self._padding_id, np.int32)
+    positions, segments = np.zeros((2, self._seq_length), np.int32)
+    first = self._row_ends[index - 1] if index else 0
+    start = 0
+    for segment, piece in enumerate(self._order[first:self._row_ends[index]], 1):
+      end = start + self._lengths[piece]
+      ids = self._part.corpus.read(self._starts[piece], self._starts[piece] + self._lengths[piece] + 1)
+      inputs[start:end], labels[start:end] = ids[:-1], ids[1:]
+      positions[start:end], segments[start:end] = np.arange(end - start), segment
+      start = end
+    return Batch(inputs, labels, positions, segments, (segments > 0).astype(np.float32))
+
+
+def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
+  """The row [n] of each length [n] (1 … size), longest first, each in the fullest row of `size` with room."""
+  rows = np.empty(len(lengths), np.int64)
+  rows_by_room = [[] for _ in range(size + 1)]
+  rooms = 0  # Bit r is set where some row has room for r.
+  num_rows = 0
+  for piece in np.argsort(-lengths, kind="stable").tolist():
+    length = int(lengths[piece])
+    fitting = rooms >> length
+    if fitting:
+      room = length + (fitting & -fitting).bit_length() - 1
+      row = rows_by_room[room].pop()
+      if not rows_by_room[room]:
+        rooms ^= 1 << room
+    else:
+      row, room, num_rows = num_rows, size, num_rows + 1
+    rows[piece] = row
+    room -= length
+    if room:
+      rows_by_room[room].append(row)
+      rooms |= 1 << room
+  return rows
