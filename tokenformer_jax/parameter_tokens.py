@@ -81,8 +81,13 @@ def initial_tau(theta: str, num_tokens: int) -> float:
   return float(num_tokens) if theta == "softmax" else math.sqrt(num_tokens)
 
 
+def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+  """Where sums and norms of `dtype` run: float32, but float64 for float64."""
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
-  return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+  return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype))
 
 
 def _l2_norm_gelu(s, tau, gelu):

@@ -11,6 +11,7 @@ from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
 from tokenformer_jax.nn.parameters import parameter, split, stack_layers
 from tokenformer_jax.nn.rotary import rotation
+from tokenformer_jax.parameter_tokens import sum_dtype
 
 _REMAT = {
     "none": lambda layer: layer,
@@ -80,7 +81,7 @@ class LanguageModel(nnx.Module):
     """Float32 scores of every vocabulary entry, hidden · Eᵀ."""
     hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
     logits_MxV = jnp.matmul(hidden_MxD, self.embedding[...].astype(hidden.dtype).T,
-                            preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+                            preferred_element_type=sum_dtype(hidden.dtype))
     return logits_MxV.reshape(*hidden.shape[:-1], -1)
 
   def _embed(self, tokens):

@@ -6,16 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenformer_jax.nn.parameters import parameter
+from tokenformer_jax.parameter_tokens import sum_dtype
 
 EPSILON = 1e-5
 
 
 def layer_norm(x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
   """Zero mean and unit (biased) variance over the last axis; at least float32 inside, x's dtype outside."""
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-  return (centred * jax.lax.rsqrt(variance + EPSILON)).astype(x.dtype)
+  return _normalised(x).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -26,4 +24,14 @@ class LayerNorm(nnx.Module):
     self.bias = parameter(rngs, (size,), ("norm",), nnx.initializers.zeros)
 
   def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-    return layer_norm(x) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+    normalised = _normalised(x)
+    scale, bias = (jnp.expand_dims(weight[...].astype(normalised.dtype), range(x.ndim - 1))
+                   for weight in (self.scale, self.bias))
+    return (normalised * scale + bias).astype(x.dtype)
+
+
+def _normalised(x):
+  wide = x.astype(sum_dtype(x.dtype))
+  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + EPSILON)

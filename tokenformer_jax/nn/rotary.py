@@ -3,20 +3,24 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tokenformer_jax.parameter_tokens import sum_dtype
+
 Rotation = tuple[Float[Array, "batch time 1 half"], Float[Array, "batch time 1 half"]]
 
 
 def rotation(positions: Int[Array, "batch time"], rotary_dims: int, base: float) -> Rotation:
   """(cos, sin), each [B, T, 1, rotary_dims / 2], of position · base^(−2i / rotary_dims), in float32."""
   frequencies = base ** (-jnp.arange(0, rotary_dims, 2, dtype=jnp.float32) / max(rotary_dims, 1))
-  angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+  angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "batch time heads channels"], by: Rotation) -> Float[Array, "batch time heads channels"]:
   """Rotates channel i with channel i + rotary_dims / 2, for i < rotary_dims / 2; the rest pass through."""
-  cos, sin = by
+  wide = sum_dtype(x.dtype)
+  cos, sin = (table.astype(wide) for table in by)
   half = cos.shape[-1]
   first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+  first, second = first.astype(wide), second.astype(wide)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
