@@ -1,0 +1,33 @@
+"""Eight simulated devices and strict numerics for every test."""
+
+import os
+import pathlib
+
+# Read by jax when it is imported, here and in the processes that tests start.
+_ROOT = pathlib.Path(__file__).parent.parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict_dtypes():
+  """No implicit dtype promotion. Not for every test: `jax.nn.dot_product_attention` promotes bfloat16 itself."""
+  with jax.numpy_dtype_promotion("strict"):
+    yield
+
+
+@pytest.fixture
+def data_folder() -> pathlib.Path:
+  """The folder of real data that TOKENFORMER_DATA names; without it the test is skipped."""
+  folder = os.environ.get("TOKENFORMER_DATA", "")
+  if not pathlib.Path(folder or "/nonexistent").is_dir():
+    pytest.skip(f"TOKENFORMER_DATA={folder!r} names no folder of real data.")
+  return pathlib.Path(folder)
