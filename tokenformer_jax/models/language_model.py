@@ -63,7 +63,12 @@ class LanguageModel(nnx.Module):
 
   def extend(self, tokens: Int[Array, "batch time"], cache: KVCache
              ) -> tuple[Float[Array, "batch time embed"], KVCache]:
-    """`hidden` of tokens that follow those in `cache`, and the cache with them in it."""
+    """`hidden` of tokens that follow those in `cache`, and the cache with them in it.
+
+    Raises:
+      ValueError: the cache is full.
+    """
+    cache.check_room(tokens.shape[1])
     by = rotation(cache.positions(tokens.shape[1]), self.config.rotary_dims, self.config.rotary_base)
     mask = cache.mask(tokens.shape[1])
     graphdef, *leaves = split(self.blocks)

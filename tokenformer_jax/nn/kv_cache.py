@@ -19,7 +19,7 @@ class KVCache:
   Attributes:
     keys, values: [layer, batch, slot, head, channel].
     start: [batch], the first real slot of each row.
-    length: [], slots filled so far. The caller keeps it within the number of slots.
+    length: [], slots filled so far. Inside `jax.jit` the caller keeps it within the number of slots.
   """
 
   keys: Float[Array, "layer batch slot head channel"]
@@ -33,6 +33,14 @@ class KVCache:
     shape = (config.num_layers, start.shape[0], num_slots, config.num_heads, config.head_dim)
     zeros = functools.partial(jnp.zeros, shape, config.compute_dtype)
     return cls(zeros(), zeros(), start, jnp.int32(0))
+
+  def check_room(self, num_new: int) -> None:
+    """Raises ValueError if `num_new` more tokens do not fit; inside `jax.jit` `length` is unknown and taken as 0."""
+    num_slots = self.keys.shape[2]
+    filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
+    if filled + num_new > num_slots:
+      raise ValueError(f"cache of {num_slots} slots, {filled} of them filled: no room for {num_new} more tokens; "
+                       "make it with more slots.")
 
   def positions(self, num_new: int) -> Int[Array, "batch time"]:
     """Positions of the next `num_new` tokens, counted from each row's first real token."""

@@ -1,0 +1,213 @@
+"""Generation: the same tokens as a loop of full forwards, and everything that ends, cuts or refuses a text."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.inference.continuation import Continuation
+from tokenformer_jax.inference.generate import bucket, generate
+from tokenformer_jax.models.language_model import LanguageModel
+
+END = 256
+
+
+class Bytes:
+  """Bytes as ids, 256 ends a document."""
+
+  vocab_size = 257
+  end_of_document = END
+
+  def encode(self, text):
+    return list(text.encode("utf-8"))
+
+  def decode(self, ids):
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.fixture(scope="module")
+def model():
+  config = ModelConfig(vocab_size=384, num_layers=2, hidden_size=32, num_heads=2, qkv_tokens=16, proj_tokens=16,
+                       ffn_tokens=32, seq_length=64)
+  model = LanguageModel(config, rngs=nnx.Rngs(0))
+  # Far from its initial state, so that texts vary and the context counts.
+  model.blocks = jax.tree.map(lambda x: 8.0 * x if x.ndim == 3 else x, model.blocks)
+  model.embedding[...] = 20.0 * model.embedding[...]
+  return model
+
+
+def test_greedy_text_is_that_of_full_forwards(model):
+  prompts = ["one prompt", "é", "another, which is longer"]
+  forward = jax.jit(model)
+  expected = []
+  for prompt in prompts:
+    ids = list(prompt.encode("utf-8"))
+    for _ in range(20):
+      padded = jnp.zeros((1, 64), jnp.int32).at[0, :len(ids)].set(jnp.array(ids))
+      ids.append(int(jnp.argmax(forward(padded)[0, len(ids) - 1, :257])))
+    written = ids[-20:]
+    written = written[:written.index(END)] if END in written else written
+    expected.append(bytes(written).decode("utf-8", errors="replace"))
+  assert generate(model, Bytes(), prompts, max_new_tokens=20, temperature=0) == expected
+  assert len(set(expected)) == 3
+
+
+def test_a_prompt_gives_the_same_text_alone_in_a_batch_and_as_ids(model):
+  alone = generate(model, Bytes(), "abc", max_new_tokens=24, temperature=1.5, seed=3)
+  batch = generate(model, Bytes(), ["abc", "a prompt of twenty ids", "x"], max_new_tokens=24, temperature=1.5, seed=3)
+  assert len(alone) == 1 and alone[0] == batch[0]
+  assert generate(model, Bytes(), [np.array([97, 98, 99])], max_new_tokens=24, temperature=1.5, seed=3) == alone
+  assert generate(model, Bytes(), "abc", max_new_tokens=24, temperature=1.5, seed=4) != alone
+  # Fewer tokens are the beginning of more, whatever they are compiled for.
+  short = generate(model, Bytes(), "abc", max_new_tokens=6, temperature=1.5, seed=3)
+  assert alone[0].startswith(short[0].rstrip("\ufffd"))
+
+
+def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
+  traced = []
+  extend = LanguageModel.extend
+  monkeypatch.setattr(LanguageModel, "extend", lambda self, tokens, cache: (
+      traced.append((tokens.shape, cache.keys.shape[2])), extend(self, tokens, cache))[1])
+  config = ModelConfig.named("tiny", vocab_size=300, num_layers=1)
+  for seed, settings in enumerate([dict(prompts="abc", max_new_tokens=5), dict(prompts="abcdefg", max_new_tokens=9),
+                                   dict(prompts="ab", max_new_tokens=4, temperature=0),
+                                   dict(prompts="ab", max_new_tokens=4, top_k=5, top_p=0.5, stop="x")]):
+    # A new model each time: what is compiled belongs to the shapes and not to the weights.
+    fresh = LanguageModel(config, rngs=nnx.Rngs(seed))
+    generate(fresh, Bytes(), **settings, seed=seed)
+  assert traced == [((1, 16), 32), ((1, 1), 32)]
+  generate(fresh, Bytes(), ["ab", "c"], max_new_tokens=4)
+  generate(fresh, Bytes(), "ab" * 10, max_new_tokens=4)
+  # The second's steps run on 64 slots, its prefill on 32 ids.
+  assert traced[2:] == [((2, 16), 32), ((2, 1), 32), ((1, 32), 64), ((1, 1), 64)]
+
+
+def test_buckets():
+  assert [bucket(n) for n in (1, 16, 17, 64, 128, 129, 2048)] == [16, 16, 32, 64, 128, 256, 2048]
+
+
+def test_padding_ids_are_never_written(model, monkeypatch):
+  logits = LanguageModel.logits
+  monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: logits(self, hidden).at[..., 257:].add(1e4))
+  # Another size, so that nothing compiled before is used.
+  fresh = LanguageModel(ModelConfig.named("tiny", vocab_size=320, num_layers=1), rngs=nnx.Rngs(0))
+  ids = []
+
+  class Recording(Bytes):
+
+    def decode(self, new):
+      ids.append(new[-1])
+      return ""
+
+  for temperature in (0.0, 5.0):
+    generate(fresh, Recording(), ["a", "b"], max_new_tokens=20, temperature=temperature)
+  assert len(ids) > 20 and max(ids) < 257
+
+
+def streamed(model, prompts, **settings):
+  pieces = [[] for _ in prompts]
+  texts = generate(model, Bytes(), prompts, stream=lambda row, piece: pieces[row].append(piece), **settings)
+  return texts, pieces
+
+
+def test_streaming_gives_the_same_text_in_whole_characters(model):
+  settings = dict(max_new_tokens=40, temperature=1.2, seed=1)
+  prompts = ["naïve", "b", "第"]
+  texts, pieces = streamed(model, prompts, **settings)
+  assert texts == generate(model, Bytes(), prompts, **settings)
+  assert ["".join(row) for row in pieces] == texts
+  assert max(map(len, pieces)) > 5
+
+
+def continued(*tokens, stop=(), last=True):
+  """The pieces of a text whose tokens are given, and the text."""
+  row = Continuation(Bytes(), stop)
+  pieces = []
+  for index, token in enumerate(tokens):
+    row.read(token)
+    pieces.append(row.piece(last=last and index == len(tokens) - 1))
+  return pieces, row
+
+
+def test_a_character_is_streamed_when_it_is_whole():
+  pieces, row = continued(*"aé€😀".encode("utf-8"))
+  assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀"]
+  assert row.text == "aé€😀"
+  # Bytes that never become a character come out as what decode makes of them.
+  pieces, row = continued(0xE2, 0x82, ord("x"), 0xFF, 0xFF, 0xFF, 0xFF, 0xFF)
+  assert "".join(pieces) == row.text == b"\xe2\x82x\xff\xff\xff\xff\xff".decode(errors="replace")
+  assert pieces[:3] == ["", "", "\ufffdx"]
+  # A character cut by the last token is written as decode writes it.
+  assert continued(0xE2, 0x82)[0] == ["", "\ufffd"]
+
+
+def test_a_stop_string_ends_the_text_and_never_shows():
+  pieces, row = continued(*b"one\n\n", *b"two", stop=("\n\n",))
+  assert (row.text, row.done) == ("one", True)
+  assert pieces == ["o", "n", "e", "", "", "", "", ""]
+  # What only begins like one is text after all, also at the end.
+  pieces, row = continued(*b"a\nb\n", stop=("\n\n",))
+  assert pieces == ["a", "", "\nb", "\n"] and not row.done
+  # The first to occur counts; one may begin inside another and inside a character that is not whole yet.
+  assert continued(*b"xENDy", stop=("ENDy", "ND"))[1].text == "xE"
+  pieces, row = continued(*"xEéz".encode(), stop=("Eéz",))
+  assert (pieces, row.text) == (["x", "", "", "", ""], "x")
+
+
+def test_an_end_of_document_ends_the_text():
+  pieces, row = continued(97, 0xC3, END, 98, last=False)
+  assert (row.text, row.done) == ("a\ufffd", True)
+  assert pieces == ["a", "", "\ufffd", ""]
+
+
+def test_generation_stops_when_every_row_has_ended(model, monkeypatch):
+  settings = dict(max_new_tokens=40, temperature=1.2, seed=1)
+  texts, _ = streamed(model, ["one", "two"], **settings)
+  stop = [text[4:6] for text in texts]
+  cut, pieces = streamed(model, ["one", "two"], stop=stop, **settings)
+  for text, whole, row in zip(cut, texts, pieces):
+    assert text == whole[:min(whole.find(s) for s in stop if s in whole)] == "".join(row)
+  reads = []
+  read = Continuation.read
+  monkeypatch.setattr(Continuation, "read", lambda self, token: (reads.append(token), read(self, token)))
+  generate(model, Bytes(), ["one", "two"], stop=stop, **settings)
+  assert len(reads) < 2 * 40
+
+
+@pytest.mark.parametrize("prompts, settings, message", [
+    ([], {}, r"prompts=\[\]"),
+    ("", {}, "prompt 0 is empty"),
+    (["a", []], {}, "prompt 1 is empty"),
+    ([5], {}, "prompt 0 is 5: expected a text or a list of token ids"),
+    ([[1, 2], [3, 257]], {}, "prompt 1: id 257 at position 1 is outside the vocabulary; ids are 0 to 256"),
+    ([[-1]], {}, "prompt 0: id -1 at position 0"),
+    ([[2**40]], {}, "prompt 0: id 1099511627776 at position 0"),
+    ([[1.0]], {}, "prompt 0: id 1.0 at position 0"),
+    ("a" * 60, {}, "prompt 0 has 60 tokens and max_new_tokens=5: together they may be 64"),
+    ("a", dict(max_new_tokens=64), "prompt 0 has 1 tokens and max_new_tokens=64"),
+    ("a", dict(max_new_tokens=0), "max_new_tokens=0: must be at least 1"),
+    ("a", dict(max_new_tokens=2.0), "max_new_tokens=2.0: must be a whole number"),
+    ("a", dict(temperature=-1.0), "temperature=-1.0"),
+    ("a", dict(top_p=0.0), "top_p=0.0"),
+    ("a", dict(top_k=-1), "top_k=-1"),
+    ("a", dict(stop=("x", "")), "stop=''"),
+])
+def test_a_bad_request_is_refused(model, prompts, settings, message):
+  with pytest.raises(ValueError, match=message):
+    generate(model, Bytes(), prompts, **{"max_new_tokens": 5, **settings})
+
+
+def test_another_models_tokenizer_is_refused(model):
+  class Larger(Bytes):
+    vocab_size = 385
+
+  with pytest.raises(ValueError, match="tokenizer with 385 ids, model with vocab_size=384"):
+    generate(model, Larger(), "a", max_new_tokens=1)
+
+
+def test_the_longest_request_that_fits(model):
+  texts = []
+  generate(model, Bytes(), [[97] * 60, [97]], max_new_tokens=4, temperature=0, stream=lambda *piece: texts.append(piece))
+  assert {row for row, _ in texts} == {0, 1}

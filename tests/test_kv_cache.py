@@ -1,0 +1,104 @@
+"""Decoding with the cache is the full forward, however the tokens arrive."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.kv_cache import KVCache
+
+LENGTHS = (9, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+  config = ModelConfig(vocab_size=61, num_layers=3, hidden_size=32, num_heads=4, qkv_tokens=24, proj_tokens=20,
+                       ffn_tokens=40, seq_length=32, rotary_fraction=0.5)
+  model = LanguageModel(config, rngs=nnx.Rngs(0))
+  # At their initial size the blocks hardly change x; make them count.
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    if "values" in path:
+      variable[...] = 10.0 * variable[...]
+  return model
+
+
+@pytest.fixture(scope="module")
+def extend(model):
+  return jax.jit(lambda tokens, cache: model.extend(tokens, cache))
+
+
+@pytest.fixture(scope="module")
+def sequences():
+  return [np.random.default_rng(n).integers(0, 61, n + 6) for n in LENGTHS]
+
+
+def left_padded(sequences, lengths):
+  longest = max(lengths)
+  tokens = np.zeros((len(sequences), longest), np.int32)
+  for row, (ids, length) in enumerate(zip(sequences, lengths)):
+    tokens[row, longest - length:] = ids[:length]
+  return jnp.asarray(tokens), jnp.asarray([longest - length for length in lengths])
+
+
+def test_prefill_and_steps_equal_the_full_forward(model, extend, sequences):
+  tokens, start = left_padded(sequences, LENGTHS)
+  cache = KVCache.empty(model.config, start, 20)
+  hidden, cache = extend(tokens, cache)
+  logits = [model.logits(hidden)]
+  for index in range(6):
+    step = jnp.asarray([ids[length + index] for ids, length in zip(sequences, LENGTHS)])[:, None]
+    hidden, cache = extend(step, cache)
+    logits.append(model.logits(hidden))
+  logits = np.concatenate(logits, axis=1)
+  assert int(cache.length) == max(LENGTHS) + 6
+  for row, ids in enumerate(sequences):
+    expected = np.asarray(jax.jit(model)(jnp.asarray(ids)[None]))[0]
+    error = np.abs(logits[row, start[row]:] - expected).max()
+    assert error <= 1e-5 * np.abs(expected).max(), (row, error)
+
+
+def test_a_chunk_of_tokens_is_causal_within_itself(model, extend, sequences):
+  ids = jnp.asarray(sequences[0])[None]
+  cache = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), 15)
+  pieces = []
+  for piece in jnp.split(ids, [5, 6, 12], axis=1):
+    hidden, cache = extend(piece, cache)
+    pieces.append(hidden)
+  expected = jax.jit(model.hidden)(ids)
+  np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_neither_padding_nor_empty_slots_are_seen(model, extend, sequences):
+  tokens, start = left_padded(sequences, LENGTHS)
+  hidden, cache = extend(tokens, KVCache.empty(model.config, start, 12))
+  padding = jnp.arange(max(LENGTHS))[None] < start[:, None]
+  other_hidden, _ = extend(jnp.where(padding, 7, tokens), KVCache.empty(model.config, start, 12))
+  np.testing.assert_array_equal(other_hidden[:, -1], hidden[:, -1])
+
+  step = jnp.full((3, 1), 5)
+  expected, _ = extend(step, cache)
+  empty = jnp.arange(12) > cache.length
+  rubbish = [jnp.where(empty[None, None, :, None, None], 1e3, buffer) for buffer in (cache.keys, cache.values)]
+  seen, _ = extend(step, KVCache(*rubbish, cache.start, cache.length))
+  np.testing.assert_array_equal(seen, expected)
+
+
+def test_the_cache_has_the_compute_dtype(model):
+  config = ModelConfig.named("tiny", vocab_size=32, compute_dtype="bfloat16")
+  cache = KVCache.empty(config, jnp.zeros(2, jnp.int32), 8)
+  hidden, cache = LanguageModel(config, rngs=nnx.Rngs(0)).extend(jnp.ones((2, 3), jnp.int32), cache)
+  assert hidden.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+
+
+def test_a_full_cache_is_refused_and_left_as_it_was(model):
+  cache = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), 4)
+  _, cache = model.extend(jnp.ones((1, 3), jnp.int32), cache)
+  before = np.asarray(cache.keys)
+  with pytest.raises(ValueError, match="cache of 4 slots, 3 of them filled: no room for 2 more"):
+    model.extend(jnp.ones((1, 2), jnp.int32), cache)
+  np.testing.assert_array_equal(cache.keys, before)
+  with pytest.raises(ValueError, match="no room for 5 more"):
+    jax.eval_shape(lambda cache: model.extend(jnp.ones((1, 5), jnp.int32), cache), cache)

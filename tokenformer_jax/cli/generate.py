@@ -1,0 +1,52 @@
+"""Continues prompts with a trained model.
+
+  python -m tokenformer_jax.cli.generate --workdir=DIR --prompt='def main(' --max_new_tokens=200
+
+One prompt is written to the terminal as it comes. Several (repeat --prompt) are continued together and
+printed at the end.
+"""
+
+from absl import flags
+
+from tokenformer_jax.cli import door
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; by default the newest.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat for several.", required=True)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "The most tokens to write after each prompt.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token; higher is freer.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest likeliest tokens of this total probability; 1: all.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same text.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text before which to stop; repeat for several.")
+
+
+def main(argv):
+  del argv
+  # Imported here, so that --help and a bad flag are answered at once.
+  import tokenformer_jax as tf
+
+  prompts = _PROMPT.value
+  tokenizer = tf.load_tokenizer(_WORKDIR.value)
+  model = tf.load(_WORKDIR.value, step=_STEP.value)
+
+  def stream(row, piece):
+    del row
+    nonlocal prefix
+    print(prefix + piece, end="", flush=True)
+    prefix = ""
+
+  # The prompt comes with the first piece, after whatever in the request may be wrong.
+  prefix = prompts[0]
+  texts = tf.generate(
+      model, tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
+      top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value, stop=_STOP.value,
+      stream=stream if len(prompts) == 1 else None)
+  if len(prompts) == 1:
+    print(prefix)
+  else:
+    print("\n----\n".join(prompt + text for prompt, text in zip(prompts, texts)))
+
+
+if __name__ == "__main__":
+  door.run(main)

@@ -1,0 +1,130 @@
+"""Writing text: one prefill over all prompts, then one compiled step for every token."""
+
+from collections.abc import Callable, Sequence
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenformer_jax.inference.continuation import Continuation
+from tokenformer_jax.inference.sampling import Sampling, checked_int, sample
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.kv_cache import KVCache
+from tokenformer_jax.nn.parameters import split
+
+_LENGTHS = (16, 32, 64, 128)
+
+
+def generate(model: LanguageModel, tokenizer, prompts: str | Sequence[str | Sequence[int]], *, max_new_tokens: int,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: str | Sequence[str] = (),
+             stream: Callable[[int, str], None] | None = None) -> list[str]:
+  """Continues each prompt, all at once, and returns the continuations without their prompts.
+
+  A continuation ends before the first stop string, at an end of document, or after
+  `max_new_tokens`. Programs are compiled per number of prompts and per length rounded up to 16, 32,
+  64 or a multiple of 128, so that most calls compile nothing.
+
+  Args:
+    tokenizer: `encode(text) -> ids`, `decode(ids) -> text`, `vocab_size`, `end_of_document`. Only ids
+      below its `vocab_size` are drawn; the model's further ids are padding.
+    prompts: texts, or lists of token ids; a single text is a list of one. Lengths may differ.
+    max_new_tokens: the most tokens to write, at least 1.
+    temperature: 0 takes the likeliest token; higher is freer.
+    top_k: draws from the k likeliest tokens, 0 from all.
+    top_p: draws from the fewest likeliest tokens whose probabilities sum to this, 1 from all.
+    seed: the same seed gives the same text; a row's text does not depend on the other rows.
+    stop: a string or strings that end a continuation.
+    stream: called as `stream(row, piece)` whenever more of a row's text is final; the pieces of a row
+      joined are its continuation, and none ends inside a character or inside a stop string.
+
+  Raises:
+    ValueError: an empty prompt, an id outside the vocabulary, prompt and new tokens longer together
+      than the model's `seq_length`, a setting out of range, or another model's tokenizer.
+  """
+  config = model.config
+  if not 1 <= tokenizer.vocab_size <= config.vocab_size:
+    raise ValueError(f"tokenizer with {tokenizer.vocab_size} ids, model with vocab_size={config.vocab_size}: "
+                     "this is another model's tokenizer; load the one saved with the model.")
+  max_new_tokens = checked_int("max_new_tokens", max_new_tokens, 1, "the most tokens to write")
+  sampling = Sampling.checked(vocab_size=tokenizer.vocab_size, temperature=temperature, top_k=top_k, top_p=top_p,
+                              seed=seed)
+  stop = (stop,) if isinstance(stop, str) else tuple(stop)
+  if "" in stop:
+    raise ValueError("stop='': an empty string would end every text at once; leave it out.")
+  prompts = _checked_ids(tokenizer, prompts, config.seq_length, max_new_tokens)
+  rows = [Continuation(tokenizer, stop) for _ in prompts]
+
+  for index, tokens_B in enumerate(_decode(model, prompts, max_new_tokens, sampling), start=1):
+    for row, token in enumerate(tokens_B):
+      rows[row].read(int(token))
+      piece = rows[row].piece(last=index == max_new_tokens)
+      if stream is not None and piece:
+        stream(row, piece)
+    if all(row.done for row in rows):
+      break
+  return [row.text for row in rows]
+
+
+def _decode(model, prompts, max_new_tokens, sampling):
+  """Yields the tokens of step 0, 1, … for all rows, [B] each, while the device works on the next."""
+  length = bucket(max(map(len, prompts)))
+  tokens_BxT = np.zeros((len(prompts), length), np.int32)
+  for row, ids in enumerate(prompts):
+    tokens_BxT[row, length - len(ids):] = ids
+  start_B = np.array([length - len(ids) for ids in prompts], np.int32)
+
+  graphdef, *leaves = split(model)
+  tokens_B, cache = _prefill(graphdef, leaves, tokens_BxT, start_B, sampling,
+                             num_slots=bucket(length + max_new_tokens))
+  for index in range(1, max_new_tokens):
+    next_B, cache = _step(graphdef, leaves, tokens_B, cache, sampling, np.int32(index))
+    yield np.asarray(tokens_B)
+    tokens_B = next_B
+  yield np.asarray(tokens_B)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "num_slots"))
+def _prefill(graphdef, leaves, tokens_BxT, start_B, sampling, *, num_slots):
+  """Reads the left-padded prompts [B, T]; returns each row's first new token [B] and the cache."""
+  model = nnx.merge(graphdef, *leaves)
+  hidden_BxTxD, cache = model.extend(tokens_BxT, KVCache.empty(model.config, start_B, num_slots))
+  return sample(model.logits(hidden_BxTxD[:, -1]), sampling, jnp.int32(0)), cache
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def _step(graphdef, leaves, tokens_B, cache, sampling, index):
+  """Reads one token a row, [B]; returns token number `index` of each row, [B], and the cache."""
+  model = nnx.merge(graphdef, *leaves)
+  hidden_Bx1xD, cache = model.extend(tokens_B[:, None], cache)
+  return sample(model.logits(hidden_Bx1xD[:, 0]), sampling, index), cache
+
+
+def bucket(length: int) -> int:
+  """The compiled length for `length`: 16, 32, 64, or the next multiple of 128."""
+  return next((size for size in _LENGTHS if length <= size), -(-length // 128) * 128)
+
+
+def _checked_ids(tokenizer, prompts, seq_length, max_new_tokens) -> list[Sequence[int]]:
+  """Each prompt's token ids, every fault a ValueError that names the prompt by its number."""
+  prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+  if not prompts:
+    raise ValueError("prompts=[]: give at least one.")
+  rows = []
+  for number, prompt in enumerate(prompts):
+    if not isinstance(prompt, (str, Sequence, np.ndarray)):
+      raise ValueError(f"prompt {number} is {prompt!r}: expected a text or a list of token ids.")
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+      raise ValueError(f"prompt {number} is empty: give at least one token; [tokenizer.end_of_document] begins a "
+                       "new document.")
+    for position, token in enumerate(ids):
+      if not isinstance(token, (int, np.integer)) or not 0 <= token < tokenizer.vocab_size:
+        raise ValueError(f"prompt {number}: id {token!r} at position {position} is outside the vocabulary; ids are "
+                         f"0 to {tokenizer.vocab_size - 1}.")
+    if len(ids) + max_new_tokens > seq_length:
+      raise ValueError(f"prompt {number} has {len(ids)} tokens and max_new_tokens={max_new_tokens}: together they may "
+                       f"be {seq_length} (seq_length); shorten the prompt or ask for fewer.")
+    rows.append(ids)
+  return rows
