@@ -1,0 +1,71 @@
+"""The released names map one to one to our tree."""
+
+import json
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from tests.parity_table import GOLDEN, golden, model_config, under
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.interop.names import from_released, released_names, released_shapes, to_released
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.parameters import split
+
+CONFIG = ModelConfig(vocab_size=9, num_layers=3, hidden_size=8, num_heads=2, qkv_tokens=3, proj_tokens=4,
+                     ffn_tokens=5, rotary_fraction=0.5)
+
+
+def state_dict(config):
+  """A released state dict in which every array differs from every other."""
+  return {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(released_shapes(config).items())}
+
+
+def test_names_and_shapes_of_the_released_150m():
+  listed = json.loads((GOLDEN / "150M_state_dict_keys.json").read_text())
+  assert released_shapes(ModelConfig.named("150m")) == {entry["key"]: tuple(entry["shape"]) for entry in listed}
+  assert len(listed) == 123
+
+
+def test_every_place_in_our_tree_is_taken_once():
+  _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
+  places = {(jax.tree_util.keystr(path, simple=True, separator="/"), layer)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
+            for layer in (range(CONFIG.num_layers) if "blocks" in str(path[0]) else [None])}
+  names = released_names(CONFIG.num_layers)
+  assert set(names.values()) == places
+  assert len(names) == len(places)
+
+
+def test_there_and_back():
+  arrays = state_dict(CONFIG)
+  back = to_released(from_released(arrays, CONFIG))
+  assert back.keys() == arrays.keys()
+  for name in arrays:
+    np.testing.assert_array_equal(back[name], arrays[name])
+
+
+def test_layers_keep_their_order():
+  arrays = state_dict(CONFIG)
+  keys = from_released(arrays, CONFIG)["blocks"]["ffn"]["keys"]
+  assert [layer[0, 0] for layer in keys] == [arrays[f"sequential.{i}.mlp.key_param_tokens"][0, 0] for i in (2, 3, 4)]
+
+
+def test_tree_is_the_model_s():
+  arrays, meta = golden("lm_A")
+  config = model_config(meta["config"])
+  _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+  ours = from_released(under(arrays, "param/"), config)
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(lambda a: (a.shape, a.dtype), parameters)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"sequential.2.mlp.key_param_token": np.zeros(1)}, "Did you mean 'sequential.2.mlp.key_param_tokens'"),
+    ({"sequential.6.norm.bias": None}, "sequential.6.norm.bias: not in the state dict, which has 32 of the 33"),
+    ({"sequential.3.mlp.key_param_tokens": np.zeros((6, 8))}, r"shape is \(6, 8\), but the configuration .* \(5, 8\)"),
+])
+def test_what_does_not_fit_is_named(change, message):
+  arrays = {name: array for name, array in {**state_dict(CONFIG), **change}.items() if array is not None}
+  with pytest.raises(ValueError, match=message):
+    from_released(arrays, CONFIG)
