@@ -1,4 +1,4 @@
-"""Any corpus in, exact batches out: sources, tokenizers, packing, loader. NumPy only; imports `config` alone."""
+"""Any corpus in, exact batches out: sources, tokenizers, packing, loader. No jax; imports `config` alone."""
 
 from tokenformer_jax.data.dataset import Data, open_data
 from tokenformer_jax.data.fingerprint import check_same

@@ -52,7 +52,7 @@ def batches_of_documents(documents: Iterable[Document]) -> Iterator[list[Documen
 
 
 def encoded_batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list, list]]:
-  """(documents, their ids [n] each) in order; two batches at a time, so that no core waits for the other's end."""
+  """(documents, their ids [n] each) in order; two batches at once, so that no core waits for another."""
   def encode(batch: list[Document]):
     return batch, tokenizer.encode_documents([document.text for document in batch])
 

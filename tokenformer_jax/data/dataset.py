@@ -76,8 +76,8 @@ def open_data(config: DataConfig, *, seq_length: int, process_index: int = 0, pr
   Raises ValueError for whatever in the config or in the text does not do.
   """
   if config.batch_size % process_count:
-    raise ValueError(f"batch_size={config.batch_size} cannot be shared by {process_count} processes: make it a "
-                     "multiple.")
+    raise ValueError(f"batch_size={config.batch_size} cannot be shared by {process_count} processes: make it "
+                     "a multiple.")
   tokenizer = tokenizer or open_tokenizer(config.tokenizer)
   specs = parse_sources(config.source)
   corpora = [open_corpus(spec, tokenizer, config.bad_text) for spec in specs]
@@ -86,7 +86,8 @@ def open_data(config: DataConfig, *, seq_length: int, process_index: int = 0, pr
     held_out_specs = parse_sources(config.held_out_source)
     train = [Part(corpus) for corpus in corpora]
     held_out_corpora = [open_corpus(spec, tokenizer, config.bad_text) for spec in held_out_specs]
-    held_out, held_out_weights = [Part(corpus) for corpus in held_out_corpora], [s.weight for s in held_out_specs]
+    held_out = [Part(corpus) for corpus in held_out_corpora]
+    held_out_weights = [spec.weight for spec in held_out_specs]
     held_out_identity = _identities(held_out_specs, held_out_corpora)
   else:
     train, held_out = map(list, zip(*(split(corpus, config.held_out_fraction) for corpus in corpora)))
@@ -99,7 +100,8 @@ def open_data(config: DataConfig, *, seq_length: int, process_index: int = 0, pr
 
 
 def _identities(specs, corpora) -> list[dict[str, Any]]:
-  return [dict(kind=spec.kind, weight=spec.weight, **corpus.identity) for spec, corpus in zip(specs, corpora)]
+  return [dict(kind=spec.kind, weight=spec.weight, **corpus.identity)
+          for spec, corpus in zip(specs, corpora)]
 
 
 def _pack(part: Part, config: DataConfig, tokenizer: Tokenizer, seq_length: int):
@@ -115,8 +117,8 @@ def _report(part: Part, packer) -> dict[str, Any]:
 def _require_a_batch(name: str, packers, batch_size: int, seq_length: int) -> None:
   windows = sum(len(packer) for packer in packers)
   if windows < batch_size or not all(len(packer) for packer in packers):
-    raise ValueError(f"the {name} text fills {windows} windows of {seq_length} tokens, less than one batch of "
-                     f"{batch_size} (or one source of the mixture fills none): give more text, or a smaller "
+    raise ValueError(f"the {name} text fills {windows} windows of {seq_length} tokens, less than one batch "
+                     f"of {batch_size} (or one source of the mixture fills none): give more text, or a smaller "
                      "seq_length or batch_size; for held-out text also held_out_source or held_out_fraction.")
 
 

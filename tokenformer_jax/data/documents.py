@@ -54,8 +54,8 @@ class BadText:
         text = raw.decode("utf-8", errors="replace")
         self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
         return text
-      self.refuse(f"{where} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}): convert it, "
-                  "or choose --config.data.bad_text=replace or =skip.")
+      self.refuse(f"{where} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}): convert "
+                  "it, or choose bad_text=replace or =skip.")
       return None
 
 
@@ -65,10 +65,12 @@ class DocumentSource(NamedTuple):
   Attributes:
     name: what errors and reports call it.
     read: starts a pass over the documents; what cannot be read goes through the `BadText` given.
+    size: about how many bytes of text there are, for a progress bar; None if that is not known.
   """
 
   name: str
   read: Callable[[BadText], Iterator[Document]]
+  size: Callable[[], int | None] = lambda: None
 
 
 def python_sources() -> DocumentSource:
@@ -81,7 +83,7 @@ def python_sources() -> DocumentSource:
       for file in sorted(files):
         path = pathlib.Path(folder, file)
         if path.suffix == ".py" and path.stat().st_size:
-          text = path.read_bytes().decode("utf-8", errors="replace")  # A few test bad encodings on purpose.
+          text = path.read_text(encoding="utf-8", errors="replace")
           yield Document(path.relative_to(root).as_posix(), text)
 
   return DocumentSource("python-sources", read)
@@ -104,11 +106,11 @@ def text_files(rest: str) -> DocumentSource:
   def read(bad: BadText) -> Iterator[Document]:
     for path in paths:
       if not path.stat().st_size:
-        bad.refuse(f"{path} is empty: remove it, narrow the glob, or choose --config.data.bad_text=skip.")
+        bad.refuse(f"{path} is empty: remove it, narrow the glob, or choose bad_text=skip.")
       else:
         yield from _until_broken(documents_of(path, bad), bad)
 
-  return DocumentSource(f"text:{rest}", read)
+  return DocumentSource(f"text:{rest}", read, lambda: sum(map(_text_size, paths)))
 
 
 def jsonl_files(rest: str) -> DocumentSource:
@@ -130,7 +132,7 @@ def jsonl_files(rest: str) -> DocumentSource:
     for path in paths:
       yield from _until_broken(documents_of(path, bad), bad)
 
-  return DocumentSource(f"jsonl:{rest}", read)
+  return DocumentSource(f"jsonl:{rest}", read, lambda: sum(map(_text_size, paths)))
 
 
 def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str | None:
@@ -143,10 +145,10 @@ def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str
     record = json.loads(line)
   except json.JSONDecodeError as error:
     bad.refuse(f"{where} is not JSON: {error.msg} at column {error.colno}; mend it, or choose "
-               "--config.data.bad_text=skip.")
+               "bad_text=skip.")
     return None
   if not isinstance(record, dict) or field not in record:
-    has = ", ".join(map(str, record)) if isinstance(record, dict) else f"a {type(record).__name__}, not an object"
+    has = ", ".join(map(str, record)) if isinstance(record, dict) else f"only a {type(record).__name__}"
     bad.refuse(f"{where} has no field {field!r}; it has {has}.")
     return None
   if not isinstance(record[field], str):
@@ -182,19 +184,32 @@ def _until_broken(documents: Iterator[Document], bad: BadText) -> Iterator[Docum
     bad.refuse(str(error))
 
 
+def _is_gzip(path: pathlib.Path) -> bool:
+  with open(path, "rb") as file:
+    return file.read(2) == b"\x1f\x8b"
+
+
+def _text_size(path: pathlib.Path) -> int:
+  """Bytes of text: of a gzip file, what its last four bytes say (modulo 2³², one member)."""
+  size = path.stat().st_size
+  if not _is_gzip(path):
+    return size
+  with open(path, "rb") as file:
+    file.seek(max(size - 4, 0))
+    return int.from_bytes(file.read(), "little")
+
+
 def _lines(path: pathlib.Path) -> Iterator[bytes]:
   """The lines of a plain or gzip file with their ends."""
   size = 0
   try:
-    with open(path, "rb") as file:
-      zipped = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if zipped else open)(path, "rb") as file:
+    with (gzip.open if _is_gzip(path) else open)(path, "rb") as file:
       for line in file:
         size += len(line)
         yield line
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-    raise _BrokenFile(f"{path}: the gzip stream breaks off after {size} bytes of text ({error}): fetch it again, "
-                      "or choose --config.data.bad_text=skip.") from None
+    raise _BrokenFile(f"{path}: the gzip stream breaks off after {size} bytes of text ({error}): fetch it "
+                      "again, or choose bad_text=skip.") from None
 
 
 def _parts(path: pathlib.Path, marker: bytes) -> Iterator[tuple[int, bytes]]:

@@ -1,4 +1,4 @@
-"""Batches without end from packers: shuffled, mixed, shared among processes, prefetched; grain does the work."""
+"""Batches without end from packers: shuffled, mixed, shared among processes, prefetched, all by grain."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 
 from tokenformer_jax.data.packing import Batch, Packer
 
-READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # Batches; one thread reads fast enough.
+READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # Batches.
 
 
 class BatchIterator(Iterator[Batch]):
@@ -44,7 +44,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 def endless_order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
-  """(packer, row) of sample 0, 1, 2, …: each packer's rows all once an epoch, every epoch in a new order."""
+  """(packer, row) of sample 0, 1, 2, …: all of a packer's rows once an epoch, each epoch in a new order."""
   return _mix([_shuffled(length, i, seed).repeat() for i, length in enumerate(lengths)], weights)
 
 
@@ -70,8 +70,9 @@ def _mix(orders: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.
   return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=list(weights))
 
 
-def batches(packers: Sequence[Packer], order: grain.MapDataset, *, batch_size: int, num_batches: int | None = None,
-            process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
+def batches(packers: Sequence[Packer], order: grain.MapDataset, *, batch_size: int,
+            num_batches: int | None = None, process_index: int = 0,
+            process_count: int = 1) -> grain.MapDataset:
   """Batch k of this process: its block of the rows `order[k · batch_size : (k + 1) · batch_size]`.
 
   Process p takes the p-th block, so that the blocks side by side are the global batch for any
@@ -84,7 +85,8 @@ def batches(packers: Sequence[Packer], order: grain.MapDataset, *, batch_size: i
     places = [order[n] for n in range(first, first + share)]
     return _stack([packers[packer].row(row) for packer, row in places])
 
-  return grain.MapDataset.range(num_batches if num_batches is not None else sys.maxsize // batch_size).map(read)
+  end = sys.maxsize // batch_size if num_batches is None else num_batches
+  return grain.MapDataset.range(end).map(read)
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:

@@ -86,7 +86,7 @@ class PackedDocuments:
 
   @property
   def report(self) -> dict[str, int]:
-    """Rows, the places in them that are padding, and the tokens of documents with no label, which are in none."""
+    """Rows, places in them that are padding, and tokens of documents without a label, which are in none."""
     places = len(self) * self._seq_length
     return dict(windows=len(self), padding=places - int(self._lengths.sum()), dropped_tokens=self._empty)
 

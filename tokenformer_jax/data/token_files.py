@@ -1,4 +1,4 @@
-"""Token ids in files: Megatron/GPT-NeoX pairs (.bin and .idx), bare .bin as nanoGPT writes, prepared folders."""
+"""Token ids in files: Megatron/GPT-NeoX pairs (.bin, .idx), bare .bin as nanoGPT writes, prepared folders."""
 
 import functools
 import json
@@ -12,7 +12,8 @@ from tokenformer_jax.data.corpus import Corpus, key_hash
 from tokenformer_jax.data.fingerprint import WHOLE, hash_file
 from tokenformer_jax.data.tokenizer import Tokenizer
 
-TOKENS, INDEX, KEYS, TOKENIZER, MANIFEST = "tokens.bin", "tokens.idx", "keys.bin", "tokenizer.json", "manifest.json"
+TOKENS, INDEX, KEYS = "tokens.bin", "tokens.idx", "keys.bin"
+TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document bounds
@@ -35,23 +36,27 @@ class TokenFile(Corpus):
 
   def __init__(self, path: pathlib.Path, dtype, tokenizer: Tokenizer, identity: dict,
                ends: np.ndarray | None = None, keys: np.ndarray | None = None):
-    self.tokens = np.memmap(path, dtype, mode="r")
+    dtype = np.dtype(dtype)
+    self._dtype = dtype
+    # Seen as unsigned, so that one comparison finds negative ids too.
+    self.tokens = np.asarray(np.memmap(path, f"u{dtype.itemsize}", mode="r"))
     self.identity, self.name = identity, str(path)
     self._tokenizer, self._given_ends, self._given_keys = tokenizer, ends, keys
     for start, piece in self._scan(WHOLE // self.tokens.itemsize):
       self._check(piece, start)
 
   def read(self, start: int, end: int) -> np.ndarray:
-    """`tokens[start:end]`; raises ValueError, naming file and position, for an id that is not in the vocabulary."""
+    """`tokens[start:end]`; raises ValueError naming file and position for an id outside the vocabulary."""
     piece = self.tokens[start:end]
     self._check(piece, start)
     return piece
 
   def _check(self, piece: np.ndarray, start: int) -> None:
-    if piece.max() >= self._tokenizer.vocab_size or piece.min() < 0:
-      at = int(np.argmax((piece >= self._tokenizer.vocab_size) | (piece < 0)))
-      raise ValueError(f"{self.name}: token id {piece[at]} at position {start + at} is not one of the tokenizer's "
-                       f"{self._tokenizer.vocab_size}: set data.tokenizer to the one that wrote this file.")
+    if piece.max() >= self._tokenizer.vocab_size:
+      at = int(np.argmax(piece >= self._tokenizer.vocab_size))
+      raise ValueError(f"{self.name}: token id {piece[at].astype(self._dtype)} at position {start + at} is "
+                       f"not one of the tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the one "
+                       "that wrote it.")
 
   def _scan(self, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, min(stop, len(self.tokens)), SCAN):
@@ -94,16 +99,19 @@ def open_tokens(rest: str, tokenizer: Tokenizer) -> TokenFile:
   if index_path.is_file():
     dtype, ends = read_index(index_path)
     _require_size(bin_path, int(ends[-1]) * dtype.itemsize, f"{index_path} says")
-    identity = dict(tokens=int(ends[-1]), documents=len(ends), sha256=hash_file(bin_path), index=hash_file(index_path))
+    identity = dict(tokens=int(ends[-1]), documents=len(ends), sha256=hash_file(bin_path),
+                    index=hash_file(index_path))
     return TokenFile(bin_path, dtype, tokenizer, identity, ends)
   if dtype and dtype not in BARE_DTYPES:
-    raise ValueError(f"source tokens:{rest}: ids of type {dtype!r} are unknown; known: {', '.join(BARE_DTYPES)}.")
+    raise ValueError(f"source tokens:{rest}: ids of type {dtype!r} are unknown; known: "
+                     f"{', '.join(BARE_DTYPES)}.")
   dtype = np.dtype(BARE_DTYPES[dtype] if dtype else tokenizer.dtype)
   size = bin_path.stat().st_size
   if size % dtype.itemsize:
-    raise ValueError(f"{bin_path} has {size} bytes, which is no whole number of {dtype} ids: it is truncated, or "
-                     "of another type (tokens:PATH#uint32).")
-  return TokenFile(bin_path, dtype, tokenizer, dict(tokens=size // dtype.itemsize, sha256=hash_file(bin_path)))
+    raise ValueError(f"{bin_path} has {size} bytes, no whole number of {dtype} ids: it is truncated, or of "
+                     "another type (tokens:PATH#uint32).")
+  identity = dict(tokens=size // dtype.itemsize, sha256=hash_file(bin_path))
+  return TokenFile(bin_path, dtype, tokenizer, identity)
 
 
 def _open_prepared(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenFile:
@@ -111,8 +119,8 @@ def _open_prepared(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenFile:
   if not manifest["complete"]:
     raise ValueError(f"{folder} is not finished: run tokenformer_jax.cli.prepare on it again.")
   if manifest["tokenizer"] != tokenizer.fingerprint:
-    raise ValueError(f"{folder} was made by tokenizer {manifest['tokenizer'][:12]}…, not by {tokenizer.fingerprint[:12]}…"
-                     f": set data.tokenizer={folder / TOKENIZER}.")
+    raise ValueError(f"{folder} was made by tokenizer {manifest['tokenizer'][:12]}…, not by "
+                     f"{tokenizer.fingerprint[:12]}…: set data.tokenizer={folder / TOKENIZER}.")
   dtype, ends = read_index(folder / INDEX)
   _require_size(folder / TOKENS, manifest["tokens"] * dtype.itemsize, f"{folder / MANIFEST} says")
   _require_size(folder / KEYS, manifest["documents"] * 8, f"{folder / MANIFEST} says")
@@ -135,7 +143,7 @@ def read_manifest(folder: pathlib.Path) -> dict:
 def _require_size(path: pathlib.Path, expected: int, says: str) -> None:
   size = path.stat().st_size if path.is_file() else 0
   if size != expected:
-    raise ValueError(f"{path} has {size} bytes, {says} {expected}: it is truncated, or belongs to another one.")
+    raise ValueError(f"{path} has {size} bytes, {says} {expected}: it is truncated, or another's.")
 
 
 def read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray]:
@@ -145,8 +153,8 @@ def read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray]:
     raise ValueError(f"{path} is no Megatron index (MMIDIDX): write it again with --dataset-impl mmap.")
   _, version, code, sequences, bounds = INDEX_HEADER.unpack_from(raw)
   if version != 1 or code not in INDEX_DTYPES:
-    raise ValueError(f"{path}: version {version} with ids of type {code} cannot be read; version 1 with types "
-                     f"{', '.join(map(str, INDEX_DTYPES))} can.")
+    raise ValueError(f"{path}: version {version} with ids of type {code} cannot be read; version 1 with "
+                     f"types {', '.join(map(str, INDEX_DTYPES))} can.")
   expected = INDEX_HEADER.size + 12 * sequences + 8 * bounds
   if len(raw) < expected:
     raise ValueError(f"{path} has {len(raw)} bytes, its head says {expected}: it is truncated.")
@@ -159,7 +167,7 @@ def read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray]:
     raise ValueError(f"{path}: its sequences do not lie end to end in the .bin file, as they must.")
   if bounds < 2 or documents[0] or documents[-1] != sequences or np.any(np.diff(documents) < 0):
     raise ValueError(f"{path}: its document bounds do not rise from 0 to its {sequences} sequences.")
-  ends = sequence_ends[documents[1:] - 1]
+  ends = np.concatenate([[0], sequence_ends])[documents[1:]]
   return dtype, ends[np.diff(ends, prepend=0) > 0]
 
 

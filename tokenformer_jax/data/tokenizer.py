@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tokenformer_jax.data import byte_level_bpe
+
+LONG_TEXT = 500_000  # Characters.
 PADDING_MULTIPLE = 128
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
@@ -107,8 +110,40 @@ class HuggingFaceTokenizer(Tokenizer):
     self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
   def encode_documents(self, texts):
-    encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    short = {i: text for i, text in enumerate(texts) if len(text) <= LONG_TEXT}
+    ids = dict(zip(short, self._encode_batch(list(short.values()))))
+    for i, text in enumerate(texts):
+      if i not in short:
+        pieces = list(self._cut(text))
+        groups = [pieces[k:k + 8] for k in range(0, len(pieces), 8)]
+        ids[i] = np.concatenate([piece for group in groups for piece in self._encode_batch(group)])
+    return [ids[i] for i in range(len(texts))]
+
+  def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+
+  def _cut(self, text: str) -> Iterator[str]:
+    """Pieces of a long text whose ids, end to end, are its ids: an encoding takes 100 times its text's memory."""
+    start = 0
+    while len(text) - start > LONG_TEXT:
+      cut = text.find("\n", start + LONG_TEXT)
+      while cut >= 0 and not self._may_cut(text, cut):
+        cut = text.find("\n", cut + 1)
+      if cut < 0:
+        break
+      yield text[start:cut]
+      start = cut
+    yield text[start:]
+
+  def _may_cut(self, text: str, cut: int) -> bool:
+    """Whether words end at `cut` in the eyes of the pre-tokenizer, and both sides encode as they do together."""
+    words = self._tokenizer.pre_tokenizer
+    left, right = text[cut - 100:cut], text[cut:cut + 100]
+    if words is None or all(end != len(left) for _, (_, end) in words.pre_tokenize_str(left + right)):
+      return False
+    both, first, second = (ids.tolist() for ids in self._encode_batch([left + right, left, right]))
+    return both == first + second
 
   def _decode(self, ids):
     return self._tokenizer.decode([i for i in ids if i != self.end_of_document], skip_special_tokens=False)
@@ -207,18 +242,7 @@ def _vocab_and_merges(merges: pathlib.Path) -> dict:
     model = tokenizers.models.BPE.from_file(str(merges.with_name("vocab.json")), str(merges))
   except Exception as error:  # The tokenizers package raises bare Exception for broken files.
     raise ValueError(f"tokenizer {merges.parent}: vocab.json and merges.txt do not fit: {error}.") from None
-  return byte_level_bpe(model)
-
-
-def byte_level_bpe(model=None) -> dict:
-  """The description of GPT-2's tokenizer around a `tokenizers.models.BPE` (an untrained one if None)."""
-  import tokenizers
-  tokenizer = tokenizers.Tokenizer(model or tokenizers.models.BPE())
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  if tokenizer.token_to_id("<|endoftext|>") is not None:
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-  return json.loads(tokenizer.to_str())
+  return byte_level_bpe.describe(model)
 
 
 def _from_hub(name: str) -> dict:

@@ -1,0 +1,118 @@
+"""Text from catalogues of data sets: tensorflow-datasets, without TensorFlow, and Hugging Face datasets."""
+
+import os
+import re
+from collections.abc import Iterator
+
+from tokenformer_jax.config import nearest
+from tokenformer_jax.data.documents import BadText, Document, DocumentSource
+
+
+def tfds_documents(rest: str) -> DocumentSource:
+  """`NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]`, read through tensorflow-datasets' `data_source`.
+
+  The split is `train` if not given, and may be a slice such as `train[:10%]`; the feature is the
+  only text feature if not given. Data sets lie in TFDS_DATA_DIR, or in ~/tensorflow_datasets.
+  """
+  spec = f"tfds:{rest}"
+  name, split, feature = re.fullmatch(r"([^@#]*)(?:@([^#]*))?(?:#(.*))?", rest).groups()
+  split = split or "train"
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise ValueError(f"source {spec}: {error}; pip install tensorflow-datasets importlib_resources."
+                     ) from None
+  builder = _tfds_builder(tfds, name, spec)
+  feature = _text_feature(tfds, builder.info.features, feature, spec)
+  try:
+    records = builder.as_data_source(split)
+  except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
+    raise ValueError(f"source {spec}: split {split!r} cannot be read ({_first_line(error)}); it has "
+                     f"{', '.join(builder.info.splits)}.") from None
+
+  def read(bad: BadText) -> Iterator[Document]:
+    for index in range(len(records)):
+      value = records[index][feature]
+      text = bad.decode(value, f"{spec} record {index}", 0) if isinstance(value, bytes) else value
+      if text:
+        yield Document(text, text)
+
+  return DocumentSource(spec, read)
+
+
+def _tfds_builder(tfds, name: str, spec: str):
+  """The builder, its data prepared; what is not on disk yet is downloaded and written as array_record."""
+  data_dir = os.environ.get("TFDS_DATA_DIR")
+  try:
+    builder = tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    base = re.split("[/:]", name)[0]
+    raise ValueError(f"source {spec}: tensorflow-datasets has no data set {base!r}, nor is one in "
+                     f"{data_dir or '~/tensorflow_datasets'} (TFDS_DATA_DIR)."
+                     + nearest(base, _tfds_names(tfds, data_dir))) from None
+  except (ValueError, AssertionError) as error:
+    raise ValueError(f"source {spec}: {_first_line(error)}.") from None
+  if builder.info.splits and builder.is_prepared():
+    return builder
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return builder
+  except ImportError as error:
+    raise ValueError(f"source {spec}: making this data set needs a package that is not installed "
+                     f"({_first_line(error)}): install it (tensorflow, for most), make the data set once "
+                     "with file_format='array_record', and read it without.") from None
+  except Exception as error:  # Downloads fail in as many ways as there are data sets.
+    raise ValueError(f"source {spec}: it is not in {builder.data_dir}, and could not be made there "
+                     f"({type(error).__name__}: {_first_line(error)}).") from None
+
+
+def _tfds_names(tfds, data_dir: str | None) -> list[str]:
+  folder = os.path.expanduser(data_dir or "~/tensorflow_datasets")
+  return tfds.list_builders(with_community_datasets=False) + (sorted(os.listdir(folder)) if os.path.isdir(folder) else [])
+
+
+def _text_feature(tfds, features, name: str | None, spec: str) -> str:
+  texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
+  if name is None and len(texts) == 1:
+    return texts[0]
+  if name not in texts:
+    problem = "name one of its text features" if name is None else f"{name!r} is not one of its text features"
+    raise ValueError(f"source {spec}: {problem} after '#': {', '.join(texts) or 'it has none'} "
+                     f"(features: {', '.join(features)}).{nearest(name, texts) if name else ''}")
+  return name
+
+
+def huggingface_documents(rest: str) -> DocumentSource:
+  """`NAME[,CONFIG][@SPLIT][#FIELD]` through `datasets`; NAME may be a folder of its `save_to_disk`."""
+  spec = f"huggingface:{rest}"
+  name, config, split, field = re.fullmatch(r"([^,@#]*)(?:,([^@#]*))?(?:@([^#]*))?(?:#(.*))?", rest).groups()
+  split, field = split or "train", field or "text"
+  try:
+    import datasets
+  except ImportError:
+    raise ValueError(f"source {spec}: pip install datasets.") from None
+  try:
+    if os.path.isdir(os.path.expanduser(name)) and not config:
+      records = datasets.load_from_disk(os.path.expanduser(name))
+      records = records[split] if isinstance(records, datasets.DatasetDict) else records
+    else:
+      records = datasets.load_dataset(name, config, split=split)
+  except Exception as error:  # No network, no such name, split or config: the package has many exceptions.
+    raise ValueError(f"source {spec}: {type(error).__name__}: {_first_line(error)}; check its name, config "
+                     f"and split {split!r}.") from None
+  if field not in records.column_names:
+    raise ValueError(f"source {spec}: it has no field {field!r}; it has {', '.join(records.column_names)}.")
+
+  def read(bad: BadText) -> Iterator[Document]:
+    for index, text in enumerate(record[field] for record in records):
+      if not isinstance(text, str):
+        bad.refuse(f"{spec} record {index}: field {field!r} is a {type(text).__name__}, not text.")
+      elif text:
+        yield Document(text, text)
+
+  return DocumentSource(spec, read)
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
