@@ -279,7 +279,7 @@ class TrainingConfig(_Checked):
   checkpoint_every: int = 500
   checkpoints_kept: int = 2
   sample_prompt: str = "def "
-  sample_tokens: int = 200
+  sample_tokens: int = 100
 
   def validate(self):
     for field in ("num_steps", "gradient_accumulation", "log_every", "eval_every", "eval_batches",

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _PACKAGE = pathlib.Path(__file__).parent.parent
@@ -26,6 +26,7 @@ def run(main) -> None:
     print(flags.FLAGS.module_help(sys.modules[main.__module__]))
     sys.exit(0)
 
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every save in some twenty lines; --verbosity=0 shows them.
   try:
     argv = flags.FLAGS(sys.argv)
     if len(argv) > 1:

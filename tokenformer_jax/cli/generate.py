@@ -16,7 +16,7 @@ _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat fo
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "The most tokens to write after each prompt.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token; higher is freer.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: from all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest likeliest tokens of this total probability; 1: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of this probability; 1: from all.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same text.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text before which to stop; repeat for several.")
 

@@ -1,0 +1,32 @@
+"""Trains a TokenFormer, or goes on with a run that was stopped.
+
+    python -m tokenformer_jax.cli.train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+Any field of the configuration can be set: --config.training.num_steps=2000. Running the same command
+again continues from the newest checkpoint, and gives to the bit the run that was never stopped. Steps,
+learning rate, intervals, growth to come and mesh may change then; model and data may not.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from tokenformer_jax.cli import door
+from tokenformer_jax.config import Config
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Python file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or bucket of the run: checkpoints, metrics, samples.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
+_ALLOW_DATA_CHANGE = flags.DEFINE_bool("allow_data_change", False,
+                                       "Go on although the data is not what the run began with.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+  del argv
+  from tokenformer_jax.training.loop import train
+  train(Config.from_dict(_CONFIG.value), _WORKDIR.value, profile=_PROFILE.value,
+        allow_data_change=_ALLOW_DATA_CHANGE.value)
+
+
+if __name__ == "__main__":
+  door.run(main)

@@ -1,0 +1,84 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, samples.txt and a loss curve.
+
+Only the first process writes.
+"""
+
+import json
+
+import jax
+import matplotlib
+import matplotlib.figure
+from tensorboardX import SummaryWriter
+
+from tokenformer_jax.training.checkpoints import absolute
+
+
+class RunLog:
+  """Metrics of one run; `start_step` drops what a resumed run is going to write again."""
+
+  def __init__(self, workdir: str, start_step: int):
+    self._folder = absolute(workdir)
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
+    kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+    path = self._folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    self._jsonl = path.open("a")
+    self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+
+  def write(self, step: int, **metrics: float) -> None:
+    """One row of metrics at `step` (updates done); names like `train/loss`, `held_out/loss`."""
+    if not self._writes:
+      return
+    self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+    self._jsonl.flush()
+    for name, value in metrics.items():
+      self._events.add_scalar(name, value, step)
+
+  def write_sample(self, step: int, text: str) -> None:
+    """Generated text at `step`."""
+    if self._writes:
+      with (self._folder / "samples.txt").open("a") as samples:
+        samples.write(f"--- step {step}\n{text}\n")
+      self._events.add_text("sample", text, step)
+
+  def close(self) -> None:
+    if self._writes:
+      self._jsonl.close()
+      self._events.close()
+
+
+def read_metrics(workdir: str) -> list[dict[str, float]]:
+  """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+  path = absolute(workdir) / "metrics.jsonl"
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def plot_losses(workdir: str) -> str:
+  """Draws loss against step, growths as dashed lines, into WORKDIR/loss.png; returns its path."""
+  rows = read_metrics(workdir)
+  figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+  axes = figure.subplots()
+  for name, label in (("train/loss", "training"), ("held_out/loss", "held out")):
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+      axes.plot(*zip(*points), label=label, alpha=0.5 if name == "train/loss" else 1.0)
+  for row in rows:
+    if "growth/parameters" in row:
+      axes.axvline(row["step"], color="grey", linestyle="--")
+      axes.annotate(f" grown to {row['growth/parameters']:,.0f} parameters", (row["step"], 0.95),
+                    xycoords=("data", "axes fraction"), fontsize="small")
+  axes.set_xlabel("step")
+  axes.set_ylabel("loss (nats a token)")
+  axes.legend()
+  path = absolute(workdir) / "loss.png"
+  with path.open("wb") as file:
+    figure.savefig(file, dpi=120)
+  return str(path)
