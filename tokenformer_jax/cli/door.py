@@ -11,6 +11,8 @@ import traceback
 
 from absl import app, flags, logging
 
+from tokenformer_jax.config import Config
+
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _PACKAGE = pathlib.Path(__file__).parent.parent
 
@@ -27,12 +29,15 @@ def run(main) -> None:
     sys.exit(0)
 
   logging.set_verbosity(logging.WARNING)  # Orbax tells every save in some twenty lines; --verbosity=0 shows them.
-  try:
-    argv = flags.FLAGS(sys.argv)
+
+  def parse(argv):
+    try:
+      argv = flags.FLAGS(argv)
+    except Exception as error:  # Whatever a flag or a --config file raises while it is read.
+      fail(error)
     if len(argv) > 1:
-      raise ValueError(f"argument {argv[1]!r} is not a flag: flags look like --name=value.")
-  except Exception as error:  # Whatever a flag or a --config file raises while it is read.
-    fail(error)
+      fail(ValueError(f"argument {argv[1]!r} is not a flag: flags look like --name=value."))
+    return argv
 
   def guarded(argv):
     try:
@@ -45,13 +50,25 @@ def run(main) -> None:
         raise
       fail(error)
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=parse)
+
+
+def read_config(flag: flags.FlagHolder) -> Config:
+  """The validated configuration behind a `config_flags.DEFINE_config_file` flag.
+
+  Raises:
+    ValueError: no such file, a file that does not run, or a configuration that does not do.
+  """
+  try:
+    fields = flag.value.to_dict()  # A file that could not be read raises its error only here.
+  except Exception as error:
+    raise ValueError(f"--config: {type(error).__name__}: {error}") from None
+  return Config.from_dict(fields)
 
 
 def fail(error: BaseException) -> None:
   """Prints the error as one line and exits with 2."""
-  message = " ".join(str(error).split()) or type(error).__name__
-  if isinstance(error, KeyError):
-    message = message.strip("'\"")
+  message = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")  # KeyErrors come quoted.
+  message = " ".join(message.split()) or type(error).__name__
   print(f"error: {message}", file=sys.stderr)
   sys.exit(2)

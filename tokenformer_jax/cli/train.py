@@ -11,7 +11,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from tokenformer_jax.cli import door
-from tokenformer_jax.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or bucket of the run: checkpoints, metrics, samples.")
@@ -24,7 +23,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
   del argv
   from tokenformer_jax.training.loop import train
-  train(Config.from_dict(_CONFIG.value), _WORKDIR.value, profile=_PROFILE.value,
+  train(door.read_config(_CONFIG), _WORKDIR.value, profile=_PROFILE.value,
         allow_data_change=_ALLOW_DATA_CHANGE.value)
 
 

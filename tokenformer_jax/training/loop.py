@@ -71,8 +71,8 @@ class _Run:
                        f"pass model.seq_length={config.model.seq_length}; lower it (0 writes no samples).")
 
     begun = absolute(workdir) / "config.json"
-    if begun.exists() and not allow_data_change:
-      check_same_run(json.loads(begun.read_text()), config, workdir)
+    if begun.exists():
+      check_same_run(json.loads(begun.read_text()), config, workdir, allow_data_change)
     self.checkpoints = Checkpoints(workdir, config.training.checkpoints_kept)
     latest = self.checkpoints.latest_step()
     if latest is None:

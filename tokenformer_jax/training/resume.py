@@ -31,9 +31,11 @@ def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir:
                    f"{fields[name]!r}; use another --workdir, or the folder's own {workdir}/config.json.")
 
 
-def check_same_run(stored: dict[str, Any], config: Config, workdir: str) -> None:
+def check_same_run(stored: dict[str, Any], config: Config, workdir: str, allow_data_change: bool) -> None:
   """Raises ValueError unless a work folder's config.json has this run's first model and its data."""
   check_same_model(stored["model"], config, 0, workdir)
+  if allow_data_change:
+    return
   for name, value in dataclasses.asdict(config.data).items():
     if stored["data"].get(name) != value:
       raise ValueError(f"{workdir}: its run reads data.{name}={stored['data'].get(name)!r}, this one {value!r}; use "
