@@ -1,14 +1,112 @@
-"""Quickstart."""
+"""Trains a TokenFormer on this machine's Python sources, grows it on the way, and lets it write.
 
+    python experiments/quickstart.py                     # about RECORD on two CPU cores
+    python experiments/quickstart.py --short             # a much smaller run, for CI
+
+The same run through the door, with any field changed:
+
+    python -m tokenformer_jax.cli.train --config=experiments/quickstart.py --workdir=runs/quickstart
+"""
+
+import numpy as np
+from absl import flags
+
+from tokenformer_jax.cli import door
 from tokenformer_jax.config import (
     Config, DataConfig, GrowthConfig, GrowthStage, ModelConfig, OptimizerConfig, TrainingConfig)
 
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run; run again to go on with it.")
+_SHORT = flags.DEFINE_bool("short", False, "A much smaller run.")
 
-def get_config():
+VOCAB = 384  # 256 bytes and the end of a document, padded to a multiple of 128
+
+
+def get_config(short: str = ""):
+  return (_short() if short else _full()).to_config_dict()
+
+
+def _full() -> Config:
   return Config(
-      model=ModelConfig.named("mini", vocab_size=384),
-      data=DataConfig(source="python-sources", batch_size=16),
-      optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=200),
-      growth=GrowthConfig(stages=(GrowthStage(step=400, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
-      training=TrainingConfig(num_steps=800, log_every=10, eval_every=100, checkpoint_every=200),
-  ).to_config_dict()
+      model=ModelConfig.named("mini", vocab_size=VOCAB),
+      optimizer=OptimizerConfig(learning_rate=4e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=150),
+      growth=GrowthConfig(stages=(GrowthStage(step=300, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
+      training=TrainingConfig(num_steps=600, eval_every=50, eval_batches=10, checkpoint_every=100),
+  )
+
+
+def _short() -> Config:
+  return Config(
+      model=ModelConfig.named("tiny", vocab_size=VOCAB),
+      data=DataConfig(batch_size=8),
+      optimizer=OptimizerConfig(learning_rate=4e-3, min_learning_rate=0.0, warmup_steps=10, decay_steps=30),
+      growth=GrowthConfig(stages=(GrowthStage(step=60, qkv_tokens=128, proj_tokens=128, ffn_tokens=512),),
+                          warmup_steps=20),
+      training=TrainingConfig(num_steps=120, eval_every=20, eval_batches=4, checkpoint_every=60, sample_tokens=40),
+  )
+
+
+def main(argv):
+  del argv
+  import tokenformer_jax as tf
+  from tokenformer_jax import data
+  from tokenformer_jax.training.loop import train
+  from tokenformer_jax.training.run_log import read_metrics
+
+  config = _short() if _SHORT.value else _full()
+  loss = train(config, _WORKDIR.value)
+
+  corpus = data.open_data(config.data, seq_length=config.model.seq_length)
+  batches = list(corpus.held_out_batches(config.training.eval_batches))
+  print("\nNats a byte on the same held-out bytes (lower is better):")
+  baselines = ngram_losses(corpus.train_tokens(), batches, corpus.tokenizer.vocab_size)
+  for name, value in (*zip(("unigram", "bigram", "trigram"), baselines), ("TokenFormer", loss)):
+    print(f"  {name:12} {value:.3f}")
+
+  seam = next(row for row in read_metrics(_WORKDIR.value) if "growth/parameters" in row)
+  before, after = seam["growth/loss_before"], seam["growth/loss_after"]
+  print(f"\nHeld-out loss at the seam, step {seam['step']}: {before:.6f} before growth, {after:.6f} after.")
+
+  prompt = "def "
+  model, tokenizer = tf.load(_WORKDIR.value), tf.load_tokenizer(_WORKDIR.value)
+  text, = tf.generate(model, tokenizer, prompt, max_new_tokens=config.model.seq_length - len(prompt),
+                      temperature=0.7)
+  print(f"\n{prompt}{text}")
+
+  if abs(after - before) > 1e-5:
+    raise SystemExit("growth changed the held-out loss by more than 1e-5")
+  if loss > baselines[0 if _SHORT.value else 2]:
+    raise SystemExit(f"the model does not beat the {'unigram' if _SHORT.value else 'trigram'} model")
+
+
+def ngram_losses(tokens: np.ndarray, batches, vocab_size: int) -> list[float]:
+  """Mean −log p, in nats, of the labels of `batches` under the uni-, bi- and trigram models of `tokens`.
+
+  Witten–Bell smoothing: each order is mixed with the next lower one, by the number of different
+  successors that its context has had.
+
+  Args:
+    tokens: [n] training ids.
+    batches: held-out batches of ids [B, T]; a row's first label has a context of one id.
+  """
+  tokens = tokens.astype(np.int64)
+  inputs, labels = (np.concatenate([getattr(b, name) for b in batches]).astype(np.int64)
+                    for name in ("inputs", "labels"))
+  probability = np.full(labels.shape, 1.0 / vocab_size)
+  losses = []
+  for order in (1, 2, 3):
+    context = sum(tokens[i:len(tokens) - order + 1 + i] * vocab_size**(order - 2 - i) for i in range(order - 1))
+    context = context if order > 1 else np.zeros(len(tokens), np.int64)
+    counts = np.bincount(context * vocab_size + tokens[order - 1:], minlength=vocab_size**order)
+    counts = counts.reshape(-1, vocab_size)
+    total, different = counts.sum(axis=1), np.count_nonzero(counts, axis=1)
+    before = np.stack([np.roll(inputs, i, axis=1) for i in range(order - 1)]) if order > 1 else inputs[None] * 0
+    at = sum(before[i] * vocab_size**i for i in range(len(before)))
+    seen = (total[at] > 0) & (np.arange(labels.shape[1]) >= order - 2)
+    mixed = (counts[at, labels] + different[at] * probability) / np.maximum(total[at] + different[at], 1)
+    probability = np.where(seen, mixed, probability)
+    losses.append(float(-np.log(probability).mean()))
+  return losses
+
+
+if __name__ == "__main__":
+  door.run(main)
