@@ -12,19 +12,24 @@ from scipy import special
 _STEP = 1e-40
 
 
-def gelu(x, kind="erf"):
-  """x Φ(x), or its tanh approximation."""
+def log_cdf(x, kind):
+  """log of the factor of x in GeLU(x): log Φ(x), or for tanh log sigmoid(2√(2/π)(x + 0.044715 x³))."""
   if kind == "erf":
-    return 0.5 * x * special.erfc(-x / math.sqrt(2.0))
-  return x / (1.0 + np.exp(-2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+    return special.log_ndtr(x)
+  z = 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
+  return np.where(z.real < 0, z, 0.0) - np.log1p(np.exp(np.where(z.real < 0, z, -z)))
 
 
 def weights(scores, theta, tau, kind="erf"):
   """Θ of each row of scores."""
   if theta == "l2_norm_gelu":
-    return gelu(tau * scores / _norm(scores), kind)
+    unit = tau * scores / _norm(scores)
+    return unit * np.exp(log_cdf(unit, kind))
   if theta == "gelu_l2_norm":
-    return tau * gelu(scores, kind) / _norm(gelu(scores, kind))
+    # A factor common to the row cancels; without it GeLU underflows where all scores are far below 0.
+    log_factor = log_cdf(scores, kind)
+    g = scores * np.exp(log_factor - log_factor.real.max(axis=-1, keepdims=True))
+    return tau * g / _norm(g)
   exps = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
   return tau * exps / exps.sum(axis=-1, keepdims=True)
 

@@ -10,12 +10,15 @@
 
 τ is an argument and not a formula of N, so that rows can be added without changing the function.
 The released code has no guard: a row of zero scores gives NaN there. Here value and gradient are
-finite wherever the float32 scores are, and equal to the formula wherever that is representable.
+finite wherever the float32 scores are. A row with ‖s‖₂ < 1e-12 counts as zeros: the L2 variants give it
+weight 0 and gradient 0. Above, they are the formula, up to scores of 1e18.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +26,10 @@ from jaxtyping import Array, Float
 
 # ‖s‖₂ below this counts as a row of zeros.
 _ZERO_NORM = 1e-12
-# GeLU(s) of very negative scores is tiny but still has a direction, down to about float32's range.
-_ZERO_GELU_NORM = 1e-30
+# Where the largest score of a row is below this, its GeLUs are near the end of float32's range, or past it.
+_GELU_TAIL = -8.0
+_TANH_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
+_TANH_CUBIC = 0.044715
 # Squares of s · 2⁻¹³ neither underflow at ‖s‖₂ = 1e-12 nor overflow at s = 1e18, for up to 10⁶ tokens.
 _SQUARE_SCALE = 2.0**-13
 
@@ -66,12 +71,14 @@ def pattention(
     raise ValueError(f"gelu={gelu!r}: choose one of {', '.join(GELUS)}.")
   if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
     raise ValueError(f"keys {keys.shape} and values {values.shape}: expected [N, d_in] and [N, d_out].")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"x of {x.dtype}: expected floating point, e.g. x.astype(jnp.float32).")
   if x.shape[-1] != keys.shape[1]:
     raise ValueError(f"x {x.shape} and keys {keys.shape}: the last axes must be equal.")
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
   x_MxD = x.reshape(-1, x.shape[-1])
   scores_MxN = _product(x_MxD, keys.astype(x.dtype).T)
-  weights_MxN = THETAS[theta](scores_MxN, tokens.tau.astype(scores_MxN.dtype), GELUS[gelu])
+  weights_MxN = THETAS[theta](scores_MxN, jnp.asarray(tokens.tau, scores_MxN.dtype), GELUS[gelu])
   y_MxE = _product(weights_MxN.astype(x.dtype), values.astype(x.dtype))
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], values.shape[1])
 
@@ -91,14 +98,16 @@ def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m 
 
 
 def _l2_norm_gelu(s, tau, gelu):
-  return gelu(tau * _unit_rows(s, jnp.asarray(_SQUARE_SCALE, s.dtype), _ZERO_NORM))
+  return gelu.value(tau * _unit_rows(s, jnp.asarray(_SQUARE_SCALE, s.dtype), _ZERO_NORM))
 
 
 def _gelu_l2_norm(s, tau, gelu):
-  g = gelu(s)
+  top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+  g = jnp.where(top < _GELU_TAIL, gelu.tail(*(jnp.clip(a, -1e18, _GELU_TAIL) for a in (s, top))), gelu.value(s))
+  g = jnp.where(_norm(s, _SQUARE_SCALE) < _ZERO_NORM * _SQUARE_SCALE, 0.0, g)
   # GeLU's range is too wide for one fixed scale: take each row's own.
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(g), axis=-1, keepdims=True))
-  return tau * _unit_rows(g, 1.0 / jnp.maximum(largest, _ZERO_GELU_NORM), _ZERO_GELU_NORM)
+  return tau * _unit_rows(g, 1.0 / jnp.clip(largest, 1e-37, 1e37), 1e-37)
 
 
 def _softmax(s, tau, gelu):
@@ -129,9 +138,13 @@ def _unit_rows_jvp(zero_norm, primals, tangents):
 
 
 def _inverse_norm(s, scale, zero_norm):
-  norm_Mx1 = jnp.sqrt(jnp.sum(jnp.square(s * scale), axis=-1, keepdims=True))
+  norm_Mx1 = _norm(s, scale)
   live = norm_Mx1 >= zero_norm * scale
   return jnp.where(live, scale / jnp.where(live, norm_Mx1, 1.0), 0.0)
+
+
+def _norm(s, scale):
+  return jnp.sqrt(jnp.sum(jnp.square(s * scale), axis=-1, keepdims=True))
 
 
 @jax.custom_jvp
@@ -152,10 +165,32 @@ def _normal_cdf(x):
   return 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))
 
 
+def _gelu_erf_tail(x, top):
+  # GeLU(x) / φ(top), by Mills' ratio Φ(−t) / φ(t) = 1/(t + 1/(t + 2/(t + …))).
+  ratio = -x
+  for k in range(6, 0, -1):
+    ratio = k / ratio - x
+  return x / ratio * jnp.exp(-0.5 * (x - top) * (x + top))
+
+
 def _gelu_tanh(x):
-  # tanh is ±1 in float32 long before |x| = 15; clipping keeps x³ and its slope finite.
+  # ½(1 + tanh(z/2)) is sigmoid(z), which keeps its precision for negative z. It is 0 or 1 in float32
+  # long before |x| = 15; clipping keeps x³ and its slope finite.
   c = jnp.clip(x, -15.0, 15.0)
-  return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (c + 0.044715 * c**3)))
+  return x * jax.nn.sigmoid(_TANH_SLOPE * (c + _TANH_CUBIC * c**3))
 
 
-GELUS = {"erf": _gelu_erf, "tanh": _gelu_tanh}
+def _gelu_tanh_tail(x, top):
+  # GeLU(x) / |GeLU(top)|: far below 0, sigmoid(z) is exp(z).
+  rise = _TANH_SLOPE * (x - top) * (1.0 + _TANH_CUBIC * (x * x + x * top + top * top))
+  return -(x / top) * jnp.exp(rise)
+
+
+class _Gelu(NamedTuple):
+  """`value`(x) is GeLU(x); `tail`(x, top), for x ≤ top ≤ −8, is GeLU(x) times a factor of `top` alone."""
+
+  value: Callable[[jax.Array], jax.Array]
+  tail: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+GELUS = {"erf": _Gelu(_gelu_erf, _gelu_erf_tail), "tanh": _Gelu(_gelu_tanh, _gelu_tanh_tail)}

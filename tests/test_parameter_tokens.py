@@ -1,0 +1,236 @@
+"""Θ and pattention against the float64 oracle, over the whole range of float32 scores."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.test_util import check_grads
+import numpy as np
+import pytest
+
+from tests import oracle
+from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+L2_VARIANTS = [("l2_norm_gelu", "erf"), ("l2_norm_gelu", "tanh"), ("gelu_l2_norm", "erf"), ("gelu_l2_norm", "tanh")]
+every_theta = pytest.mark.parametrize("theta, gelu", [*L2_VARIANTS, ("softmax", "erf")])
+l2_variants = pytest.mark.parametrize("theta, gelu", L2_VARIANTS)
+
+N = 12
+apply = jax.jit(pattention, static_argnums=(2, 3))
+
+
+def random_layer(seed=0, n=N, d_in=8, d_out=6, theta="l2_norm_gelu", scale=1.0):
+  """(x [5, d_in], tokens) with scores of about `scale`."""
+  rng = np.random.default_rng(seed)
+  x, keys, values = (rng.normal(size=shape).astype(np.float32) for shape in ((5, d_in), (n, d_in), (n, d_out)))
+  return jnp.asarray(x * scale), ParameterTokens(jnp.asarray(keys), jnp.asarray(values), initial_tau(theta, n))
+
+
+def layer_of(scores, theta, gelu, dtype):
+  """(x [1], tokens) whose scores are this row, and whose output is its weights."""
+  tokens = ParameterTokens(scores[:, None], jnp.eye(len(scores)), jnp.float32(initial_tau(theta, len(scores))))
+  return jnp.ones(1, dtype), tokens
+
+
+@functools.partial(jax.jit, static_argnames=("theta", "gelu", "dtype"))
+def weights_of(scores, theta, gelu, dtype=jnp.float32):
+  """Θ of each row of scores, through `pattention`."""
+  return jax.vmap(lambda row: pattention(*layer_of(row, theta, gelu, dtype), theta, gelu))(scores)
+
+
+def score_rows():
+  """Name -> one row of scores: ordinary, huge, at the edge of zero, far below zero, of mixed sizes."""
+  row = np.random.default_rng(1).normal(size=N)
+  unit = row / np.linalg.norm(row)
+  rows = {"ordinary": row, "hundreds": 100 * row, "ties": np.round(row), "mixed": row * 10.0 ** np.arange(-6, 6)}
+  rows |= {f"times {size:.0e}": size * row for size in (1e4, 1e10, 1e18)}
+  rows |= {f"norm {norm:.2e}": norm * unit for norm in (1.01e-12, 1e-11, 1e-6, 1e-3)}
+  rows |= {f"below {-low}": -low + unit / low for low in (2, 4, 6, 7, 9, 10, 12, 15, 20, 40, 100)}
+  rows |= {"one positive": np.where(np.arange(N) == 3, 0.5, -50.0)}
+  return {name: row.astype(np.float32) for name, row in rows.items()}
+
+
+def pace(scores, theta):
+  """The rate at which the largest weight follows its score: slopes are rounded at this, times τ."""
+  return 1.0 if theta == "softmax" else 1.0 / np.max(np.abs(scores)) + max(-np.max(scores), 0.0)
+
+
+@every_theta
+def test_weights_and_slopes_are_the_formula(theta, gelu):
+  names, rows = zip(*score_rows().items())
+  scores, tau = np.stack(rows), initial_tau(theta, N)
+  direction, cotangent = np.random.default_rng(2).uniform(-1, 1, (2, *scores.shape)).astype(np.float32)
+
+  function = functools.partial(weights_of, theta=theta, gelu=gelu)
+  weights, slopes = jax.jvp(function, (jnp.asarray(scores),), (jnp.asarray(direction),))
+  (pulled,) = jax.vjp(function, jnp.asarray(scores))[1](jnp.asarray(cotangent))
+
+  formula = functools.partial(oracle.weights, theta=theta, tau=tau, kind=gelu)
+  expected = formula(scores.astype(np.float64))
+  expected_slopes = oracle.slope(formula, scores.astype(np.float64), direction.astype(np.float64))
+  pulled_along = np.sum(np.asarray(pulled, np.float64) * direction, axis=-1)
+  for i, name in enumerate(names):
+    close(weights[i], expected[i], 5e-6 * np.max(np.abs(expected[i])), f"weights, {name}")
+    tolerance = 1e-5 * np.max(np.abs(expected_slopes[i])) + 2e-6 * tau * pace(scores[i], theta)
+    close(slopes[i], expected_slopes[i], tolerance, f"slopes, {name}")
+    close(pulled_along[i], np.dot(cotangent[i], expected_slopes[i]), N * tolerance, f"reverse slopes, {name}")
+
+
+@l2_variants
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_zeros_weigh_nothing(theta, gelu, dtype):
+  unit = np.random.default_rng(3).normal(size=N)
+  unit /= np.linalg.norm(unit)
+  norms = np.array([0.0, 1e-30, 1e-13, 0.98e-12, 1.0])
+  scores = jnp.asarray(norms[:, None] * unit, jnp.float32)
+  weights, pullback = jax.vjp(lambda s: weights_of(s, theta, gelu, dtype), scores)
+  (gradient,) = pullback(jnp.ones_like(weights))
+  np.testing.assert_array_equal(weights[:-1], 0)
+  np.testing.assert_array_equal(gradient[:-1], 0)
+  assert np.any(weights[-1]) and np.any(gradient[-1])
+
+
+def test_softmax_of_zeros_is_uniform():
+  np.testing.assert_allclose(weights_of(jnp.zeros((1, N)), "softmax", "erf"), np.ones((1, N)), rtol=1e-6)
+
+
+@every_theta
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_finite_wherever_the_scores_are(theta, gelu, dtype):
+  signs = np.random.default_rng(4).choice([-1.0, 0.0, 1.0], size=N)
+  rows = [size * pattern for size in (1e-45, 1e-38, 1e-20, 1.0, 1e4, 1e19, 1e30, 3e38)
+          for pattern in (signs, np.abs(signs), -np.abs(signs), -np.ones(N), np.eye(N)[0])]
+  rows += [-1e4 + signs, np.where(signs > 0, 3e38, -1e-45), np.zeros(N)]
+
+  @jax.jit
+  @jax.vmap
+  def value_and_gradients(scores):
+    y, pullback = jax.vjp(lambda x, tokens: pattention(x, tokens, theta, gelu), *layer_of(scores, theta, gelu, dtype))
+    return y, pullback(jnp.ones_like(y))
+
+  for path, leaf in jax.tree_util.tree_leaves_with_path(value_and_gradients(jnp.asarray(np.stack(rows), jnp.float32))):
+    finite = np.isfinite(np.asarray(leaf, np.float32)).reshape(len(rows), -1).all(axis=1)
+    assert finite.all(), (jax.tree_util.keystr(path), [rows[i] for i in np.flatnonzero(~finite)])
+
+
+@every_theta
+def test_parameter_tokens_have_no_order(theta, gelu):
+  x, tokens = random_layer(theta=theta)
+  order = np.random.default_rng(5).permutation(N)
+  shuffled = ParameterTokens(tokens.keys[order], tokens.values[order], tokens.tau)
+  np.testing.assert_allclose(apply(x, shuffled, theta, gelu), apply(x, tokens, theta, gelu), atol=5e-6)
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+def test_scale_of_keys_cancels(factor):
+  """In l2_norm_gelu alone; a power of two cancels to the last bit."""
+  x, tokens = random_layer()
+  scaled = ParameterTokens(factor * tokens.keys, tokens.values, tokens.tau)
+  np.testing.assert_array_equal(apply(x, scaled), apply(x, tokens))
+
+
+@l2_variants
+def test_zero_keys_and_kept_tau_change_nothing(theta, gelu):
+  """Exact growth: a zero key scores 0, adds nothing to the norm and weighs GeLU(0) = 0, whatever its value."""
+  x, tokens = random_layer(theta=theta)
+  grown = ParameterTokens(jnp.pad(tokens.keys, ((0, 7), (0, 0))),
+                          jnp.concatenate([tokens.values, 100 * jnp.ones((7, 6))]), tokens.tau)
+  np.testing.assert_allclose(apply(x, grown, theta, gelu), apply(x, tokens, theta, gelu), atol=5e-6)
+
+
+def test_zero_keys_in_softmax_take_their_share():
+  """exp(0) = 1: m zero keys lower every old weight by Z / (Z + m), so softmax does not grow this way."""
+  x, tokens = random_layer(theta="softmax")
+  grown = ParameterTokens(jnp.pad(tokens.keys, ((0, 7), (0, 0))), jnp.pad(tokens.values, ((0, 7), (0, 0))), tokens.tau)
+  z = np.exp(np.asarray(x, np.float64) @ np.asarray(tokens.keys, np.float64).T).sum(axis=-1, keepdims=True)
+  expected = apply(x, tokens, "softmax") * z / (z + 7)
+  np.testing.assert_allclose(apply(x, grown, "softmax"), expected, rtol=2e-5, atol=1e-6)
+
+
+@every_theta
+def test_copies_that_share_a_value_change_nothing(theta, gelu):
+  """All keys k times, values split among the copies, τ that of the new count: exact for every Θ."""
+  x, tokens = random_layer(theta=theta)
+  copies = ParameterTokens(jnp.tile(tokens.keys, (3, 1)),
+                           jnp.concatenate([share * tokens.values for share in (0.5, 0.2, 0.3)]),
+                           initial_tau(theta, 3 * N))
+  np.testing.assert_allclose(apply(x, copies, theta, gelu), apply(x, tokens, theta, gelu), atol=2e-5)
+
+
+@l2_variants
+def test_new_rows_learn(theta, gelu):
+  """At the seam the gradient of a zero key is not zero where its value is not, and that of the value is."""
+  x, tokens = random_layer(theta=theta)
+  keys, values = tokens.keys.at[-1].set(0.0), tokens.values
+  d_keys, d_values = jax.grad(lambda k, v: jnp.sum(jnp.square(
+      apply(x, ParameterTokens(k, v, tokens.tau), theta, gelu))), argnums=(0, 1))(keys, values)
+  assert np.all(d_keys[-1] != 0)
+  np.testing.assert_array_equal(d_values[-1], 0)
+
+
+def test_scores_of_bfloat16_are_summed_in_float32():
+  """257 and 256 are one number in bfloat16; their softmax is (0.73, 0.27) and not (0.5, 0.5)."""
+  x = jnp.ones((1, 257), jnp.bfloat16)
+  keys = jnp.ones((2, 257)).at[1, 0].set(0.0)
+  weights = apply(x, ParameterTokens(keys, jnp.eye(2), 1.0), "softmax")
+  np.testing.assert_allclose(weights.astype(jnp.float32)[0], [0.731, 0.269], atol=2e-3)
+
+
+@every_theta
+def test_every_sum_of_bfloat16_is_float32(theta, gelu):
+  x, tokens = random_layer(theta=theta)
+  function = jax.jit(lambda x, tokens: pattention(x, tokens, theta, gelu))
+  program = function.lower(x.astype(jnp.bfloat16), tokens).as_text()
+  sums = [line for line in program.splitlines() if "dot_general" in line or "applies stablehlo.add" in line]
+  assert len(sums) >= 3
+  assert all(line.rstrip().endswith("xf32>") for line in sums), sums
+
+
+@every_theta
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 5e-6), (jnp.bfloat16, 0.02)])
+def test_layer_is_the_oracle_s(theta, gelu, dtype, tolerance):
+  x, tokens = random_layer(theta=theta)
+  narrow = [array.astype(dtype) for array in (x, tokens.keys, tokens.values)]
+  y = apply(narrow[0], tokens, theta, gelu)
+  assert y.dtype == dtype
+  expected = oracle.pattention(*(np.asarray(array, np.float64) for array in narrow), theta, kind=gelu)
+  close(y, expected, tolerance * np.max(np.abs(expected)), "y")
+
+
+@every_theta
+def test_derivatives_against_finite_differences(theta, gelu):
+  """Forward and reverse, in x, keys, values and τ; for the default Θ the second derivatives too."""
+  x, tokens = random_layer(theta=theta, n=5, d_in=3, d_out=2)
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (x[:2], tokens))
+    order = 2 if (theta, gelu) == ("l2_norm_gelu", "erf") else 1
+    check_grads(lambda x, tokens: apply(x, tokens, theta, gelu), wide, order, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3)])
+def test_any_leading_axes(lead):
+  _, tokens = random_layer()
+  x = np.random.default_rng(6).normal(size=(*lead, 8)).astype(np.float32)
+  flat = apply(x.reshape(-1, 8), tokens)
+  np.testing.assert_allclose(apply(x, tokens), flat.reshape(*lead, 6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"theta": "l2_norm"}, "theta='l2_norm': choose one of l2_norm_gelu, gelu_l2_norm, softmax"),
+    ({"gelu": "exact"}, "gelu='exact': choose one of erf, tanh"),
+    ({"x": jnp.ones((2, 7))}, r"x \(2, 7\) and keys \(12, 8\): the last axes must be equal"),
+    ({"x": jnp.ones((2, 8), jnp.int32)}, "x of int32: expected floating point"),
+    ({"values": jnp.ones((11, 6))}, r"keys \(12, 8\) and values \(11, 6\): expected \[N, d_in\] and \[N, d_out\]"),
+])
+def test_what_does_not_fit_is_named(change, message):
+  x, tokens = random_layer()
+  tokens = ParameterTokens(tokens.keys, change.pop("values", tokens.values), tokens.tau)
+  with pytest.raises(ValueError, match=message):
+    pattention(change.pop("x", x), tokens, **change)
+
+
+def close(ours, expected, tolerance, name):
+  error = np.max(np.abs(np.asarray(ours, np.float64) - expected))
+  assert error <= tolerance, f"{name}: error {error}, tolerance {tolerance}"
