@@ -1,4 +1,4 @@
-"""Generation: the same tokens as a loop of full forwards, and everything that ends, cuts or refuses a text."""
+"""Generation: the tokens of a loop of full forwards, and all that ends, cuts or refuses a text."""
 
 from flax import nnx
 import jax
@@ -29,8 +29,8 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def model():
-  config = ModelConfig(vocab_size=384, num_layers=2, hidden_size=32, num_heads=2, qkv_tokens=16, proj_tokens=16,
-                       ffn_tokens=32, seq_length=64)
+  config = ModelConfig(vocab_size=384, num_layers=2, hidden_size=32, num_heads=2, qkv_tokens=16,
+                       proj_tokens=16, ffn_tokens=32, seq_length=64)
   model = LanguageModel(config, rngs=nnx.Rngs(0))
   # Far from its initial state, so that texts vary and the context counts.
   model.blocks = jax.tree.map(lambda x: 8.0 * x if x.ndim == 3 else x, model.blocks)
@@ -55,14 +55,22 @@ def test_greedy_text_is_that_of_full_forwards(model):
 
 
 def test_a_prompt_gives_the_same_text_alone_in_a_batch_and_as_ids(model):
-  alone = generate(model, Bytes(), "abc", max_new_tokens=24, temperature=1.5, seed=3)
-  batch = generate(model, Bytes(), ["abc", "a prompt of twenty ids", "x"], max_new_tokens=24, temperature=1.5, seed=3)
-  assert len(alone) == 1 and alone[0] == batch[0]
-  assert generate(model, Bytes(), [np.array([97, 98, 99])], max_new_tokens=24, temperature=1.5, seed=3) == alone
-  assert generate(model, Bytes(), "abc", max_new_tokens=24, temperature=1.5, seed=4) != alone
+  def written(prompts, max_new_tokens=24, seed=3):
+    return generate(model, Bytes(), prompts, max_new_tokens=max_new_tokens, temperature=1.5, seed=seed)
+
+  alone = written("abc")
+  assert len(alone) == 1 and alone[0] == written(["abc", "a prompt of twenty ids", "x"])[0]
+  assert written([np.array([97, 98, 99])]) == alone
+  assert written("abc", seed=4) != alone
   # Fewer tokens are the beginning of more, whatever they are compiled for.
-  short = generate(model, Bytes(), "abc", max_new_tokens=6, temperature=1.5, seed=3)
+  short = written("abc", max_new_tokens=6)
   assert alone[0].startswith(short[0].rstrip("\ufffd"))
+
+
+def test_every_token_is_a_new_draw(model):
+  # So hot that the logits hardly count: the same draw again and again would be the same byte.
+  text = generate(model, Bytes(), "abc", max_new_tokens=40, temperature=1e4)[0]
+  assert len(set(text)) > 10
 
 
 def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
@@ -71,9 +79,10 @@ def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
   monkeypatch.setattr(LanguageModel, "extend", lambda self, tokens, cache: (
       traced.append((tokens.shape, cache.keys.shape[2])), extend(self, tokens, cache))[1])
   config = ModelConfig.named("tiny", vocab_size=300, num_layers=1)
-  for seed, settings in enumerate([dict(prompts="abc", max_new_tokens=5), dict(prompts="abcdefg", max_new_tokens=9),
-                                   dict(prompts="ab", max_new_tokens=4, temperature=0),
-                                   dict(prompts="ab", max_new_tokens=4, top_k=5, top_p=0.5, stop="x")]):
+  requests = [dict(prompts="abc", max_new_tokens=5), dict(prompts="abcdefg", max_new_tokens=9),
+              dict(prompts="ab", max_new_tokens=4, temperature=0),
+              dict(prompts="ab", max_new_tokens=4, top_k=5, top_p=0.5, stop="x")]
+  for seed, settings in enumerate(requests):
     # A new model each time: what is compiled belongs to the shapes and not to the weights.
     fresh = LanguageModel(config, rngs=nnx.Rngs(seed))
     generate(fresh, Bytes(), **settings, seed=seed)
@@ -90,7 +99,8 @@ def test_buckets():
 
 def test_padding_ids_are_never_written(model, monkeypatch):
   logits = LanguageModel.logits
-  monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: logits(self, hidden).at[..., 257:].add(1e4))
+  monkeypatch.setattr(LanguageModel, "logits",
+                      lambda self, hidden: logits(self, hidden).at[..., 257:].add(1e4))
   # Another size, so that nothing compiled before is used.
   fresh = LanguageModel(ModelConfig.named("tiny", vocab_size=320, num_layers=1), rngs=nnx.Rngs(0))
   ids = []
@@ -121,9 +131,16 @@ def test_streaming_gives_the_same_text_in_whole_characters(model):
   assert max(map(len, pieces)) > 5
 
 
-def continued(*tokens, stop=(), last=True):
-  """The pieces of a text whose tokens are given, and the text."""
-  row = Continuation(Bytes(), stop)
+class Words(Bytes):
+  """Ids of whole words."""
+
+  def decode(self, ids):
+    return "".join(("so; that. ", "and. so; on ")[i] for i in ids)
+
+
+def continued(*tokens, stop=(), last=True, tokenizer=Bytes()):
+  """The pieces of a text whose tokens are given, and its continuation."""
+  row = Continuation(tokenizer, stop)
   pieces = []
   for index, token in enumerate(tokens):
     row.read(token)
@@ -138,7 +155,7 @@ def test_a_character_is_streamed_when_it_is_whole():
   # Bytes that never become a character come out as what decode makes of them.
   pieces, row = continued(0xE2, 0x82, ord("x"), 0xFF, 0xFF, 0xFF, 0xFF, 0xFF)
   assert "".join(pieces) == row.text == b"\xe2\x82x\xff\xff\xff\xff\xff".decode(errors="replace")
-  assert pieces[:3] == ["", "", "\ufffdx"]
+  assert pieces == ["", "", "\ufffdx", "", "", "", "\ufffd", 4 * "\ufffd"]
   # A character cut by the last token is written as decode writes it.
   assert continued(0xE2, 0x82)[0] == ["", "\ufffd"]
 
@@ -150,8 +167,11 @@ def test_a_stop_string_ends_the_text_and_never_shows():
   # What only begins like one is text after all, also at the end.
   pieces, row = continued(*b"a\nb\n", stop=("\n\n",))
   assert pieces == ["a", "", "\nb", "\n"] and not row.done
-  # The first to occur counts; one may begin inside another and inside a character that is not whole yet.
-  assert continued(*b"xENDy", stop=("ENDy", "ND"))[1].text == "xE"
+  # The first to occur counts, whatever their order, also where one token brings several.
+  for stop in ((".", ";"), (";", ".")):
+    assert continued(0, tokenizer=Words(), stop=stop)[1].text == "so"
+    assert continued(1, tokenizer=Words(), stop=stop)[1].text == "and"
+  # One may hang on a character that is not whole yet.
   pieces, row = continued(*"xEéz".encode(), stop=("Eéz",))
   assert (pieces, row.text) == (["x", "", "", "", ""], "x")
 
@@ -208,6 +228,5 @@ def test_another_models_tokenizer_is_refused(model):
 
 
 def test_the_longest_request_that_fits(model):
-  texts = []
-  generate(model, Bytes(), [[97] * 60, [97]], max_new_tokens=4, temperature=0, stream=lambda *piece: texts.append(piece))
-  assert {row for row, _ in texts} == {0, 1}
+  texts = generate(model, Bytes(), [[97] * 60, [97]], max_new_tokens=4, temperature=0)
+  assert texts[1] == generate(model, Bytes(), [[97]], max_new_tokens=4, temperature=0)[0]

@@ -15,8 +15,8 @@ LENGTHS = (9, 4, 1)
 
 @pytest.fixture(scope="module")
 def model():
-  config = ModelConfig(vocab_size=61, num_layers=3, hidden_size=32, num_heads=4, qkv_tokens=24, proj_tokens=20,
-                       ffn_tokens=40, seq_length=32, rotary_fraction=0.5)
+  config = ModelConfig(vocab_size=61, num_layers=3, hidden_size=32, num_heads=4, qkv_tokens=24,
+                       proj_tokens=20, ffn_tokens=40, seq_length=32, rotary_fraction=0.5)
   model = LanguageModel(config, rngs=nnx.Rngs(0))
   # At their initial size the blocks hardly change x; make them count.
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -67,8 +67,8 @@ def test_a_chunk_of_tokens_is_causal_within_itself(model, extend, sequences):
   for piece in jnp.split(ids, [5, 6, 12], axis=1):
     hidden, cache = extend(piece, cache)
     pieces.append(hidden)
-  expected = jax.jit(model.hidden)(ids)
-  np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=1e-5 * float(jnp.abs(expected).max()))
+  expected = np.asarray(jax.jit(model.hidden)(ids))
+  np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_neither_padding_nor_empty_slots_are_seen(model, extend, sequences):
@@ -81,9 +81,17 @@ def test_neither_padding_nor_empty_slots_are_seen(model, extend, sequences):
   step = jnp.full((3, 1), 5)
   expected, _ = extend(step, cache)
   empty = jnp.arange(12) > cache.length
-  rubbish = [jnp.where(empty[None, None, :, None, None], 1e3, buffer) for buffer in (cache.keys, cache.values)]
+  empty = empty[None, None, :, None, None]
+  rubbish = [jnp.where(empty, 1e3, buffer) for buffer in (cache.keys, cache.values)]
   seen, _ = extend(step, KVCache(*rubbish, cache.start, cache.length))
   np.testing.assert_array_equal(seen, expected)
+
+
+def test_positions_count_from_the_first_real_token():
+  config = ModelConfig.named("tiny", vocab_size=32)
+  cache = KVCache.empty(config, jnp.array([0, 2]), 8)
+  assert cache.positions(3).tolist() == [[0, 1, 2], [0, 0, 0]]
+  assert cache.advanced(3).positions(2).tolist() == [[3, 4], [1, 2]]
 
 
 def test_the_cache_has_the_compute_dtype(model):

@@ -39,10 +39,16 @@ def test_truncation_keeps_what_the_definition_keeps(top_k, top_p):
     np.testing.assert_array_equal(cut_row[list(kept)], row[list(kept)])
 
 
+def test_top_p_one_keeps_also_what_rounding_would_lose():
+  logits = jnp.array([[0.0, -30.0, -31.0]])
+  assert np.isfinite(_truncate(logits, jnp.int32(0), jnp.float32(1.0))).all()
+
+
 def test_equals_are_kept_together():
   logits = jnp.array([[1.0, 2.0, 2.0, 0.0]])
-  assert np.isfinite(_truncate(logits, jnp.int32(1), jnp.float32(1.0))).tolist() == [[False, True, True, False]]
-  assert np.isfinite(_truncate(logits, jnp.int32(0), jnp.float32(0.1))).tolist() == [[False, True, True, False]]
+  for top_k, top_p in ((1, 1.0), (0, 0.1)):
+    kept = np.isfinite(_truncate(logits, jnp.int32(top_k), jnp.float32(top_p)))
+    assert kept.tolist() == [[False, True, True, False]]
 
 
 def draw(logits, count=4000, **settings):
@@ -64,20 +70,24 @@ def test_temperature_zero_is_greedy_and_so_is_its_limit():
   logits = jnp.array([0.0, 30.0, 30.1])
   assert greedy(logits) == 2
   assert greedy(jnp.array([5.0, 5.0, -1.0])) == 0
-  for temperature in (0.0, 1e-3, 1e-40):
+  for temperature in (0.0, 1e-3, 1.2e-38):
     drawn = draw(logits, count=50, temperature=temperature)
     assert set(drawn.tolist()) == {2}, temperature
 
 
 def test_the_order_is_temperature_then_top_k_then_top_p():
-  # At T = 1 the likeliest has 0.73 of the top two; at T = 10 only 0.52, and the second comes in at top_p = 0.6.
+  # At T = 1 the likeliest has 0.73 of the top two, at T = 10 only 0.52: top_p = 0.6 needs the second.
   logits = jnp.array([1.0, 0.0, -0.5, -0.5, -0.5])
   assert set(draw(logits, top_k=2, top_p=0.6).tolist()) == {0}
   assert set(draw(logits, top_k=2, top_p=0.6, temperature=10.0).tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0.0), dict(temperature=100.0), dict(temperature=100.0, top_k=9),
-                                      dict(temperature=100.0, top_p=0.999)])
+@pytest.mark.parametrize("settings", [
+    dict(temperature=0.0),
+    dict(temperature=100.0),
+    dict(temperature=100.0, top_k=9),
+    dict(temperature=100.0, top_p=0.999),
+])
 def test_padding_ids_are_never_drawn(settings):
   logits = jnp.zeros((2000, 12)).at[:, 7:].set(20.0)
   sampling = Sampling.checked(vocab_size=7, **settings)
@@ -87,6 +97,7 @@ def test_padding_ids_are_never_drawn(settings):
 
 def test_a_draw_depends_on_seed_row_and_index_only():
   logits = jax.random.normal(jax.random.key(0), (1, 300))
+  assert Sampling.checked(vocab_size=9, seed=2**32 - 1).key != Sampling.checked(vocab_size=9, seed=0).key
   four = jnp.tile(logits, (4, 1))
   sampling = Sampling.checked(vocab_size=300, seed=5)
   drawn = _sample(four, sampling, jnp.int32(3))
@@ -109,6 +120,7 @@ def test_a_draw_depends_on_seed_row_and_index_only():
     (dict(top_k=-1), "top_k=-1"),
     (dict(top_k=2.5), "top_k=2.5"),
     (dict(seed=-1), "seed=-1"),
+    (dict(seed=2**32), "seed=4294967296"),
     (dict(vocab_size=0), "vocab_size=0"),
 ])
 def test_a_value_out_of_range_is_named(settings, message):

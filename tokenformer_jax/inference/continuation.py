@@ -52,9 +52,9 @@ class Continuation:
     return piece
 
   def _open(self) -> int:
-    """How many characters at the end may still change: a broken character, and the start of a stop string."""
+    """How many characters at the end may still change: a broken one, and the start of a stop string."""
     whole = self.text.rstrip(_REPLACEMENT)
     broken = min(len(self.text) - len(whole), _LONGEST_CHARACTER - 1)
     whole = self.text[:len(self.text) - broken]
-    starts = [length for stop in self._stop for length in range(1, len(stop)) if whole.endswith(stop[:length])]
-    return broken + max(starts, default=0)
+    starts = [stop[:length] for stop in self._stop for length in range(1, len(stop))]
+    return broken + max((len(start) for start in starts if whole.endswith(start)), default=0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Below this the highest logit wins anyway; dividing by less could leave float32's range.
+# Below this the highest logit wins anyway, and dividing by less would leave float32's range.
 _SMALLEST_TEMPERATURE = 1e-6
 
 
@@ -50,27 +50,29 @@ class Sampling:
     if not 0 < top_p <= 1:
       raise ValueError(f"top_p={top_p}: must be above 0 and at most 1 (1 keeps all tokens).")
     top_k = checked_int("top_k", top_k, 0, "0 keeps all tokens")
-    seed = checked_int("seed", seed, 0, "any such number gives its own text")
+    seed = checked_int("seed", seed, 0, "each seed gives its own text")
+    if seed >= 2**32:
+      raise ValueError(f"seed={seed}: must be below 2**32.")
     vocab_size = checked_int("vocab_size", vocab_size, 1, "the number of ids that may be drawn")
     # No row of logits is that long: keeping so many is keeping all.
     top_k = min(top_k, 2**31 - 1)
-    return cls(jax.random.key(seed % 2**32), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p),
+    return cls(jax.random.key(seed), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p),
                jnp.int32(vocab_size))
 
 
-def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: Int[Array, ""]) -> Int[Array, "batch"]:
+def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: Int[Array, ""]
+           ) -> Int[Array, "batch"]:
   """Token number `index` of each row's continuation, [B], drawn from its logits [B, V]."""
   key = jax.random.fold_in(sampling.key, index)
-  rows = jnp.arange(logits_BxV.shape[0])
-  return jax.vmap(lambda logits_V, row: _sample_row(logits_V, sampling, jax.random.fold_in(key, row)))(logits_BxV, rows)
+  keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits_BxV.shape[0]))
+  return jax.vmap(_sample_row, in_axes=(0, None, 0))(logits_BxV, sampling, keys_B)
 
 
 def _sample_row(logits_V, sampling, key):
   logits_V = within_vocabulary(logits_V, sampling.vocab_size)
 
   def drawn(logits_V):
-    # Relative to the highest, so that the quotient stays finite at any temperature.
-    scaled_V = (logits_V - jnp.max(logits_V)) / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
+    scaled_V = logits_V / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
     cuts = (sampling.top_k > 0) | (sampling.top_p < 1)
     # A condition, for sorting a large vocabulary costs more than drawing from it.
     kept_V = jax.lax.cond(cuts, lambda x: truncate(x, sampling.top_k, sampling.top_p), lambda x: x, scaled_V)
@@ -89,7 +91,8 @@ def within_vocabulary(logits_V: Float[Array, "vocab"], vocab_size: Int[Array, ""
   return jnp.where(jnp.arange(logits_V.size) < vocab_size, logits_V, -jnp.inf)
 
 
-def truncate(logits_V: Float[Array, "vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "vocab"]:
+def truncate(logits_V: Float[Array, "vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+             ) -> Float[Array, "vocab"]:
   """The logits, with −∞ for all but the top-k (0: all), and of those for all but the top-p nucleus.
 
   The nucleus is the fewest tokens, the likeliest first, whose probabilities, renormalised over the

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "start", "length"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
+                   data_fields=["keys", "values", "start", "length"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
   """Rotated keys and values of the tokens read so far.
@@ -35,12 +36,15 @@ class KVCache:
     return cls(zeros(), zeros(), start, jnp.int32(0))
 
   def check_room(self, num_new: int) -> None:
-    """Raises ValueError if `num_new` more tokens do not fit; inside `jax.jit` `length` is unknown and taken as 0."""
+    """Raises ValueError if `num_new` more tokens do not fit.
+
+    Inside `jax.jit` `length` is unknown and taken as 0.
+    """
     num_slots = self.keys.shape[2]
     filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
     if filled + num_new > num_slots:
-      raise ValueError(f"cache of {num_slots} slots, {filled} of them filled: no room for {num_new} more tokens; "
-                       "make it with more slots.")
+      raise ValueError(f"cache of {num_slots} slots, {filled} of them filled: no room for {num_new} more "
+                       "tokens; make it with more slots.")
 
   def positions(self, num_new: int) -> Int[Array, "batch time"]:
     """Positions of the next `num_new` tokens, counted from each row's first real token."""
@@ -58,12 +62,14 @@ class KVCache:
   def write(self, layer: Int[Array, ""], keys, values) -> "KVCache":
     """The cache with one layer's new keys and values, [batch, time, head, channel] each."""
     def at(buffer, new):
-      return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype)[None], (layer, 0, self.length, 0, 0))
+      new = new.astype(buffer.dtype)[None]
+      return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, self.length, 0, 0))
     return dataclasses.replace(self, keys=at(self.keys, keys), values=at(self.values, values))
 
   def layer(self, layer: Int[Array, ""]):
     """(keys, values) of one layer, [batch, slot, head, channel] each."""
-    return tuple(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False) for buffer in (self.keys, self.values))
+    buffers = (self.keys, self.values)
+    return tuple(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False) for buffer in buffers)
 
   def advanced(self, num_new: int) -> "KVCache":
     """The cache after all layers have written `num_new` tokens."""
