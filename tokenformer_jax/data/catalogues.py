@@ -69,7 +69,8 @@ def _tfds_builder(tfds, name: str, spec: str):
 
 def _tfds_names(tfds, data_dir: str | None) -> list[str]:
   folder = os.path.expanduser(data_dir or "~/tensorflow_datasets")
-  return tfds.list_builders(with_community_datasets=False) + (sorted(os.listdir(folder)) if os.path.isdir(folder) else [])
+  local = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+  return tfds.list_builders(with_community_datasets=False) + local
 
 
 def _text_feature(tfds, features, name: str | None, spec: str) -> str:

@@ -118,8 +118,9 @@ def _require_a_batch(name: str, packers, batch_size: int, seq_length: int) -> No
   windows = sum(len(packer) for packer in packers)
   if windows < batch_size or not all(len(packer) for packer in packers):
     raise ValueError(f"the {name} text fills {windows} windows of {seq_length} tokens, less than one batch "
-                     f"of {batch_size} (or one source of the mixture fills none): give more text, or a smaller "
-                     "seq_length or batch_size; for held-out text also held_out_source or held_out_fraction.")
+                     f"of {batch_size} (or one source of the mixture fills none): give more text, or a "
+                     "smaller seq_length or batch_size; for held-out text also held_out_source or "
+                     "held_out_fraction.")
 
 
 def _tokens(parts: list[Part]) -> np.ndarray:

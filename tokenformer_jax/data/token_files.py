@@ -55,8 +55,8 @@ class TokenFile(Corpus):
     if piece.max() >= self._tokenizer.vocab_size:
       at = int(np.argmax(piece >= self._tokenizer.vocab_size))
       raise ValueError(f"{self.name}: token id {piece[at].astype(self._dtype)} at position {start + at} is "
-                       f"not one of the tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the one "
-                       "that wrote it.")
+                       f"not one of the tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the "
+                       "one that wrote it.")
 
   def _scan(self, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, min(stop, len(self.tokens)), SCAN):

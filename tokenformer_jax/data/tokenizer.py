@@ -124,7 +124,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
 
   def _cut(self, text: str) -> Iterator[str]:
-    """Pieces of a long text whose ids, end to end, are its ids: an encoding takes 100 times its text's memory."""
+    """Pieces of a long text whose ids, end to end, are its ids; an encoding takes 100 times its memory."""
     start = 0
     while len(text) - start > LONG_TEXT:
       cut = text.find("\n", start + LONG_TEXT)
@@ -137,7 +137,7 @@ class HuggingFaceTokenizer(Tokenizer):
     yield text[start:]
 
   def _may_cut(self, text: str, cut: int) -> bool:
-    """Whether words end at `cut` in the eyes of the pre-tokenizer, and both sides encode as they do together."""
+    """Whether the pre-tokenizer parts words at `cut`, and both sides have the ids that they have together."""
     words = self._tokenizer.pre_tokenizer
     left, right = text[cut - 100:cut], text[cut:cut + 100]
     if words is None or all(end != len(left) for _, (_, end) in words.pre_tokenize_str(left + right)):

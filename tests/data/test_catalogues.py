@@ -1,0 +1,123 @@
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow_datasets")
+import tensorflow_datasets as tfds  # noqa: E402
+
+from tokenformer_jax.config import DataConfig  # noqa: E402
+from tokenformer_jax.data import open_data  # noqa: E402
+from tokenformer_jax.data.catalogues import huggingface_documents, tfds_documents  # noqa: E402
+from tokenformer_jax.data.documents import BadText  # noqa: E402
+
+TEXTS = [f"{i} is the number of this tfds document. " * 3 for i in range(40)]
+
+
+class LocalBooks(tfds.core.GeneratorBasedBuilder):
+  """Text files as a tensorflow-datasets data set."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  SKIP_REGISTERING = True  # So that it is found by its files, as another program would.
+
+  def _info(self):
+    features = tfds.features.FeaturesDict(
+        {"text": tfds.features.Text(), "title": tfds.features.Text(), "length": np.int64})
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(TEXTS), "test": self._generate_examples(TEXTS[:4])}
+
+  def _generate_examples(self, texts):
+    for i, text in enumerate(texts):
+      yield i, {"text": text, "title": f"Book {i}", "length": len(text)}
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tfds")
+  LocalBooks(data_dir=folder, file_format="array_record").download_and_prepare()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TFDS_DATA_DIR", str(folder))
+    yield folder
+
+
+def read(source):
+  return [document.text for document in source.read(BadText())]
+
+
+@pytest.mark.parametrize("rest, count", [
+    ("local_books#text", 40), ("local_books:1.0.0#text", 40), ("local_books@test#text", 4),
+    ("local_books:1.0.0@train[:25%]#text", 10)])
+def test_tfds_names_splits_and_features(rest, count, tfds_folder):
+  texts = read(tfds_documents(rest))
+  assert len(texts) == count and set(texts) <= set(TEXTS)
+  assert texts == read(tfds_documents(rest))
+
+
+def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
+  data = open_data(DataConfig(source="tfds:local_books#text", held_out_source="tfds:local_books@test#text",
+                              batch_size=2), seq_length=16)
+  assert "tensorflow" not in sys.modules
+  assert next(data.train_batches()).inputs.shape == (2, 16)
+  tokens = data.train_tokens()
+  documents = bytes(np.where(tokens == 256, 0, tokens).astype(np.uint8)).split(b"\0")
+  assert sorted(documents)[1:] == sorted(text.encode() for text in TEXTS)
+  assert len(data.held_out_tokens()) == sum(len(text) + 1 for text in TEXTS[:4])
+
+
+@pytest.mark.parametrize("rest, words", [
+    ("local_boks#text", r"no data set 'local_boks'.*Did you mean 'local_books'\?"),
+    ("local_books:2.0.0#text", "1.0.0"),
+    ("local_books@valid#text", "split 'valid' cannot be read .* it has train, test"),
+    ("local_books", r"name one of its text features after '#': text, title \(features: .*, length\)"),
+    ("local_books#length", r"'length' is not one of its text features.*text, title"),
+    ("local_books#txet", "Did you mean 'text'"),
+])
+def test_tfds_mistakes(rest, words, tfds_folder):
+  with pytest.raises(ValueError, match=words) as error:
+    tfds_documents(rest)
+  assert "\n" not in str(error.value)
+
+
+def test_data_sets_that_cannot_be_made_here_say_why(tfds_folder, monkeypatch):
+  class Catalogue:
+    def __init__(self, error):
+      self._error = error
+
+    def __getattr__(self, name):
+      return getattr(tfds, name)
+
+    def builder(self, name, **kwargs):
+      builder = LocalBooks(data_dir=tfds_folder / "elsewhere")
+      monkeypatch.setattr(builder, "download_and_prepare", self._fail)
+      return builder
+
+    def _fail(self):
+      raise self._error
+
+  for error, words in ((ImportError("No module named 'tensorflow'"), "'tensorflow'.*install it"),
+                       (OSError("no network"), r"could not be made there \(OSError: no network\)")):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", Catalogue(error))
+    with pytest.raises(ValueError, match=words):
+      tfds_documents("local_books#text")
+
+
+def test_huggingface_data_sets(tmp_path):
+  datasets = pytest.importorskip("datasets", reason="the package `datasets` is not installed")
+  split = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(40))})
+  datasets.DatasetDict({"train": split, "test": split.select(range(4))}).save_to_disk(str(tmp_path / "books"))
+  assert read(huggingface_documents(f"{tmp_path}/books")) == TEXTS
+  assert read(huggingface_documents(f"{tmp_path}/books@test#text")) == TEXTS[:4]
+  with pytest.raises(ValueError, match="no field 'body'; it has text, n"):
+    huggingface_documents(f"{tmp_path}/books#body")
+  with pytest.raises(ValueError, match="split 'valid'"):
+    huggingface_documents(f"{tmp_path}/books@valid")
+  with pytest.raises(ValueError, match="record 0: field 'n' is a int"):
+    read(huggingface_documents(f"{tmp_path}/books#n"))
+
+
+def test_huggingface_data_sets_without_the_package(monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with pytest.raises(ValueError, match="huggingface:books: pip install datasets"):
+    huggingface_documents("books")

@@ -1,0 +1,174 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tokenformer_jax.config import DataConfig
+from tokenformer_jax.data import check_same, open_data
+from tokenformer_jax.data.tokenizer import ByteTokenizer
+
+T = 8
+
+
+@pytest.fixture
+def texts(tmp_path):
+  for i in range(60):
+    (tmp_path / f"{i}.txt").write_text(f"{i} is the number of this document. " * (1 + i % 5))
+  return tmp_path
+
+
+def config_of(folder, **changes):
+  fields = dict(source=f"text:{folder}/*.txt", batch_size=4, held_out_fraction=0.2)
+  return DataConfig(**{**fields, **changes})
+
+
+def equal(a, b):
+  return all(x is y is None or np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_batch_is_int32_and_labels_are_inputs_one_later(texts):
+  batch = next(open_data(config_of(texts), seq_length=T).train_batches())
+  assert batch.inputs.shape == batch.labels.shape == (4, T)
+  assert batch.inputs.dtype == batch.labels.dtype == np.int32
+  assert np.array_equal(batch.inputs[:, 1:], batch.labels[:, :-1])
+  assert batch.positions is batch.segments is batch.weights is None
+
+
+def test_packed_documents_fill_all_columns(texts):
+  batch = next(open_data(config_of(texts, packing="documents"), seq_length=T).train_batches())
+  assert [column.dtype for column in batch] == [np.int32] * 4 + [np.float32]
+  assert {column.shape for column in batch} == {(4, T)}
+
+
+def test_an_epoch_is_every_training_window_once(texts):
+  data = open_data(config_of(texts), seq_length=T)
+  windows = data.report["train"][0]["windows"]
+  tokens = data.train_tokens()
+  assert data.report["train"][0]["dropped_tokens"] == len(tokens) - (windows * T + 1)
+  iterator = data.train_batches()
+  rows = np.concatenate([next(iterator).labels for _ in range(-(-windows // 4))])[:windows]
+  expected = tokens[1:windows * T + 1].reshape(windows, T)
+  assert sorted(rows.tolist()) == sorted(expected.tolist())
+
+
+def test_train_and_held_out_texts_are_all_the_documents_and_share_none(texts):
+  data = open_data(config_of(texts), seq_length=T)
+  def documents(tokens):
+    return set(bytes(np.where(tokens == 256, 0, tokens).tolist()).decode().split("\0")[:-1])
+  train, held_out = documents(data.train_tokens()), documents(data.held_out_tokens())
+  assert not train & held_out and held_out
+  assert train | held_out == {path.read_text() for path in texts.iterdir()}
+
+
+def test_held_out_batches_are_the_same_at_every_call_and_for_every_seed(texts):
+  data = open_data(config_of(texts), seq_length=T)
+  everything = list(data.held_out_batches())
+  assert len(everything) == data.report["held_out"][0]["windows"] // 4 > 3
+  for again in (list(data.held_out_batches(3)),
+                list(open_data(config_of(texts, seed=7), seq_length=T).held_out_batches(3))):
+    assert len(again) == 3 and all(equal(a, b) for a, b in zip(again, everything))
+  assert len(list(data.held_out_batches(10**6))) == len(everything)
+
+
+def test_a_named_source_is_held_out_whole(texts, tmp_path_factory):
+  other = tmp_path_factory.mktemp("other")
+  (other / "valid.txt").write_text("held out " * 20)
+  data = open_data(config_of(texts, held_out_source=f"text:{other}/valid.txt"), seq_length=T)
+  assert data.held_out_tokens().tolist() == [*b"held out " * 20, 256]
+  assert sum(data.train_tokens() == 256) == 60
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "documents"])
+def test_processes_share_batches_and_resume_with_another_number_of_them(packing, texts):
+  config = config_of(texts, packing=packing)
+  straight = open_data(config, seq_length=T).train_batches()
+  for _ in range(5):
+    next(straight)
+  state = json.loads(json.dumps(straight.get_state()))
+  expected = [next(straight) for _ in range(3)]
+  processes = [open_data(config, seq_length=T, process_index=p, process_count=4) for p in range(4)]
+  shares = [process.train_batches() for process in processes]
+  for share in shares:
+    share.set_state(state)
+  for batch in expected:
+    parts = [next(share) for share in shares]
+    together = [None if column[0] is None else np.concatenate(column) for column in zip(*parts)]
+    assert equal(together, batch)
+
+
+def test_mixtures_take_from_all_sources(texts, tmp_path_factory):
+  other = tmp_path_factory.mktemp("upper")
+  (other / "a.txt").write_text("ABCDEFGH" * 100)
+  source = f"0.75*text:{texts}/*.txt + 0.25*text:{other}/a.txt"
+  data = open_data(config_of(texts, source=source), seq_length=T)
+  iterator = data.train_batches()
+  rows = np.concatenate([next(iterator).inputs for _ in range(100)])
+  upper = ((rows >= 65) & (rows <= 90)).all(axis=1).mean()
+  assert abs(upper - 0.25) < 0.01
+  assert len(data.fingerprint["source"]) == len(data.report["train"]) == 2
+
+
+def test_the_fingerprint_follows_content_and_settings_but_not_the_folder(texts, tmp_path_factory):
+  def fingerprint(folder, seq_length=T, **changes):
+    return json.loads(json.dumps(open_data(config_of(folder, **changes), seq_length=seq_length).fingerprint))
+  before = fingerprint(texts)
+  moved = tmp_path_factory.mktemp("moved")
+  for path in texts.iterdir():
+    (moved / path.name).write_bytes(path.read_bytes())
+  check_same(before, fingerprint(moved))
+  for path, now in (("seed", fingerprint(texts, seed=1)), ("seq_length", fingerprint(texts, seq_length=9)),
+                    ("batch_size", fingerprint(texts, batch_size=2)),
+                    ("packing", fingerprint(texts, packing="documents")),
+                    ("held_out.fraction", fingerprint(texts, held_out_fraction=0.3))):
+    with pytest.raises(ValueError, match=f"data.{path} was"):
+      check_same(before, now)
+  (moved / "7.txt").write_text("changed")
+  with pytest.raises(ValueError, match=r"data.source\[0\].bytes was"):
+    check_same(before, fingerprint(moved))
+
+
+def test_a_given_tokenizer_goes_before_the_configs(texts):
+  data = open_data(config_of(texts, tokenizer="nowhere.json"), seq_length=T, tokenizer=ByteTokenizer())
+  assert data.tokenizer.vocab_size == 257
+  assert data.fingerprint["tokenizer"] == ByteTokenizer().fingerprint
+
+
+def test_the_default_is_pythons_own_library():
+  data = open_data(DataConfig(), seq_length=256)
+  share = len(data.held_out_tokens()) / (len(data.held_out_tokens()) + len(data.train_tokens()))
+  assert 0.01 < share < 0.12 and len(data.train_tokens()) > 5_000_000
+  assert data.tokenizer.padded_vocab_size == 384
+  assert data.tokenizer.decode(data.train_tokens()).count("\nimport ") > 1000
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(batch_size=3), "batch_size=3 cannot be shared by 2 processes"),
+    (dict(batch_size=10**4), r"training text fills \d+ windows of 8 tokens, less than one batch of 10000"),
+    (dict(held_out_fraction=1e-9, batch_size=40), "the held-out text fills .* held_out_source"),
+    (dict(source="text:nowhere/*"), "no file matches"),
+    (dict(source="tokens:nowhere"), "there is no file nowhere.bin"),
+    (dict(held_out_source="jsonl:nowhere"), "name the field"),
+    (dict(tokenizer="./nowhere.json"), "does not exist"),
+])
+def test_what_does_not_do_is_said_at_once(changes, words, texts):
+  with pytest.raises(ValueError, match=words):
+    open_data(config_of(texts, **changes), seq_length=T, process_count=2)
+
+
+def test_every_source_of_a_mixture_must_fill_a_window(texts, tmp_path_factory):
+  other = tmp_path_factory.mktemp("small")
+  (other / "a.txt").write_text("ab")
+  with pytest.raises(ValueError, match="one source of the mixture fills none"):
+    open_data(config_of(texts, source=f"text:{texts}/*.txt + text:{other}/a.txt"), seq_length=T)
+
+
+def test_bad_text_is_a_choice_of_the_config(texts):
+  (texts / "bad.txt").write_bytes(b"\xff is not UTF-8")
+  with pytest.raises(ValueError, match="bad.txt is not UTF-8 at byte 0"):
+    open_data(config_of(texts), seq_length=T)
+  for choice, counts in (("replace", (1, 0, 61)), ("skip", (0, 1, 60))):
+    entry = open_data(config_of(texts, bad_text=choice), seq_length=T).fingerprint["source"][0]
+    assert (entry["replaced"], entry["skipped"], entry["documents"]) == counts
+  with pytest.raises(ValueError, match="bad_text"):
+    dataclasses.replace(config_of(texts), bad_text="ignore")

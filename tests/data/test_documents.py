@@ -1,0 +1,118 @@
+import gzip
+import json
+import re
+
+import pytest
+
+from tokenformer_jax.data.documents import BadText, Document, jsonl_files, python_sources, text_files
+
+
+def read(source, choice="error"):
+  bad = BadText(choice)
+  return list(source.read(bad)), bad
+
+
+def test_files_are_documents_in_the_order_of_their_names(tmp_path):
+  for name in ("b/2.txt", "a.txt", "b/10.txt", "c.md"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(f"text of {name}\n")
+  documents, _ = read(text_files(f"{tmp_path}/**/*.txt"))
+  assert documents == [Document(n, f"text of {n}\n") for n in ("a.txt", "b/10.txt", "b/2.txt")]
+  assert read(text_files(f"{tmp_path}/b/2.txt"))[0] == [Document("2.txt", "text of b/2.txt\n")]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_marker_line_ends_a_document(zipped, tmp_path):
+  text = b"one\ntwo\n<|end|>\nthree <|end|> here\r\n<|end|>\r\n<|end|>\nlast"
+  (tmp_path / "a.txt").write_bytes(gzip.compress(text) if zipped else text)
+  source = text_files(f"{tmp_path}/a.txt#<|end|>")
+  documents, _ = read(source)
+  assert [d.text for d in documents] == ["one\ntwo\n", "three <|end|> here\r\n", "last"]
+  assert all(d.key == d.text for d in documents)
+  assert source.size() == len(text)
+
+
+def test_python_sources_are_the_same_at_every_call():
+  documents, _ = read(python_sources())
+  keys = [d.key for d in documents]
+  assert "json/decoder.py" in keys and len(set(keys)) == len(keys) > 300
+  assert not [key for key in keys if "site-packages" in key or key.startswith("test/")]
+  assert documents == read(python_sources())[0]
+
+
+BAD = b"good\n<m>\nna\xefve \xff!\n<m>\nalso good\n"
+
+
+def test_bytes_that_are_not_utf8_are_named_by_file_and_offset(tmp_path):
+  (tmp_path / "a.txt").write_bytes(BAD)
+  for marker in ("", "#<m>"):
+    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 at byte {BAD.index(0xef)} \(0xef\)"):
+      read(text_files(f"{tmp_path}/a.txt{marker}"))
+
+
+def test_bytes_that_are_not_utf8_are_replaced_and_counted(tmp_path):
+  (tmp_path / "a.txt").write_bytes(BAD.replace(b"also", "\ufffd".encode()))
+  documents, bad = read(text_files(f"{tmp_path}/a.txt#<m>"), "replace")
+  assert [d.text for d in documents] == ["good\n", "na\ufffdve \ufffd!\n", "\ufffd good\n"]
+  assert (bad.replaced, bad.skipped) == (2, 0)
+
+
+def test_documents_that_are_not_utf8_are_left_out_and_counted(tmp_path):
+  (tmp_path / "a.txt").write_bytes(BAD)
+  documents, bad = read(text_files(f"{tmp_path}/a.txt#<m>"), "skip")
+  assert [d.text for d in documents] == ["good\n", "also good\n"]
+  assert (bad.replaced, bad.skipped) == (0, 1)
+
+
+def test_no_match_and_empty_files(tmp_path):
+  with pytest.raises(ValueError, match=re.escape(f"no file matches '{tmp_path}/*.txt'")):
+    text_files(f"{tmp_path}/*.txt")
+  (tmp_path / "a.txt").write_text("a")
+  (tmp_path / "b.txt").write_text("")
+  with pytest.raises(ValueError, match=r"b\.txt is empty"):
+    read(text_files(f"{tmp_path}/*.txt"))
+  documents, bad = read(text_files(f"{tmp_path}/*.txt"), "skip")
+  assert (len(documents), bad.skipped) == (1, 1)
+
+
+@pytest.mark.parametrize("break_it", [lambda z: z[:-20], lambda z: z[:200] + b"\0" * 50 + z[250:]])
+def test_gzip_that_breaks_off(break_it, tmp_path):
+  parts = ["".join(f"line {i * i}\n" for i in range(k, k + 100)) for k in range(0, 1000, 100)]
+  (tmp_path / "a.gz").write_bytes(break_it(gzip.compress("<m>\n".join(parts).encode())))
+  (tmp_path / "b.txt").write_text("whole")
+  for marker in ("", "#<m>"):
+    with pytest.raises(ValueError, match=r"a\.gz: the gzip stream breaks off after \d+ bytes"):
+      read(text_files(f"{tmp_path}/*{marker}"))
+    documents, bad = read(text_files(f"{tmp_path}/*{marker}"), "skip")
+    good = [d.text for d in documents[:-1]]
+    assert good == (parts[:len(good)] if marker else [])
+    assert documents[-1].text == "whole" and bad.skipped == 1
+
+
+def test_jsonl_takes_one_field_of_every_line(tmp_path):
+  records = [{"text": "one\nline", "n": 1}, {"n": 2, "text": "zwölf"}]
+  lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+  (tmp_path / "a.jsonl").write_text(lines)
+  (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+  documents, _ = read(jsonl_files(f"{tmp_path}/*#text"))
+  assert [d.text for d in documents] == ["one\nline", "zwölf"] * 2
+
+
+@pytest.mark.parametrize("line, words", [
+    (b'{"text": "a"', r"a\.jsonl line 2 \(byte 14\) is not JSON"),
+    (b'{"txt": "a", "n": 1}', r"line 2 \(byte 14\) has no field 'text'; it has txt, n\."),
+    (b'["text"]', r"has no field 'text'; it has only a list"),
+    (b'{"text": 3}', r"field 'text' is a int, not text"),
+    (b'{"text": "\xff"}', r"line 2 \(byte 14\) is not UTF-8 at byte 24"),
+])
+def test_jsonl_lines_that_are_bad(line, words, tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+  with pytest.raises(ValueError, match=words):
+    read(jsonl_files(f"{tmp_path}/a.jsonl#text"))
+  documents, bad = read(jsonl_files(f"{tmp_path}/a.jsonl#text"), "skip")
+  assert ([d.text for d in documents], bad.skipped) == (["a", "b"], 1)
+
+
+def test_jsonl_wants_a_field(tmp_path):
+  with pytest.raises(ValueError, match="name the field"):
+    jsonl_files(f"{tmp_path}/a.jsonl")

@@ -1,0 +1,160 @@
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+import tokenizers
+
+from tokenformer_jax.data import byte_level_bpe
+from tokenformer_jax.data import tokenizer as tokenizer_module
+from tokenformer_jax.data.tokenizer import (
+    ByteTokenizer, HuggingFaceTokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_from_json)
+
+TEXT = "def main():\n  return 'naïve café 東京 🙂'\n\n\nThe end, the end. 12 345\n" * 20
+
+
+@pytest.fixture(scope="module")
+def bpe():
+  return HuggingFaceTokenizer(byte_level_bpe.train([TEXT], 300), "<|endoftext|>")
+
+
+def test_bytes_are_utf8_with_256_as_the_end_of_a_document():
+  tokenizer = ByteTokenizer()
+  assert tokenizer.encode(TEXT) == list(TEXT.encode())
+  assert tokenizer.decode([*tokenizer.encode(TEXT), 256]) == TEXT
+  assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_document) == (257, 384, 256)
+  assert tokenizer.decode([0xc3]) == "\ufffd"
+
+
+@pytest.mark.parametrize("bad", [257, -1])
+def test_ids_without_text_are_refused_with_their_position(bad):
+  with pytest.raises(ValueError, match=f"id {bad} at position 1"):
+    ByteTokenizer().decode([65, bad])
+
+
+@pytest.mark.parametrize("size, padded", [(50277, 50304), (50257, 50304), (50304, 50304), (50305, 50432)])
+def test_vocabulary_is_padded_to_128_as_released(size, padded):
+  tokenizer = ByteTokenizer()
+  tokenizer.vocab_size = size
+  assert tokenizer.padded_vocab_size == padded
+  assert tokenizer.dtype == np.uint16
+
+
+def test_a_trained_bpe_gives_text_back_and_shortens_it(bpe):
+  assert bpe.decode([*bpe.encode(TEXT), bpe.end_of_document]) == TEXT
+  assert len(bpe.encode(TEXT)) < len(TEXT.encode()) * 0.8
+  assert bpe.vocab_size == 300 and bpe.encode("<|endoftext|>") == [bpe.end_of_document]
+
+
+def test_a_bpe_without_room_for_bytes_is_refused():
+  with pytest.raises(ValueError, match="BPE of 256 ids"):
+    byte_level_bpe.train([TEXT], 256)
+
+
+def test_saved_tokenizers_come_back_the_same(bpe, tmp_path):
+  for tokenizer in (bpe, ByteTokenizer()):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.end_of_document == tokenizer.end_of_document
+    assert open_tokenizer(str(tmp_path)).fingerprint == tokenizer.fingerprint
+  assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_fingerprints_differ_where_the_ids_do(bpe):
+  other = HuggingFaceTokenizer(byte_level_bpe.train([TEXT.upper()], 300), "<|endoftext|>")
+  assert len({bpe.fingerprint, other.fingerprint, ByteTokenizer().fingerprint}) == 3
+
+
+def test_vocab_and_merges_make_the_tokenizer_of_the_json(bpe, tmp_path):
+  description = json.loads(bpe.to_json())["tokenizer"]
+  vocab = description["model"]["vocab"] | {"<|endoftext|>": bpe.end_of_document}
+  (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+  merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
+  (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+  (tmp_path / "hf.json").write_text(json.dumps(description))
+  for where in (tmp_path, tmp_path / "merges.txt", tmp_path / "hf.json"):
+    tokenizer = open_tokenizer(str(where))
+    assert tokenizer.encode(TEXT) == bpe.encode(TEXT)
+    assert tokenizer.end_of_document == bpe.end_of_document
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_truncation_and_padding_of_a_json_are_switched_off(bpe):
+  raw = tokenizers.Tokenizer.from_str(json.dumps(json.loads(bpe.to_json())["tokenizer"]))
+  raw.enable_truncation(5)
+  raw.enable_padding(length=10)
+  tokenizer = HuggingFaceTokenizer(json.loads(raw.to_str()), "<|endoftext|>")
+  assert tokenizer.encode(TEXT) == bpe.encode(TEXT) and tokenizer.encode("a") == bpe.encode("a")
+  assert tokenizer.fingerprint == bpe.fingerprint
+
+
+def test_long_texts_are_cut_where_it_changes_no_id(bpe, monkeypatch):
+  whole = bpe.encode(TEXT)
+  monkeypatch.setattr(tokenizer_module, "LONG_TEXT", 50)
+  pieces = list(bpe._cut(TEXT))
+  assert len(pieces) > 10 and "".join(pieces) == TEXT
+  assert bpe.encode(TEXT) == whole
+  assert [ids.tolist() for ids in bpe.encode_documents(["a", TEXT, ""])] == [bpe.encode("a"), whole, []]
+  # A tokenizer that puts a space before every text must not be cut: each piece would get one.
+  description = json.loads(bpe.to_json())["tokenizer"]
+  description["pre_tokenizer"] |= {"add_prefix_space": True}
+  prefixing = HuggingFaceTokenizer(description, "<|endoftext|>")
+  assert list(prefixing._cut("word\n" * 50)) == ["word\n" * 50]
+
+
+def test_the_token_that_ends_documents_can_be_named(bpe, tmp_path):
+  description = json.loads(bpe.to_json())["tokenizer"]
+  description["added_tokens"][0]["content"] = "<stop>"
+  description["model"]["vocab"].pop("<|endoftext|>", None)
+  description["model"]["vocab"]["<stop>"] = bpe.end_of_document
+  (tmp_path / "hf.json").write_text(json.dumps(description))
+  with pytest.raises(ValueError, match="has none of <|endoftext|>"):
+    open_tokenizer(f"{tmp_path}/hf.json")
+  with pytest.raises(ValueError, match="'<halt>' is not in this tokenizer's vocabulary"):
+    open_tokenizer(f"{tmp_path}/hf.json#<halt>")
+  assert open_tokenizer(f"{tmp_path}/hf.json#<stop>").end_of_document == bpe.end_of_document
+
+
+def test_names_are_looked_up_on_the_hub(bpe, tmp_path, monkeypatch):
+  path = tmp_path / "hub.json"
+  path.write_text(json.dumps(json.loads(bpe.to_json())["tokenizer"]))
+  asked = []
+
+  def download(*args):
+    asked.append(args)
+    if args[0] != "some/model":
+      raise OSError("no such repository\nwith more lines")
+    return str(path)
+
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+  assert open_tokenizer("some/model").encode(TEXT) == bpe.encode(TEXT)
+  assert asked == [("some/model", "tokenizer.json")]
+  with pytest.raises(ValueError, match=r"'other/model' .*\(no such repository\): check the name"):
+    open_tokenizer("other/model")
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "does not exist"), ("{", "is not JSON"), ("[]", "holds a list"), ('{"model": {}}', "has none of"),
+    ('{"model": {"type": "BPE", "vocab": {"</s>": 0}}}', "is not a Hugging Face tokenizer JSON"),
+    ('{"kind": "huggingface"}', "not a tokenizer saved by"), (b"\xff", "is not JSON")])
+def test_files_that_are_no_tokenizer(content, words, tmp_path):
+  if content is not None:
+    (tmp_path / "t.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+  with pytest.raises(ValueError, match=words) as error:
+    open_tokenizer(f"{tmp_path}/t.json")
+  assert "t.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_saved_files_and_folders_that_are_broken(tmp_path):
+  with pytest.raises(ValueError, match="cannot be read"):
+    load_tokenizer(tmp_path / "missing.json")
+  with pytest.raises(ValueError, match="kind 'words' is unknown"):
+    tokenizer_from_json('{"kind": "words"}')
+  with pytest.raises(ValueError, match="neither tokenizer.json nor vocab.json"):
+    open_tokenizer(str(tmp_path))
+  (tmp_path / "vocab.json").write_text("{}")
+  (tmp_path / "merges.txt").write_text("a b c d\n")
+  with pytest.raises(ValueError, match="do not fit"):
+    open_tokenizer(str(tmp_path))
