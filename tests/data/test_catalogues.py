@@ -1,3 +1,4 @@
+import json
 import sys
 
 import numpy as np
@@ -103,18 +104,25 @@ def test_data_sets_that_cannot_be_made_here_say_why(tfds_folder, monkeypatch):
       tfds_documents("local_books#text")
 
 
-def test_huggingface_data_sets(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # The package's own, which change from version to version.
+def test_huggingface_data_sets(tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
   datasets = pytest.importorskip("datasets", reason="the package `datasets` is not installed")
-  split = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(40))})
-  datasets.DatasetDict({"train": split, "test": split.select(range(4))}).save_to_disk(str(tmp_path / "books"))
-  assert read(huggingface_documents(f"{tmp_path}/books")) == TEXTS
-  assert read(huggingface_documents(f"{tmp_path}/books@test#text")) == TEXTS[:4]
-  with pytest.raises(ValueError, match="no field 'body'; it has text, n"):
-    huggingface_documents(f"{tmp_path}/books#body")
-  with pytest.raises(ValueError, match="split 'valid'"):
-    huggingface_documents(f"{tmp_path}/books@valid")
-  with pytest.raises(ValueError, match="record 0: field 'n' is a int"):
-    read(huggingface_documents(f"{tmp_path}/books#n"))
+  files = tmp_path / "files"
+  files.mkdir()
+  for split, texts in (("train", TEXTS), ("test", TEXTS[:4])):
+    lines = [json.dumps({"text": text, "n": i}) for i, text in enumerate(texts)]
+    (files / f"{split}.jsonl").write_text("\n".join(lines))
+  datasets.load_dataset(str(files)).save_to_disk(str(tmp_path / "saved"))
+  for folder in (files, tmp_path / "saved"):
+    assert read(huggingface_documents(str(folder))) == TEXTS
+    assert read(huggingface_documents(f"{folder}@test#text")) == TEXTS[:4]
+    with pytest.raises(ValueError, match="no field 'body'; it has text, n"):
+      huggingface_documents(f"{folder}#body")
+    with pytest.raises(ValueError, match="split 'valid'"):
+      huggingface_documents(f"{folder}@valid")
+    with pytest.raises(ValueError, match="record 0: field 'n' is a int"):
+      read(huggingface_documents(f"{folder}#n"))
 
 
 def test_huggingface_data_sets_without_the_package(monkeypatch):

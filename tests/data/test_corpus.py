@@ -37,6 +37,9 @@ def test_identity_is_the_text_and_the_files_names_alone():
     return tokenize(source(texts, name), ByteTokenizer()).identity["sha256"]
   assert sha(["aa", "b"], "here") == sha(["aa", "b"], "there")
   assert len({sha(texts, "") for texts in (["aa", "b"], ["b", "aa"], ["a", "ab"], ["aab"])}) == 4
+  nameless = [DocumentSource("", lambda bad, texts=texts: (Document(text, text) for text in texts))
+              for texts in (["aa", "b"], ["a", "ab"], ["aab"])]
+  assert len({tokenize(s, ByteTokenizer()).identity["sha256"] for s in nameless}) == 3
 
 
 def test_a_source_without_text_is_refused():

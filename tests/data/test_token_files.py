@@ -37,6 +37,11 @@ def test_megatron_documents_of_several_sequences(tmp_path):
   assert open_tokens(f"{tmp_path}/pile", ByteTokenizer()).ends.tolist() == [12, 14]
 
 
+def test_empty_megatron_documents_are_none(tmp_path):
+  write_pair(tmp_path, [[], [5, 256], [], [6, 256], []])
+  assert open_tokens(f"{tmp_path}/pile", ByteTokenizer()).ends.tolist() == [2, 4]
+
+
 def test_the_index_that_we_write_is_the_one_that_neox_writes(tmp_path):
   write_pair(tmp_path)
   write_index(tmp_path / "ours.idx", np.dtype(np.uint16), np.array([4, 2, 6, 2]))
@@ -90,7 +95,9 @@ def test_ids_beyond_the_first_look_are_found_when_they_are_read(tmp_path, monkey
     (lambda d: flip(d / "pile.idx", 9, b"\2"), r"version 2 .* cannot be read"),
     (lambda d: flip(d / "pile.idx", 17, b"\7"), r"type 7 cannot be read"),
     (lambda d: flip(d / "pile.idx", 34, b"\5"), r"do not lie end to end"),
+    (lambda d: flip(d / "pile.idx", 34 + 16, b"\2"), r"do not lie end to end"),
     (lambda d: flip(d / "pile.idx", 34 + 48, b"\7"), r"document bounds do not rise"),
+    (lambda d: flip(d / "pile.idx", 34 + 48 + 32, b"\3"), r"document bounds do not rise"),
 ])
 def test_broken_pairs(break_it, words, tmp_path):
   write_pair(tmp_path)

@@ -77,7 +77,7 @@ def test_vocab_and_merges_make_the_tokenizer_of_the_json(bpe, tmp_path):
   for where in (tmp_path, tmp_path / "merges.txt", tmp_path / "hf.json"):
     tokenizer = open_tokenizer(str(where))
     assert tokenizer.encode(TEXT) == bpe.encode(TEXT)
-    assert tokenizer.end_of_document == bpe.end_of_document
+    assert tokenizer.encode("<|endoftext|>") == [tokenizer.end_of_document] == [bpe.end_of_document]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 

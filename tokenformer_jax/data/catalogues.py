@@ -85,7 +85,7 @@ def _text_feature(tfds, features, name: str | None, spec: str) -> str:
 
 
 def huggingface_documents(rest: str) -> DocumentSource:
-  """`NAME[,CONFIG][@SPLIT][#FIELD]` through `datasets`; NAME may be a folder of its `save_to_disk`."""
+  """`NAME[,CONFIG][@SPLIT][#FIELD]` through `datasets`; NAME may be a folder of files or `save_to_disk`."""
   spec = f"huggingface:{rest}"
   name, config, split, field = re.fullmatch(r"([^,@#]*)(?:,([^@#]*))?(?:@([^#]*))?(?:#(.*))?", rest).groups()
   split, field = split or "train", field or "text"
@@ -94,8 +94,9 @@ def huggingface_documents(rest: str) -> DocumentSource:
   except ImportError:
     raise ValueError(f"source {spec}: pip install datasets.") from None
   try:
-    if os.path.isdir(os.path.expanduser(name)) and not config:
-      records = datasets.load_from_disk(os.path.expanduser(name))
+    folder = os.path.expanduser(name)
+    if any(os.path.isfile(os.path.join(folder, file)) for file in ("dataset_dict.json", "state.json")):
+      records = datasets.load_from_disk(folder)
       records = records[split] if isinstance(records, datasets.DatasetDict) else records
     else:
       records = datasets.load_dataset(name, config, split=split)
