@@ -1,0 +1,89 @@
+"""The table from logical to mesh axes, and what it refuses."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.distributed.axes import RULES, batch_sharding, replicated, sharding, tree_shardings
+from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.parameters import logical_axes, split
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return make_mesh(MeshConfig(data=2, fsdp=2, token=2))
+
+
+@pytest.mark.parametrize("axes, spec", [
+    (("param_token", "embed"), P("token", "fsdp")),
+    (("layer", "param_token", "embed"), P(None, "token", "fsdp")),
+    (("vocab", "embed"), P("token", "fsdp")),
+    (("batch", None, "embed"), None),
+    (("batch", None, "vocab"), P(("data", "fsdp"), None, "token")),
+    (("batch", None, "heads", None), P(("data", "fsdp"), None, "token")),
+    (("layer", "norm"), P()),
+    ((), P()),
+])
+def test_specs(mesh, axes, spec):
+  shape = (8,) * len(axes)
+  if spec is None:
+    with pytest.raises(ValueError, match=r"x: axes \('batch', None, 'embed'\) would use mesh axis 'fsdp' twice"):
+      sharding(mesh, axes, shape, "x")
+  else:
+    assert sharding(mesh, axes, shape, "x").spec == spec
+
+
+def test_table_names_only_axes_of_the_mesh():
+  assert {axis for mesh_axes in RULES.values() for axis in mesh_axes} == set(MESH_AXES)
+
+
+def test_every_parameter_of_a_model_has_its_place(mesh):
+  """Every array is cut along every mesh axis that the table gives it; nothing large is copied."""
+  model = nnx.eval_shape(lambda: LanguageModel(ModelConfig.named("tiny", vocab_size=384), rngs=nnx.Rngs(0)))
+  _, *trees = split(model)
+  placed = [tree_shardings(mesh, axes, shapes) for axes, shapes in zip(logical_axes(model), trees)]
+  for shapes, shardings in zip(trees, placed):
+    for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+      copies = np.prod(place.shard_shape(leaf.shape)) * 4 / leaf.size if leaf.ndim > 1 else 1
+      assert copies == 1, (leaf.shape, place)
+
+
+def test_a_step_is_not_compiled_again_for_its_own_output():
+  axes = {"embedding": ("vocab", "embed"), "keys": ("layer", "param_token", "embed"), "scale": ("norm",)}
+  for config in (MeshConfig(), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, token=2)):
+    arrays = {name: jnp.ones((8,) * len(axes[name])) for name in axes}
+    arrays = jax.device_put(arrays, tree_shardings(make_mesh(config), axes, arrays))
+    step = jax.jit(lambda arrays: jax.tree.map(lambda a: 0.5 * a, arrays))
+    step(step(arrays))
+    assert step._cache_size() == 1
+
+
+def test_batches(mesh):
+  assert batch_sharding(mesh, (8, 16)).spec == P(("data", "fsdp"))
+  assert batch_sharding(mesh, (8, 16)).shard_shape((8, 16)) == (2, 16)
+  assert replicated(mesh).spec == P()
+
+
+@pytest.mark.parametrize("axes, shape, message", [
+    (("vocab", "embed"), (257, 8), r"embedding: vocab=257 cannot be split over the 2 devices along mesh axis token of "
+                                   r"mesh \{'data': 2, 'fsdp': 2, 'token': 2\}; the nearest sizes that can: 256 or 258"),
+    (("vocab", "embed"), (8, 7), "embed=7 .* along mesh axis fsdp .*: 6 or 8"),
+    (("batch", None), (3, 8), "batch=3 cannot be split over the 4 devices along mesh axis data × fsdp .*: 4"),
+    (("vocab", "embd"), (8, 8), "logical axis 'embd' is unknown: choose one of batch, .* Did you mean 'embed'?"),
+    (("vocab",), (8, 8), r"axes \('vocab',\) and shape \(8, 8\) differ in length"),
+])
+def test_refusals_name_leaf_axes_and_way_out(mesh, axes, shape, message):
+  with pytest.raises(ValueError, match=message) as error:
+    sharding(mesh, axes, shape, "embedding")
+  assert str(error.value).startswith("embedding: ")
+
+
+def test_refusals_name_the_path_in_a_tree(mesh):
+  with pytest.raises(ValueError, match="blocks/ffn/keys: param_token=7 "):
+    tree_shardings(mesh, {"blocks": {"ffn": {"keys": ("param_token", "embed")}}},
+                   {"blocks": {"ffn": {"keys": jnp.ones((7, 8))}}})
