@@ -1,0 +1,96 @@
+"""The smallest run that has everything, for the tests of training and growth."""
+
+import dataclasses
+import hashlib
+
+import jax
+import numpy as np
+
+from tokenformer_jax import data
+from tokenformer_jax.config import (
+    Config, DataConfig, GrowthConfig, GrowthStage, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig)
+from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.growth.plan import leaves_by_path
+
+# Every axis that a mesh splits divides by 8.
+MODEL = ModelConfig(vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8,
+                    ffn_tokens=16, seq_length=16)
+GROWN = MODEL.grown(qkv_tokens=16, proj_tokens=24, ffn_tokens=32)
+# A large epsilon, for Adam makes a whole step of a gradient that is nothing but rounding. No decay: what moves, moved
+# by its gradient. The rate depends on no length of the run.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, decay_steps=0, eps=1e-4, weight_decay=0.0)
+TEXT = "".join(f"def f{i}(x):\n  return x * {i * i} + {i}\n\n" for i in range(400))
+
+
+def config(source: str = "python-sources", stages=(), **training) -> Config:
+  """A run of MODEL on 8 rows of 16 ids, without samples."""
+  return Config(model=MODEL, data=DataConfig(source=source, batch_size=8, held_out_fraction=0.1), optimizer=OPTIMIZER,
+                growth=GrowthConfig(stages=tuple(stages), warmup_steps=2),
+                training=TrainingConfig(**{"sample_tokens": 0, "eval_batches": 2, **training}))
+
+
+def stage(step: int, model: ModelConfig = GROWN) -> GrowthStage:
+  return GrowthStage(step, model.qkv_tokens, model.proj_tokens, model.ffn_tokens)
+
+
+def mesh(data: int = 1, fsdp: int = 1, token: int = 1) -> jax.sharding.Mesh:
+  return make_mesh(MeshConfig(data, fsdp, token), jax.devices()[:data * fsdp * token])
+
+
+def batch(seed: int = 0, rows: int = 8, weights: bool = False) -> data.Batch:
+  rng = np.random.default_rng(seed)
+  inputs, labels = rng.integers(0, MODEL.vocab_size, (2, rows, MODEL.seq_length), np.int32)
+  # Rows of very different weight, so that a mean of means is not the mean.
+  given = rng.integers(0, 2, inputs.shape) * rng.exponential(size=(rows, 1)) if weights else None
+  return data.Batch(inputs, labels, weights=None if given is None else given.astype(np.float32))
+
+
+def noise(shapes, seed: int = 0):
+  """Arrays of these shapes, types and shardings, no two alike; integers count from 0 to 9."""
+  rng = np.random.default_rng(seed)
+
+  def draw(leaf):
+    values = rng.integers(0, 10, leaf.shape) if leaf.dtype.kind == "i" else np.abs(rng.normal(size=leaf.shape))
+    return jax.device_put(np.asarray(values, leaf.dtype), leaf.sharding)
+
+  return jax.tree.map(draw, shapes)
+
+
+def assert_same(tree, other) -> None:
+  """Equal to the bit, leaf by leaf."""
+  a, b = leaves_by_path(tree), leaves_by_path(other)
+  assert a.keys() == b.keys()
+  different = [path for path in a if np.asarray(a[path]).tobytes() != np.asarray(b[path]).tobytes()
+               or a[path].dtype != b[path].dtype or a[path].shape != b[path].shape]
+  assert not different
+
+
+def assert_close(tree, other, relative: float) -> None:
+  """Leaf by leaf, the largest difference in units of the leaf's largest number."""
+  a, b = leaves_by_path(tree), leaves_by_path(other)
+  assert a.keys() == b.keys()
+  errors = {path: np.max(np.abs(np.asarray(a[path], np.float64) - b[path])) / max(np.max(np.abs(b[path])), 1e-30)
+            for path in a}
+  assert not {path: error for path, error in errors.items() if not error <= relative}
+
+
+def digest(tree) -> str:
+  """SHA-256 of all leaves with their names, types and shapes."""
+  hashed = hashlib.sha256()
+  for path, leaf in leaves_by_path(tree).items():
+    hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+  return hashed.hexdigest()
+
+
+def folder_digest(folder) -> str:
+  """SHA-256 of all files below a folder with their names."""
+  hashed = hashlib.sha256()
+  for path in sorted(folder.rglob("*")):
+    hashed.update(str(path.relative_to(folder)).encode() + (path.read_bytes() if path.is_file() else b""))
+  return hashed.hexdigest()
+
+
+def replace(config: Config, **sections) -> Config:
+  """`config` with fields of its sections changed: `replace(config, optimizer=dict(beta2=0.999))`."""
+  return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields)
+                                        for name, fields in sections.items()})
