@@ -64,11 +64,8 @@ def pattention(
   Raises:
     ValueError: unknown `theta` or `gelu`, or shapes that do not fit.
   """
+  check_choices(theta, gelu)
   keys, values = tokens.keys, tokens.values
-  if theta not in THETAS:
-    raise ValueError(f"theta={theta!r}: choose one of {', '.join(THETAS)}.")
-  if gelu not in GELUS:
-    raise ValueError(f"gelu={gelu!r}: choose one of {', '.join(GELUS)}.")
   if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
     raise ValueError(f"keys {keys.shape} and values {values.shape}: expected [N, d_in] and [N, d_out].")
   if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -81,6 +78,14 @@ def pattention(
   weights_MxN = THETAS[theta](scores_MxN, jnp.asarray(tokens.tau, scores_MxN.dtype), GELUS[gelu])
   y_MxE = _product(weights_MxN.astype(x.dtype), values.astype(x.dtype))
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], values.shape[1])
+
+
+def check_choices(theta: str, gelu: str) -> None:
+  """Raises ValueError for an unknown `theta` or `gelu`."""
+  if theta not in THETAS:
+    raise ValueError(f"theta={theta!r}: choose one of {', '.join(THETAS)}.")
+  if gelu not in GELUS:
+    raise ValueError(f"gelu={gelu!r}: choose one of {', '.join(GELUS)}.")
 
 
 def initial_tau(theta: str, num_tokens: int) -> float:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenformer_jax.nn.parameters import Tau, parameter
-from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
+from tokenformer_jax.parameter_tokens import ParameterTokens, check_choices, initial_tau, pattention
 
 
 class Pattention(nnx.Module):
@@ -26,6 +26,7 @@ class Pattention(nnx.Module):
   def __init__(self, d_in: int, d_out: int, num_tokens: int, *, theta: str = "l2_norm_gelu", gelu: str = "erf",
                key_init: nnx.Initializer = nnx.initializers.normal(0.02),
                value_init: nnx.Initializer | None = None, rngs: nnx.Rngs):
+    check_choices(theta, gelu)
     for name, size in (("d_in", d_in), ("d_out", d_out), ("num_tokens", num_tokens)):
       if size < 1:
         raise ValueError(f"{name}={size}: must be at least 1.")

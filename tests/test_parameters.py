@@ -1,0 +1,62 @@
+"""How parameters are declared, stacked, and taken apart."""
+
+from flax import nnx
+import jax
+import numpy as np
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.distributed.axes import RULES
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.parameters import Tau, logical_axes, parameter, split, stack_layers
+
+CONFIG = ModelConfig(vocab_size=12, num_layers=3, hidden_size=8, num_heads=2, qkv_tokens=3, proj_tokens=4,
+                     ffn_tokens=5, rotary_fraction=0.5)
+
+
+class Layer(nnx.Module):
+
+  def __init__(self, rngs):
+    self.weight = parameter(rngs, (4, 5), ("param_token", "embed"), nnx.initializers.normal(1.0))
+    self.tau = Tau(np.float32(2.0), axes=())
+
+  def __call__(self, x):
+    return self.weight[...] @ x * self.tau[...]
+
+
+def test_stacked_layers_are_layers_of_their_own_keys():
+  """Layer i of the stack is what `make_layer` gives for the i-th key, and works alone."""
+  stacked = stack_layers(Layer, 3, nnx.Rngs(0))
+  keys = jax.random.split(nnx.Rngs(0).params(), 3)
+  graphdef, parameters, tau = split(stacked)
+  x = np.arange(5, dtype=np.float32)
+  for i, key in enumerate(keys):
+    alone = Layer(nnx.Rngs(key))
+    np.testing.assert_array_equal(stacked.weight[...][i], alone.weight[...])
+    layer = nnx.merge(graphdef, *jax.tree.map(lambda leaf: leaf[i], (parameters, tau)))
+    np.testing.assert_array_equal(layer(x), alone(x))
+
+
+def test_split_is_undone_by_merge():
+  model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+  graphdef, parameters, tau = split(model)
+  tokens = np.arange(6, dtype=np.int32)[None]
+  np.testing.assert_array_equal(nnx.merge(graphdef, parameters, tau)(tokens), model(tokens))
+  leaves = jax.tree.leaves((parameters, tau))
+  assert len(leaves) == len(jax.tree.leaves(nnx.state(model)))
+  assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+  assert all(type(node) is dict for node in (parameters, parameters["blocks"], tau["blocks"]["ffn"]))
+
+
+def test_every_array_names_each_of_its_axes():
+  """One logical axis for each array axis, all in the table, and each of the size it stands for."""
+  model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+  _, *trees = split(model)
+  sizes = {"layer": {3}, "vocab": {12}, "embed": {8}, "norm": {8}, "param_token": {3, 4, 5}}
+  assert set(sizes) <= set(RULES)
+
+  def check(leaf, axes):
+    assert len(axes) == leaf.ndim
+    assert all(size in sizes[axis] for size, axis in zip(leaf.shape, axes))
+
+  for tree, axes in zip(trees, logical_axes(model)):
+    jax.tree.map(check, tree, axes)

@@ -1,0 +1,76 @@
+"""The layer as a drop-in for nnx.Linear."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tokenformer_jax as tf
+from tests import oracle
+
+
+class Regressor(nnx.Module):
+  """Somebody's plain NNX model, with a pattention where a linear layer was."""
+
+  def __init__(self, rngs):
+    self.first = nnx.Linear(4, 16, rngs=rngs)
+    self.second = tf.Pattention(16, 3, 32, rngs=rngs)
+
+  def __call__(self, x):
+    return self.second(nnx.tanh(self.first(x)))
+
+
+def test_trains_inside_a_plain_model_and_keeps_tau():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+  y = jnp.sin(x @ rng.normal(size=(4, 3)).astype(np.float32))
+  model = Regressor(nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, optax.adamw(3e-3, weight_decay=0.1), wrt=nnx.Param)
+  before = jax.tree.map(np.array, nnx.state(model))
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss, grads = nnx.value_and_grad(lambda model: jnp.mean(jnp.square(model(x) - y)))(model)
+    optimizer.update(model, grads)
+    return loss
+
+  losses = [float(step(model, optimizer)) for _ in range(30)]
+  assert losses[-1] < 0.5 * losses[0]
+  assert model.second.tau[...] == before["second"]["tau"][...] == np.sqrt(np.float32(32))
+  for name in ("keys", "values"):
+    assert np.all(getattr(model.second, name)[...] != before["second"][name][...])
+
+
+@pytest.mark.parametrize("theta", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_layer_is_the_equation(theta):
+  layer = tf.Pattention(6, 5, 7, theta=theta, gelu="tanh", rngs=nnx.Rngs(0))
+  x = np.random.default_rng(1).normal(size=(2, 3, 6)).astype(np.float32)
+  keys, values = (np.asarray(array[...], np.float64) for array in (layer.keys, layer.values))
+  np.testing.assert_allclose(layer(x), oracle.pattention(x, keys, values, theta, kind="tanh"), atol=1e-5)
+
+
+def test_parameters_are_keys_and_values_alone():
+  layer = tf.Pattention(6, 5, 7, rngs=nnx.Rngs(0))
+  shapes = {path[-1]: array.shape for path, array in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
+  assert shapes == {"keys": (7, 6), "values": (7, 5)}
+
+
+def test_default_initialisation_keeps_the_size_of_normalised_inputs():
+  x = np.random.default_rng(2).normal(size=(256, 64)).astype(np.float32)
+  for num_tokens in (16, 1024):
+    y = tf.Pattention(64, 64, num_tokens, rngs=nnx.Rngs(0))(x)
+    assert 0.3 < np.std(y) < 1.5
+
+
+@pytest.mark.parametrize("sizes, message", [((0, 1, 1), "d_in=0"), ((1, 0, 1), "d_out=0"), ((1, 1, 0), "num_tokens=0")])
+def test_empty_layers_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=f"{message}: must be at least 1"):
+    tf.Pattention(*sizes, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("choice", [{"theta": "l2"}, {"gelu": "relu"}])
+def test_unknown_choices_are_refused_where_they_are_made(choice):
+  with pytest.raises(ValueError, match="choose one of"):
+    tf.Pattention(2, 2, 2, **choice, rngs=nnx.Rngs(0))
