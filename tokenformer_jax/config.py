@@ -165,9 +165,10 @@ class DataConfig(_Checked):
 
   `source` is one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, …
   Held-out text is `held_out_source` if given, else `held_out_fraction` of the source's documents,
-  chosen by a hash of each document's name. `batch_size` is the global number of sequences in one
-  optimizer step. `bad_text`: text that cannot be read stops the run (`error`); or bytes that are not
-  UTF-8 become U+FFFD (`replace`); or the document is left out (`skip`); both are counted.
+  chosen by a hash of each (of a file's name, or of the text of a part of one). `batch_size` is the
+  global number of sequences in one optimizer step. `bad_text`: text that cannot be read stops the run
+  (`error`); or bytes that are not UTF-8 become U+FFFD (`replace`); or the document is left out
+  (`skip`); both are counted.
   """
 
   source: str = "python-sources"

@@ -18,13 +18,13 @@ from tokenformer_jax.config import Config, DataConfig, ModelConfig
 from tokenformer_jax.data import open_data, open_tokenizer
 from tokenformer_jax.data.corpus import batches_of_documents
 from tokenformer_jax.data.documents import BadText
-from tokenformer_jax.data.prepare import prepare
+from tokenformer_jax.data.prepare import prepare, train_or_load_bpe
 from tokenformer_jax.data.sources import open_documents
 from tokenformer_jax.data.spec import parse_sources
 
 _TEXT = flags.DEFINE_string("text", "python-sources", "The source of text to tokenize.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Tokenizer to tokenize with; a BPE of 5000 ids learnt from the "
-                                 "text if not given.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Tokenizer to tokenize with; a BPE of 5000 ids learnt "
+                                 "from the text if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 1_000_000_000, "Ids in the token file whose whole epoch is read.")
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each rate is measured.")
 
@@ -54,7 +54,8 @@ def loading(folder: pathlib.Path) -> None:
   loader = rates["python-sources", "contiguous", config.model.seq_length]
   for name, model in (("before growth", config.model), ("after growth", config.model_at(10**9))):
     eaten = training_rate(config, model)
-    print(f"quickstart's model {name}: {eaten:,.0f} tokens/s trained; the loader alone gives {loader / eaten:.0f}×")
+    print(f"quickstart's model {name}: {eaten:,.0f} tokens/s trained; the loader alone gives "
+          f"{loader / eaten:.0f}×")
 
 
 def training_rate(config: Config, model: ModelConfig) -> float:
@@ -82,7 +83,6 @@ def tokenizing(folder: pathlib.Path) -> None:
   if _TOKENIZER.value:
     tokenizer = open_tokenizer(_TOKENIZER.value)
   else:
-    from tokenformer_jax.data.prepare import train_or_load_bpe
     tokenizer = train_or_load_bpe(source, 5000, folder / "bpe")
   batches = [[d.text for d in batch] for batch in batches_of_documents(source.read(BadText()))]
   raw = tokenizer._tokenizer  # The tokenizers package itself, without anything of ours.
@@ -96,7 +96,8 @@ def tokenizing(folder: pathlib.Path) -> None:
     ours.append(manifest["tokens"] / (time.perf_counter() - start))
   print(f"\nTokenizing {manifest['bytes']:,} bytes into {manifest['tokens']:,} tokens\n"
         f"tokenizers' encode_batch_fast   {max(own) / 1e6:.2f} million tokens/s\n"
-        f"prepare, with reading, writing  {max(ours) / 1e6:.2f} million tokens/s ({max(ours) / max(own):.0%})")
+        f"prepare, with reading, writing  {max(ours) / 1e6:.2f} million tokens/s "
+        f"({max(ours) / max(own):.0%})")
 
 
 def memory(folder: pathlib.Path) -> None:

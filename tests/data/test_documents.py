@@ -104,6 +104,7 @@ def test_jsonl_takes_one_field_of_every_line(tmp_path):
     (b'["text"]', r"has no field 'text'; it has only a list"),
     (b'{"text": 3}', r"field 'text' is a int, not text"),
     (b'{"text": "\xff"}', r"line 2 \(byte 14\) is not UTF-8 at byte 24"),
+    (b'{"text": "a\\ud800"}', r"line 2 \(byte 14\): field 'text' is not Unicode at character 1"),
 ])
 def test_jsonl_lines_that_are_bad(line, words, tmp_path):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
@@ -111,6 +112,12 @@ def test_jsonl_lines_that_are_bad(line, words, tmp_path):
     read(jsonl_files(f"{tmp_path}/a.jsonl#text"))
   documents, bad = read(jsonl_files(f"{tmp_path}/a.jsonl#text"), "skip")
   assert ([d.text for d in documents], bad.skipped) == (["a", "b"], 1)
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path):
+  (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b\ud83d\ude42\ufffd"}')
+  documents, bad = read(jsonl_files(f"{tmp_path}/a.jsonl#text"), "replace")
+  assert ([d.text for d in documents], bad.replaced) == (["a\ufffdb\U0001f642\ufffd"], 1)
 
 
 def test_jsonl_wants_a_field(tmp_path):

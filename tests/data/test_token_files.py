@@ -121,8 +121,11 @@ def test_broken_bare_files(tmp_path):
     open_tokens(f"{tmp_path}/a.bin", ByteTokenizer())
   with pytest.raises(ValueError, match="'int7' are unknown"):
     open_tokens(f"{tmp_path}/a.bin#int7", ByteTokenizer())
-  with pytest.raises(ValueError, match="no folder of prepared tokens"):
-    open_tokens(str(tmp_path), ByteTokenizer())
+  for manifest in (None, "{", "[]", "{}"):
+    if manifest:
+      (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match="no folder of prepared tokens"):
+      open_tokens(str(tmp_path), ByteTokenizer())
 
 
 def test_the_index_of_a_large_vocabulary_is_int32(tmp_path):

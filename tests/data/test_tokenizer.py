@@ -40,6 +40,12 @@ def test_vocabulary_is_padded_to_128_as_released(size, padded):
   assert tokenizer.dtype == np.uint16
 
 
+def test_text_that_is_not_unicode_is_refused(bpe):
+  for tokenizer in (bpe, ByteTokenizer()):
+    with pytest.raises(ValueError, match="not Unicode at character 2"):
+      tokenizer.encode("ab\udcff")
+
+
 def test_a_trained_bpe_gives_text_back_and_shortens_it(bpe):
   assert bpe.decode([*bpe.encode(TEXT), bpe.end_of_document]) == TEXT
   assert len(bpe.encode(TEXT)) < len(TEXT.encode()) * 0.8

@@ -111,7 +111,7 @@ def huggingface_documents(rest: str) -> DocumentSource:
       if not isinstance(text, str):
         bad.refuse(f"{spec} record {index}: field {field!r} is a {type(text).__name__}, not text.")
       elif text:
-        yield Document(text, text)
+        yield Document(text, text)  # Arrow's strings are UTF-8.
 
   return DocumentSource(spec, read)
 

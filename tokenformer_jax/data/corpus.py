@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tqdm
 
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 from tokenformer_jax.data.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ class Corpus:
   """Documents as token ids, one after the other, each with its end-of-document id.
 
   Attributes:
-    tokens: [n] unsigned or signed integers, in memory or mapped.
+    tokens: [n] unsigned integers, in memory or mapped.
     ends: [documents] int64, where each document ends in `tokens`; rising, the last one is n.
     keys: [documents] uint64, a hash of each document, which decides whether it is held out.
     identity: what was read: JSON-able, equal for equal text wherever it lies.
@@ -34,7 +35,7 @@ class Corpus:
 
 def key_hash(key: str | bytes) -> int:
   """64 bits of a document's key."""
-  raw = key if isinstance(key, bytes) else key.encode("utf-8", errors="surrogatepass")
+  raw = key if isinstance(key, bytes) else key.encode("utf-8", errors="surrogateescape")
   return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
@@ -71,11 +72,16 @@ def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "erro
   bad, digest = BadText(bad_text), hashlib.sha256()
   pieces, lengths, keys, size = [], [], [], 0
   end = np.array([tokenizer.end_of_document], tokenizer.dtype)
+  bar = tqdm.tqdm(desc=f"tokenizing {source.name}", total=source.size(), unit="B", unit_scale=True,
+                  disable=None, delay=2, leave=False)
   for documents, encoded in encoded_batches(source.read(bad), tokenizer):
+    before = size
     pieces.append(np.concatenate([piece for ids in encoded for piece in (ids, end)]))
     lengths += [len(ids) + 1 for ids in encoded]
     keys += [key_hash(document.key) for document in documents]
     size += sum(update_digest(digest, document) for document in documents)
+    bar.update(size - before)
+  bar.close()
   if not lengths:
     raise ValueError(f"source {source.name} holds no text: check what it names.")
   bad.report(source.name)
@@ -86,9 +92,9 @@ def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "erro
 
 def update_digest(digest, document: Document) -> int:
   """Adds a document to a hash of the corpus; returns its size in bytes."""
-  raw = document.text.encode("utf-8", errors="surrogatepass")
+  raw = document.text.encode("utf-8")
   if document.key is not document.text:
-    digest.update(document.key.encode("utf-8", errors="surrogatepass") + b"\0")
+    digest.update(document.key.encode("utf-8", errors="surrogateescape") + b"\0")
   digest.update(len(raw).to_bytes(8, "little") + raw)
   return len(raw)
 

@@ -54,11 +54,11 @@ class Data:
     return iter(batches.to_iter_dataset(loader.READ_AHEAD))
 
   def train_tokens(self) -> np.ndarray:
-    """[n] uint16 or uint32, all training ids; a copy unless the text is one stretch of one source."""
+    """[n] unsigned integers, all training ids; a copy unless the text is one stretch of one source."""
     return _tokens(self._train)
 
   def held_out_tokens(self) -> np.ndarray:
-    """[n] uint16 or uint32, all held-out ids; a copy unless the text is one stretch of one source."""
+    """[n] unsigned integers, all held-out ids; a copy unless the text is one stretch of one source."""
     return _tokens(self._held_out)
 
 

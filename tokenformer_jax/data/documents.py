@@ -45,6 +45,20 @@ class BadText:
       raise ValueError(message)
     self.skipped += 1
 
+  def unicode(self, text: str, where: str) -> str | None:
+    """Text without halves of surrogate pairs, which escapes such as \\ud800 make; None to leave it out."""
+    try:
+      text.encode("utf-8")
+      return text
+    except UnicodeEncodeError as error:
+      if self.choice == "replace":
+        replaced = text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+        self.replaced += replaced.count("\ufffd") - text.count("\ufffd")
+        return replaced
+      self.refuse(f"{where} is not Unicode at character {error.start} (half a surrogate pair): mend it, or "
+                  "choose bad_text=replace or =skip.")
+      return None
+
   def decode(self, raw: bytes, where: str, offset: int) -> str | None:
     """UTF-8 text, or None for a document to leave out; `offset` is where `raw` starts in its file."""
     try:
@@ -154,7 +168,7 @@ def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str
   if not isinstance(record[field], str):
     bad.refuse(f"{where}: field {field!r} is a {type(record[field]).__name__}, not text.")
     return None
-  return record[field]
+  return bad.unicode(record[field], f"{where}: field {field!r}")
 
 
 def _matches(pattern: str, spec: str) -> list[pathlib.Path]:

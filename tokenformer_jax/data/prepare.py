@@ -72,12 +72,12 @@ def prepare(source: DocumentSource, tokenizer: Tokenizer, folder: str | os.PathL
 def train_or_load_bpe(source: DocumentSource, vocab_size: int, folder: str | os.PathLike, *,
                       bad_text: str = "error",
                       progress: Callable[[int], None] = lambda size: None) -> Tokenizer:
-  """The byte-level BPE in the folder, learnt from the source first if it is not there."""
+  """The byte-level BPE in the folder, learnt first from the whole source if it is not there."""
   folder = pathlib.Path(folder)
   if not (folder / TOKENIZER).is_file():
     def texts() -> Iterator[str]:
       for document in source.read(BadText(bad_text)):
-        progress(len(document.text.encode("utf-8", errors="surrogatepass")))
+        progress(len(document.text.encode("utf-8")))
         yield document.text
 
     description = byte_level_bpe.train(texts(), vocab_size)

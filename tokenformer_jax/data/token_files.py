@@ -134,9 +134,10 @@ def _open_prepared(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenFile:
 def read_manifest(folder: pathlib.Path) -> dict:
   """The manifest of a prepared folder; ValueError where there is none."""
   try:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(f"{folder} is no folder of prepared tokens ({error}): make one with "
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return {"complete": manifest["complete"], **manifest}
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+    raise ValueError(f"{folder} is no folder of prepared tokens ({error!r}): make one with "
                      "python -m tokenformer_jax.cli.prepare.") from None
 
 

@@ -28,7 +28,12 @@ class Tokenizer:
   end_of_document: int
 
   def encode(self, text: str) -> list[int]:
-    """The ids of `text`; no begin or end token is added."""
+    """The ids of `text`; no begin or end token is added. ValueError if it is not Unicode."""
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError as error:
+      raise ValueError(f"the text is not Unicode at character {error.start} (half a surrogate pair): give "
+                       "UTF-8.") from None
     return self.encode_documents([text])[0].tolist()
 
   def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
