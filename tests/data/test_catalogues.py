@@ -15,11 +15,10 @@ from tokenformer_jax.data.documents import BadText  # noqa: E402
 TEXTS = [f"{i} is the number of this tfds document. " * 3 for i in range(40)]
 
 
-class LocalBooks(tfds.core.GeneratorBasedBuilder):
-  """Text files as a tensorflow-datasets data set."""
+class LocalBooks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A data set that is found by its files alone, as one that another program made."""
 
   VERSION = tfds.core.Version("1.0.0")
-  SKIP_REGISTERING = True  # So that it is found by its files, as another program would.
 
   def _info(self):
     features = tfds.features.FeaturesDict(
@@ -69,9 +68,10 @@ def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
 
 @pytest.mark.parametrize("rest, words", [
     ("local_boks#text", r"no data set 'local_boks'.*Did you mean 'local_books'\?"),
-    ("local_books:2.0.0#text", "1.0.0"),
+    ("local_books:2.0.0#text", "other versions or configs of 'local_books': 1.0.0"),
+    ("local_books/large#text", "other versions or configs of 'local_books': 1.0.0"),
     ("local_books@valid#text", "split 'valid' cannot be read .* it has train, test"),
-    ("local_books", r"name one of its text features after '#': text, title \(features: .*, length\)"),
+    ("local_books", r"name one of its text features after '#': text, title \(features: text, length, title\)"),
     ("local_books#length", r"'length' is not one of its text features.*text, title"),
     ("local_books#txet", "Did you mean 'text'"),
 ])

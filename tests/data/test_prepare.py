@@ -65,7 +65,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_files(after, texts, tmp_path):
   resumed_tokenizer = ByteTokenizer()
   encode = resumed_tokenizer.encode_documents
   resumed_tokenizer.encode_documents = lambda batch: (encoded.extend(batch), encode(batch))[1]
-  prepare(texts, resumed_tokenizer, tmp_path / "stopped")
+  shown = []
+  prepare(texts, resumed_tokenizer, tmp_path / "stopped", progress=shown.append)
+  assert sum(shown) == texts.size()
   prepare(texts, ByteTokenizer(), tmp_path / "straight")
   assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
   if after >= 2000:

@@ -42,14 +42,18 @@ def tfds_documents(rest: str) -> DocumentSource:
 
 def _tfds_builder(tfds, name: str, spec: str):
   """The builder, its data prepared; what is not on disk yet is downloaded and written as array_record."""
-  data_dir = os.environ.get("TFDS_DATA_DIR")
+  data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     base = re.split("[/:]", name)[0]
-    raise ValueError(f"source {spec}: tensorflow-datasets has no data set {base!r}, nor is one in "
-                     f"{data_dir or '~/tensorflow_datasets'} (TFDS_DATA_DIR)."
-                     + nearest(base, _tfds_names(tfds, data_dir))) from None
+    local = _listdir(data_dir)
+    if base in local:
+      raise ValueError(f"source {spec}: {data_dir} (TFDS_DATA_DIR) holds other versions or configs of "
+                       f"{base!r}: {', '.join(_listdir(os.path.join(data_dir, base)))}.") from None
+    known = tfds.list_builders(with_community_datasets=False) + local
+    raise ValueError(f"source {spec}: tensorflow-datasets has no data set {base!r}, nor is one in {data_dir} "
+                     f"(TFDS_DATA_DIR).{nearest(base, known)}") from None
   except (ValueError, AssertionError) as error:
     raise ValueError(f"source {spec}: {_first_line(error)}.") from None
   if builder.info.splits and builder.is_prepared():
@@ -67,10 +71,8 @@ def _tfds_builder(tfds, name: str, spec: str):
                      f"({type(error).__name__}: {_first_line(error)}).") from None
 
 
-def _tfds_names(tfds, data_dir: str | None) -> list[str]:
-  folder = os.path.expanduser(data_dir or "~/tensorflow_datasets")
-  local = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-  return tfds.list_builders(with_community_datasets=False) + local
+def _listdir(folder: str) -> list[str]:
+  return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def _text_feature(tfds, features, name: str | None, spec: str) -> str:
