@@ -71,7 +71,7 @@ def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
     ("local_books:2.0.0#text", "other versions or configs of 'local_books': 1.0.0"),
     ("local_books/large#text", "other versions or configs of 'local_books': 1.0.0"),
     ("local_books@valid#text", "split 'valid' cannot be read .* it has train, test"),
-    ("local_books", r"name one of its text features after '#': text, title \(features: text, length, title\)"),
+    ("local_books", r"name one of its text features after '#': text, title \(features: length, text, title\)"),
     ("local_books#length", r"'length' is not one of its text features.*text, title"),
     ("local_books#txet", "Did you mean 'text'"),
 ])

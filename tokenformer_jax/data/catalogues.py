@@ -76,13 +76,13 @@ def _listdir(folder: str) -> list[str]:
 
 
 def _text_feature(tfds, features, name: str | None, spec: str) -> str:
-  texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
+  texts = [key for key, value in sorted(features.items()) if isinstance(value, tfds.features.Text)]
   if name is None and len(texts) == 1:
     return texts[0]
   if name not in texts:
     problem = "name one of its text features" if name is None else f"{name!r} is not one of its text features"
     raise ValueError(f"source {spec}: {problem} after '#': {', '.join(texts) or 'it has none'} "
-                     f"(features: {', '.join(features)}).{nearest(name, texts) if name else ''}")
+                     f"(features: {', '.join(sorted(features))}).{nearest(name, texts) if name else ''}")
   return name
 
 
