@@ -1,0 +1,141 @@
+"""The update: micro-batches, z-loss and meshes change nothing but what they say."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import special
+
+from tests import oracle, small_run
+from tokenformer_jax.distributed.axes import batch_sharding
+from tokenformer_jax.growth.plan import leaves_by_path
+from tokenformer_jax.interop.names import to_released
+from tokenformer_jax.nn.parameters import Tau, parameter, split
+from tokenformer_jax.training.program import make_program
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import make_train_step
+
+VOCAB = small_run.MODEL.vocab_size
+
+
+class Bigram(nnx.Module):
+  """logits = table[token]: a model whose gradient is a formula."""
+
+  def __init__(self):
+    self.table = parameter(nnx.Rngs(0), (VOCAB, VOCAB), ("vocab", "vocab"), nnx.initializers.normal(1.0))
+    self.tau = Tau(jnp.ones([]), axes=())
+
+  def __call__(self, tokens, positions, segments):
+    return self.table[...][tokens]
+
+
+def bigram_loss_and_gradient(table, batch, z_loss):
+  """In float64."""
+  inputs, labels = np.asarray(batch.inputs), np.asarray(batch.labels)
+  weights = np.ones(labels.shape) if batch.weights is None else np.asarray(batch.weights, np.float64)
+  logits = np.asarray(table, np.float64)[inputs]
+  log_z = special.logsumexp(logits, axis=-1)
+  nats = log_z - np.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  by_logits = (1 + 2 * z_loss * log_z)[..., None] * special.softmax(logits, axis=-1) - np.eye(VOCAB)[labels]
+  gradient = np.zeros((VOCAB, VOCAB))
+  np.add.at(gradient, inputs, weights[..., None] * by_logits)
+  return (weights * nats).sum() / weights.sum(), gradient / weights.sum()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_micro_batches_are_one_batch(accumulation, weights, z_loss):
+  batch = small_run.batch(weights=weights)
+  graphdef, params, tau = split(Bigram())
+  optimizer = optax.with_extra_args_support(optax.sgd(1.0))  # Updates are gradients.
+  step = make_train_step(graphdef, optimizer, optax.constant_schedule(1.0), z_loss, accumulation)
+  state = TrainState(jnp.int32(0), params, tau, optimizer.init(params), born=None)
+  loss, gradient = bigram_loss_and_gradient(params["table"], batch, z_loss)
+  new, metrics = jax.jit(step)(state, batch)
+  np.testing.assert_allclose(params["table"] - new.params["table"], gradient, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)  # Without the z-loss, to be compared with others.
+  np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
+  assert new.step == 1
+
+
+def run(program, start, batches):
+  """The states after each batch, as NumPy arrays, the last one as it is, and the losses."""
+  state, states, losses = jax.device_put(start, program.shardings), [], []
+  for batch in batches:
+    placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(program.shardings.step.mesh, x.shape)), batch)
+    given = state
+    state, metrics = program.train_step(given, placed)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.params))
+    states.append(jax.tree.map(np.array, state))
+    losses.append(float(metrics["loss"]))
+  return states, state, losses
+
+
+CONFIG = small_run.replace(small_run.config(), data=dict(batch_size=16), optimizer=dict(learning_rate=1e-3),
+                           training=dict(gradient_accumulation=2))
+BATCHES = [small_run.batch(rows=16, weights=True)] * 3
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  program = make_program(CONFIG, small_run.MODEL, small_run.mesh())
+  start = jax.tree.map(np.array, program.initial_state())
+  return start, *run(program, start, BATCHES)
+
+
+def test_first_loss_is_the_oracles(one_device):
+  start, _, _, losses = one_device
+  batch = BATCHES[0]
+  logits = oracle.language_model(oracle.wide(to_released(start.params)), batch.inputs, small_run.MODEL)
+  nats = special.logsumexp(logits, axis=-1) - np.take_along_axis(logits, batch.labels[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(losses[0], (nats * batch.weights).sum() / batch.weights.sum(), rtol=1e-6)
+
+
+def test_an_update_moves_all_parameters_and_tau_never(one_device):
+  start, states, last, losses = one_device
+  assert losses[0] > losses[1] > losses[2]
+  for state in states:
+    small_run.assert_same((start.tau, start.born), (state.tau, state.born))
+  moved = {path: np.any(leaf != leaves_by_path(start.params)[path])
+           for path, leaf in leaves_by_path(states[0].params).items()}
+  assert all(moved.values()) and len(moved) == 13
+  assert [int(state.step) for state in states] == [1, 2, 3]
+  # Moments for the parameters alone.
+  moments = [path for path, leaf in leaves_by_path(last.opt_state).items() if leaf.ndim]
+  assert len(moments) == 26 and not [path for path in moments if "tau" in path]
+
+
+def test_a_run_begins_the_same_on_a_mesh(one_device):
+  start, *_ = one_device
+  program = make_program(CONFIG, small_run.MODEL, small_run.mesh(2, 2, 2))
+  small_run.assert_close(program.initial_state(), start, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_every_mesh_trains_like_one_device(one_device, sizes):
+  start, states, _, losses = one_device
+  program = make_program(CONFIG, small_run.MODEL, small_run.mesh(*sizes))
+  sharded_states, last, sharded_losses = run(program, start, BATCHES)
+  np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
+  small_run.assert_close(sharded_states[0], states[0], 1e-5)
+  small_run.assert_close([state.params for state in sharded_states], [state.params for state in states], 1e-5)
+  # Compiled once, for its own output: leaves stay where they were put.
+  assert program.train_step._cache_size() == 1
+  assert jax.tree.map(lambda leaf: leaf.sharding, last) == program.shardings
+
+
+def test_bfloat16_compute_keeps_a_float32_state(one_device):
+  start, _, _, losses = one_device
+  program = make_program(CONFIG, dataclasses.replace(small_run.MODEL, compute_dtype="bfloat16"), small_run.mesh())
+  state, metrics = jax.eval_shape(program.train_step, program.shapes, BATCHES[0])
+  assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.tau, state.opt_state))} == {"float32", "int32"}
+  assert {leaf.dtype.name for leaf in metrics.values()} == {"float32"}
+  sums = program.eval_step(start.params, start.tau, BATCHES[0])
+  np.testing.assert_allclose(sums.nats / sums.weight, losses[0], rtol=1e-3)
+  assert sums.nats / sums.weight != losses[0]  # Another computation: its rounding shows.
