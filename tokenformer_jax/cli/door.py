@@ -1,7 +1,8 @@
 """The one wrapper of all doors: a user's mistake is one line on stderr and exit code 2.
 
 A mistake is a file that is not there or a `ValueError` that this package raised about its input.
-Everything else that goes wrong keeps its traceback: it is ours to mend.
+A run whose numbers are no longer finite is one line too, with exit code 1. Everything else that goes
+wrong keeps its traceback: it is ours to mend.
 """
 
 import pathlib
@@ -49,6 +50,8 @@ def run(main) -> None:
       if _PACKAGE not in raised_in.parents:
         raise
       fail(error)
+    except FloatingPointError as error:
+      fail(error, code=1)
 
   app.run(guarded, flags_parser=parse)
 
@@ -66,9 +69,9 @@ def read_config(flag: flags.FlagHolder) -> Config:
   return Config.from_dict(fields)
 
 
-def fail(error: BaseException) -> None:
-  """Prints the error as one line and exits with 2."""
+def fail(error: BaseException, code: int = 2) -> None:
+  """Prints the error as one line and exits."""
   message = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")  # KeyErrors come quoted.
   message = " ".join(message.split()) or type(error).__name__
   print(f"error: {message}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)

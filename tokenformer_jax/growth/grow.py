@@ -35,11 +35,8 @@ def grow_state(state: Any, config: ModelConfig, new_config: ModelConfig, *, seed
     (state, new_config, report).
 
   Raises:
-    ValueError: see `plan_growth`; and `softmax`, whose zero scores still take weight.
+    ValueError: see `plan_growth`.
   """
-  if config.theta == "softmax":
-    raise ValueError("theta='softmax': new rows with zero keys would still get weight exp(0), so growth is not "
-                     "exact; use l2_norm_gelu or gelu_l2_norm.")
   plan = plan_growth(state, config, new_config)
   step = getattr(state, "step", jnp.int32(0))
   std = value_std(config)

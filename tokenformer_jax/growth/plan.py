@@ -50,7 +50,8 @@ def plan_growth(shapes: Any, config: ModelConfig, new_config: ModelConfig) -> di
       arrays or `jax.ShapeDtypeStruct`s.
 
   Raises:
-    ValueError: fewer tokens, nothing to grow, or anything but token counts changed.
+    ValueError: fewer tokens, nothing to grow, anything but token counts changed, or a Θ for which
+      growth by zero keys is not exact.
   """
   check_growth(config, new_config)
   axes, old_counts = _parameter_tokens(config)
@@ -70,7 +71,7 @@ def plan_growth(shapes: Any, config: ModelConfig, new_config: ModelConfig) -> di
 
 
 def check_growth(config: ModelConfig, new_config: ModelConfig) -> None:
-  """Raises ValueError unless `new_config` is `config` with more parameter tokens."""
+  """Raises ValueError unless `new_config` is `config` with more parameter tokens, and can have its function."""
   if new_config == config:
     raise ValueError("growth changes nothing: " + ", ".join(f"{f}={getattr(config, f)}" for f in _TOKEN_FIELDS)
                      + " are the model's counts already; give at least one a larger value.")
@@ -81,6 +82,9 @@ def check_growth(config: ModelConfig, new_config: ModelConfig) -> None:
         raise ValueError(f"{field.name}: {old} -> {new}: growth cannot take rows away; choose at least {old}.")
     elif new != old:
       raise ValueError(f"{field.name}: {old!r} -> {new!r}: growth changes parameter tokens alone; keep {old!r}.")
+  if config.theta == "softmax":
+    raise ValueError("theta='softmax': new rows with zero keys would still get weight exp(0), so growth is not "
+                     "exact; use l2_norm_gelu or gelu_l2_norm.")
 
 
 def leaves_by_path(tree: Any, is_leaf=None) -> dict[str, Any]:

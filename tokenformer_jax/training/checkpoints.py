@@ -21,20 +21,30 @@ from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.state import TrainState, abstract_model
+from tokenformer_jax.training.work_folder import absolute
 
 TOKENIZER = "tokenizer.json"
+_PARTS = ("model", "optimizer", "record")
 
 
 class Checkpoints:
-  """The checkpoints under one work folder; a save is committed as a whole or not at all."""
+  """The checkpoints under one work folder; a save is committed as a whole or not at all.
+
+  Nothing is written before the first save.
+  """
 
   def __init__(self, workdir: str, kept: int | None = None):
+    """Raises ValueError where something that is no checkpoint would keep Orbax from saving."""
     self._manager = ocp.CheckpointManager(
-        absolute(workdir) / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=kept))
+        _folder(workdir), options=ocp.CheckpointManagerOptions(max_to_keep=kept, create=False))
+    newest = self._manager.latest_step()
+    if newest != self.latest_step():
+      raise ValueError(f"{_folder(workdir) / str(newest)}: no whole checkpoint, and newer than those that are: "
+                       "move it away.")
 
   def latest_step(self) -> int | None:
-    """The newest committed step, None if there is none."""
-    return self._manager.latest_step()
+    """The newest whole checkpoint's step, None if there is none."""
+    return max(_whole_steps(self._manager), default=None)
 
   def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
     """Starts an asynchronous save; the state may be donated as soon as this returns.
@@ -77,17 +87,16 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
   Raises:
     ValueError: no checkpoint there, or none of that step.
   """
-  folder = absolute(workdir) / "checkpoints"
-  steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
-  if not steps:
-    raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
-  if step is not None and step not in steps:
-    raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-  step = steps[-1] if step is None else step
-  mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
-  with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+  with ocp.CheckpointManager(_folder(workdir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    steps = _whole_steps(manager)
+    if not steps:
+      raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
+    if step is not None and step not in steps:
+      raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+    step = steps[-1] if step is None else step
     record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
     abstract = abstract_model(ModelConfig(**record["model"]))
+    mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
     graphdef, *shapes = split(abstract)
     target = dict(zip(("params", "tau"), (
         jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
@@ -102,9 +111,14 @@ def load_tokenizer(workdir: str) -> data.Tokenizer:
   return data.load_tokenizer(absolute(workdir) / TOKENIZER)
 
 
-def absolute(workdir: str) -> epath.Path:
-  """A local folder or a bucket, as Orbax wants it."""
-  return epath.Path(workdir).expanduser().absolute()
+def _folder(workdir: str) -> epath.Path:
+  return absolute(workdir) / "checkpoints"
+
+
+def _whole_steps(manager: ocp.CheckpointManager) -> list[int]:
+  """The committed steps that have all their parts, rising; Orbax also lists a stray or half-deleted folder."""
+  return sorted(step for step in manager.all_steps()
+                if all((manager.directory / str(step) / part).exists() for part in _PARTS))
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

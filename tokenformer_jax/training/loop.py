@@ -1,11 +1,11 @@
 """The training loop: data in, checkpoints and metrics out, growth on the way."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
 import time
-from typing import Any
 
 from flax import nnx
 import jax
@@ -13,19 +13,22 @@ import numpy as np
 import tqdm
 
 from tokenformer_jax import data
-from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.config import Config
 from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.plan import check_growth
 from tokenformer_jax.inference.generate import generate
 from tokenformer_jax.nn.parameters import logical_axes, split
-from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints, absolute, load
+from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints, load, load_tokenizer
 from tokenformer_jax.training.flops import peak_flops
 from tokenformer_jax.training.loss import LossSums
 from tokenformer_jax.training.program import Program, make_program
-from tokenformer_jax.training.resume import check_same_model, check_same_run, check_same_weights
+from tokenformer_jax.training.resume import (
+    CONFIG, check_same_model, check_same_run, check_same_tokenizer, check_same_weights)
 from tokenformer_jax.training.run_log import RunLog, plot_losses
 from tokenformer_jax.training.state import TrainState, abstract_model, fresh_state
+from tokenformer_jax.training.work_folder import absolute, replace_text
 
 _PROFILED_STEPS = 5
 
@@ -44,8 +47,8 @@ def train(config: Config, workdir: str, *, profile: bool = False, allow_data_cha
     The last held-out loss, nats a token.
 
   Raises:
-    ValueError: data, vocabulary, mesh or work folder do not fit the config; nothing is written then.
-    FloatingPointError: the loss is no longer finite; the last checkpoint is from before.
+    ValueError: data, vocabulary, mesh, growth or work folder do not fit the config; nothing is written then.
+    FloatingPointError: loss or gradient is no longer finite; the last checkpoint is from before.
   """
   return _Run(config, workdir, allow_data_change).run(profile)
 
@@ -56,32 +59,26 @@ class _Run:
   def __init__(self, config: Config, workdir: str, allow_data_change: bool):
     self.config, self.workdir = config, workdir
     self.mesh = make_mesh(config.mesh)
+    check_same_run(config, workdir, allow_data_change)
+    _check_growths(config, self.mesh)
     self.data = data.open_data(config.data, seq_length=config.model.seq_length,
                                process_index=jax.process_index(), process_count=jax.process_count())
-    if self.data.tokenizer.vocab_size > config.model.vocab_size:
-      raise ValueError(f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "
-                       f"{self.data.tokenizer.vocab_size} ids; set it to {self.data.tokenizer.padded_vocab_size}.")
+    _check_fits(config, self.data.tokenizer)
     self.batches = self.data.train_batches()
     self.held_out = [self._put(batch) for batch in self.data.held_out_batches(config.training.eval_batches)]
-    self.peak = peak_flops(self.mesh)
-
-    prompt = self.data.tokenizer.encode(config.training.sample_prompt)
-    if len(prompt) + config.training.sample_tokens > config.model.seq_length:
-      raise ValueError(f"training.sample_tokens={config.training.sample_tokens}: with the prompt's {len(prompt)} they "
-                       f"pass model.seq_length={config.model.seq_length}; lower it (0 writes no samples).")
-
-    begun = absolute(workdir) / "config.json"
-    if begun.exists():
-      check_same_run(json.loads(begun.read_text()), config, workdir, allow_data_change)
     self.checkpoints = Checkpoints(workdir, config.training.checkpoints_kept)
     latest = self.checkpoints.latest_step()
     if latest is None:
       self.program, self.state = self._begin()
     else:
       self.program, self.state = self._resume(latest, allow_data_change)
+    self.peak = peak_flops(self.mesh)
+
     if jax.process_index() == 0:
-      data.save_tokenizer(self.data.tokenizer, absolute(workdir) / TOKENIZER)
-      begun.write_text(json.dumps(config.to_dict(), indent=2))
+      folder = absolute(workdir)
+      folder.mkdir(parents=True, exist_ok=True)
+      data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
+      replace_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2))
     self.log = RunLog(workdir, start_step=latest or 0)
 
   def _begin(self) -> tuple[Program, TrainState]:
@@ -91,6 +88,8 @@ class _Run:
       return program, program.initial_state()
     source = load(config.init_from, mesh=self.mesh)
     check_same_weights(source.config, config.model, config.init_from)
+    check_same_tokenizer(load_tokenizer(config.init_from).fingerprint, self.data.tokenizer.fingerprint,
+                         f"init_from={config.init_from}")
     _, params, tau = split(source)
     axes, _ = logical_axes(abstract_model(config.model))
     fresh = jax.jit(lambda params, tau: fresh_state(params, tau, axes, program.optimizer),
@@ -100,6 +99,7 @@ class _Run:
   def _resume(self, step: int, allow_data_change: bool) -> tuple[Program, TrainState]:
     record = self.checkpoints.record(step)
     model = check_same_model(record["model"], self.config, step, self.workdir)
+    check_same_tokenizer(record["tokenizer"], self.data.tokenizer.fingerprint, self.workdir)
     if not allow_data_change:
       data.check_same(record["fingerprint"], self.data.fingerprint)
     program = make_program(self.config, model, self.mesh)
@@ -110,46 +110,44 @@ class _Run:
   def run(self, profile: bool) -> float:
     training = self.config.training
     step = int(self.state.step)
-    clock = loss = metrics = None
-    progress = tqdm.tqdm(total=training.num_steps, initial=step, unit="step", dynamic_ncols=True,
-                         disable=jax.process_index() != 0, file=sys.stderr)
-    progress.write(f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
-                   + (f"resumed at step {step}." if step else "from the beginning."))
-    profile_from = step + 2
-    while step < training.num_steps:
-      if self.config.model_at(step) != self.program.model:
-        self._grow(step, progress)
-        clock = None
-      if profile and step == profile_from:
-        jax.profiler.start_trace(str(absolute(self.workdir) / "profile"))
-      self.state, metrics = self.program.train_step(self.state, self._put(next(self.batches)))
-      step += 1
-      progress.update()
-      if clock is None:  # The step that compiles is not timed.
-        jax.block_until_ready(metrics)
-        clock = _Clock(step)
-      if profile and step == profile_from + _PROFILED_STEPS:
-        jax.block_until_ready(self.state)
-        jax.profiler.stop_trace()
+    clock = loss = None
+    with (contextlib.closing(self.checkpoints), contextlib.closing(self.log), _Trace(self.workdir, profile) as trace,
+          tqdm.tqdm(total=training.num_steps, initial=step, unit="step", dynamic_ncols=True,
+                    disable=jax.process_index() != 0, file=sys.stderr) as progress):
+      _say(f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
+           + (f"resumed at step {step}." if step else "from the beginning."))
+      while step < training.num_steps:
+        if self.config.model_at(step) != self.program.model:
+          self._grow(step)
+          clock = None
+        self.state, metrics = self.program.train_step(self.state, self._put(next(self.batches)))
+        step += 1
+        trace.step(self.state)
+        if clock is None:  # The step that compiles is neither timed nor traced.
+          jax.block_until_ready(metrics)
+          clock = _Clock(step)
+          trace.start()
 
-      last = step == training.num_steps
-      if step % training.log_every == 0 or last:
-        self._log(step, metrics, clock, progress)
-      if step % training.eval_every == 0 or last:
-        loss = self._evaluate(step, progress)
-        clock.restart(step)
-      if step % training.checkpoint_every == 0 or last:
-        self._save(step, metrics)
-    progress.close()
-    self.checkpoints.close()
-    self.log.close()
+        last = step == training.num_steps
+        log, evaluate, save = (last or step % every == 0 for every in
+                               (training.log_every, training.eval_every, training.checkpoint_every))
+        if log or evaluate or save:
+          metrics = _finite(jax.device_get(metrics), step)
+        if log:
+          self._log(step, metrics, clock, progress)
+        progress.update()
+        if evaluate:
+          loss = self._evaluate(step)
+          clock.restart(step)
+        if save:
+          self._save(step)
     if loss is None:  # Nothing was left to do.
       loss = self._held_out_loss()
     if jax.process_index() == 0:
       print(f"step {step}, held-out loss {loss:.4f} nats a token, loss curve {plot_losses(self.workdir)}")
     return loss
 
-  def _grow(self, step: int, progress) -> None:
+  def _grow(self, step: int) -> None:
     before = self._held_out_loss()
     model = self.config.model_at(step)
     program = make_program(self.config, model, self.mesh)
@@ -158,13 +156,12 @@ class _Run:
     self.program = program
     after = self._held_out_loss()
     old, new = report.num_parameters
-    progress.write(f"step {step}: grown from {old:,} to {new:,} parameters; held-out loss {before:.6f} before, "
-                   f"{after:.6f} after.")
+    _say(f"step {step}: grown from {old:,} to {new:,} parameters; held-out loss {before:.6f} before, "
+         f"{after:.6f} after.")
     self.log.write(step, **{"growth/parameters": new, "growth/loss_before": before, "growth/loss_after": after})
 
-  def _log(self, step: int, metrics: dict[str, jax.Array], clock: "_Clock", progress) -> None:
+  def _log(self, step: int, metrics: dict[str, np.ndarray], clock: "_Clock", progress: tqdm.tqdm) -> None:
     row = {f"train/{name}": float(value) for name, value in metrics.items()}
-    _check_finite(row["train/loss"], step)
     shown = {"loss": f"{row['train/loss']:.4f}"}
     steps_per_second = clock.steps_per_second(step)
     if steps_per_second:
@@ -177,10 +174,10 @@ class _Run:
     progress.set_postfix(shown, refresh=False)
     self.log.write(step, **row)
 
-  def _evaluate(self, step: int, progress) -> float:
+  def _evaluate(self, step: int) -> float:
     loss = self._held_out_loss()
     self.log.write(step, **{"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 700.0))})
-    progress.write(f"step {step}: held-out loss {loss:.4f}")
+    _say(f"step {step}: held-out loss {loss:.4f}")
     training = self.config.training
     if training.sample_tokens:
       model = nnx.merge(self.program.graphdef, self.state.params, self.state.tau)
@@ -190,12 +187,12 @@ class _Run:
     return loss
 
   def _held_out_loss(self) -> float:
-    sums = [self.program.eval_step(self.state.params, self.state.tau, batch) for batch in self.held_out]
-    total = LossSums(*(sum(map(float, column)) for column in zip(*sums)))
-    return total.nats / total.weight
+    sums = jax.device_get([self.program.eval_step(self.state.params, self.state.tau, batch)
+                           for batch in self.held_out])
+    total = LossSums(*np.sum(sums, axis=0, dtype=np.float64))
+    return float(total.nats / total.weight)
 
-  def _save(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    _check_finite(float(metrics["loss"]), step)
+  def _save(self, step: int) -> None:
     self.checkpoints.save(step, self.state, {
         "model": dataclasses.asdict(self.program.model), "config": self.config.to_dict(),
         "data": self.batches.get_state(), "fingerprint": self.data.fingerprint,
@@ -225,7 +222,66 @@ class _Clock:
     return rate
 
 
-def _check_finite(loss: float, step: int) -> None:
-  if not math.isfinite(loss):
-    raise FloatingPointError(f"loss is {loss} at step {step}; the newest checkpoint is from before. Lower "
-                             "optimizer.learning_rate or optimizer.clip_norm and run the same command again.")
+class _Trace:
+  """A profile of the steps that follow the first `start`, written to WORKDIR/profile if `wanted`."""
+
+  def __init__(self, workdir: str, wanted: bool):
+    self._folder = str(absolute(workdir) / "profile")
+    self._wanted, self._steps_left = wanted, 0
+
+  def __enter__(self) -> "_Trace":
+    return self
+
+  def start(self) -> None:
+    if self._wanted:
+      jax.profiler.start_trace(self._folder)
+      self._wanted, self._steps_left = False, _PROFILED_STEPS
+
+  def step(self, state: TrainState) -> None:
+    if self._steps_left == 1:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+    self._steps_left = max(self._steps_left - 1, 0)
+
+  def __exit__(self, *error) -> None:
+    if self._steps_left:
+      jax.profiler.stop_trace()
+
+
+def _check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError for a growth that could not be done when its step comes."""
+  for stage in config.growth.stages:
+    old, new = config.model_at(stage.step - 1), config.model_at(stage.step)
+    if old != new:
+      check_growth(old, new)
+      make_program(config, new, mesh)
+
+
+def _check_fits(config: Config, tokenizer: data.Tokenizer) -> None:
+  """Raises ValueError where the model is too small for the tokenizer, or the samples cannot be written."""
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise ValueError(f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "
+                     f"{tokenizer.vocab_size} ids; set it to {tokenizer.padded_vocab_size}.")
+  training = config.training
+  if not training.sample_tokens:
+    return
+  prompt = tokenizer.encode(training.sample_prompt)
+  if not len(prompt):
+    raise ValueError(f"training.sample_prompt={training.sample_prompt!r}: samples begin with it; give it some text, "
+                     "or set training.sample_tokens=0 to write none.")
+  if len(prompt) + training.sample_tokens > config.model.seq_length:
+    raise ValueError(f"training.sample_tokens={training.sample_tokens}: with the prompt's {len(prompt)} they pass "
+                     f"model.seq_length={config.model.seq_length}; lower it (0 writes no samples).")
+
+
+def _finite(metrics: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+  for name in ("loss", "grad_norm"):
+    if not math.isfinite(metrics[name]):
+      raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; the newest checkpoint is from before. "
+                               "Lower optimizer.learning_rate or optimizer.clip_norm, and run the same command again.")
+  return metrics
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    tqdm.tqdm.write(text)

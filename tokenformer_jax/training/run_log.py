@@ -4,13 +4,14 @@ Only the first process writes.
 """
 
 import json
+import re
 
 import jax
 import matplotlib
 import matplotlib.figure
 from tensorboardX import SummaryWriter
 
-from tokenformer_jax.training.checkpoints import absolute
+from tokenformer_jax.training.work_folder import absolute, replace_text
 
 
 class RunLog:
@@ -21,10 +22,13 @@ class RunLog:
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
-    kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+    kept = [row for row in read_metrics(workdir) if not _comes_after(row, start_step)]
     path = self._folder / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     self._jsonl = path.open("a")
+    self._samples = self._folder / "samples.txt"
+    if self._samples.exists():
+      replace_text(self._samples, _samples_until(start_step, self._samples.read_text()))
     self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
 
   def write(self, step: int, **metrics: float) -> None:
@@ -39,7 +43,7 @@ class RunLog:
   def write_sample(self, step: int, text: str) -> None:
     """Generated text at `step`."""
     if self._writes:
-      with (self._folder / "samples.txt").open("a") as samples:
+      with self._samples.open("a") as samples:
         samples.write(f"--- step {step}\n{text}\n")
       self._events.add_text("sample", text, step)
 
@@ -59,6 +63,16 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     except json.JSONDecodeError:
       break
   return rows
+
+
+def _comes_after(row: dict[str, float], step: int) -> bool:
+  # A growth at a checkpoint's own step comes after the checkpoint.
+  return row["step"] > step or (row["step"] == step and "growth/parameters" in row)
+
+
+def _samples_until(step: int, samples: str) -> str:
+  later = (head.start() for head in re.finditer(r"^--- step (\d+)$", samples, re.MULTILINE) if int(head[1]) > step)
+  return samples[:next(later, None)]
 
 
 def plot_losses(workdir: str) -> str:
