@@ -1,6 +1,7 @@
 """Θ and pattention against the float64 oracle, over the whole range of float32 scores."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,16 @@ def test_weights_and_slopes_are_the_formula(theta, gelu):
     tolerance = 1e-5 * np.max(np.abs(expected_slopes[i])) + 2e-6 * tau * pace(scores[i], theta)
     close(slopes[i], expected_slopes[i], tolerance, f"slopes, {name}")
     close(pulled_along[i], np.dot(cotangent[i], expected_slopes[i]), N * tolerance, f"reverse slopes, {name}")
+
+
+@l2_variants
+def test_norms_of_thousands_of_scores(theta, gelu):
+  """At both ends of the range, the squares of many scores still add up."""
+  unit = np.random.default_rng(7).normal(size=4096)
+  unit /= np.linalg.norm(unit)
+  scores = np.stack([1e18 * np.sign(unit), 1.01e-12 * unit]).astype(np.float32)
+  expected = oracle.weights(scores.astype(np.float64), theta, math.sqrt(4096), gelu)
+  np.testing.assert_allclose(weights_of(scores, theta, gelu), expected, rtol=1e-4, atol=1e-5)
 
 
 @l2_variants

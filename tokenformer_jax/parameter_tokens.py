@@ -173,7 +173,7 @@ def _normal_cdf(x):
 def _gelu_erf_tail(x, top):
   # GeLU(x) / φ(top), by Mills' ratio Φ(−t) / φ(t) = 1/(t + 1/(t + 2/(t + …))).
   ratio = -x
-  for k in range(6, 0, -1):
+  for k in range(4, 0, -1):
     ratio = k / ratio - x
   return x / ratio * jnp.exp(-0.5 * (x - top) * (x + top))
 
