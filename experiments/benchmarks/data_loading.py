@@ -128,7 +128,7 @@ def memory(folder: pathlib.Path) -> None:
   batches, used, start = data.train_batches(), [], time.perf_counter()
   for step in range(steps):
     next(batches)
-    if step % (steps // 10) == 100:
+    if step % max(steps // 10, 1) == 0:
       used.append(anonymous_megabytes())
   seconds = time.perf_counter() - start
   print(f"\nOne epoch of {_TOKENS.value:,} tokens ({_TOKENS.value * 2 / 1e9:.1f} GB), {seconds:.0f} s, "

@@ -9,7 +9,6 @@ import pytest
 from tokenformer_jax.config import DataConfig
 from tokenformer_jax.data import corpus as corpus_module
 from tokenformer_jax.data import open_data
-from tokenformer_jax.data import prepare as prepare_module
 from tokenformer_jax.data.corpus import split, tokenize
 from tokenformer_jax.data.documents import text_files
 from tokenformer_jax.data.prepare import prepare, train_or_load_bpe
@@ -20,7 +19,6 @@ from tokenformer_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
   monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 300)
-  monkeypatch.setattr(prepare_module, "BATCHES_BETWEEN_COMMITS", 2)
   folder = tmp_path / "texts"
   folder.mkdir()
   for i in range(80):

@@ -18,7 +18,6 @@ from tokenformer_jax.data.token_files import (
 from tokenformer_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, save_tokenizer
 
 LENGTHS = "lengths.bin"  # Of the documents so far; the index replaces it in the end.
-BATCHES_BETWEEN_COMMITS = 8
 
 
 def prepare(source: DocumentSource, tokenizer: Tokenizer, folder: str | os.PathLike, *,
@@ -54,7 +53,7 @@ def prepare(source: DocumentSource, tokenizer: Tokenizer, folder: str | os.PathL
   end = np.array([tokenizer.end_of_document], dtype)
   with (open(folder / TOKENS, "ab") as tokens, open(folder / KEYS, "ab") as keys,
         open(folder / LENGTHS, "ab") as lengths):
-    for number, (batch, encoded) in enumerate(encoded_batches(documents, tokenizer), 1):
+    for batch, encoded in encoded_batches(documents, tokenizer):
       ids = np.concatenate([piece for document_ids in encoded for piece in (document_ids, end)])
       tokens.write(ids.astype(dtype).tobytes())
       keys.write(np.array([key_hash(document.key) for document in batch], np.uint64).tobytes())
@@ -62,10 +61,8 @@ def prepare(source: DocumentSource, tokenizer: Tokenizer, folder: str | os.PathL
       size = sum(update_digest(digest, document) for document in batch)
       manifest.update(documents=manifest["documents"] + len(batch), tokens=manifest["tokens"] + len(ids),
                       bytes=manifest["bytes"] + size, sha256=digest.hexdigest())
-      if number % BATCHES_BETWEEN_COMMITS == 0:
-        _commit(folder, manifest, (tokens, keys, lengths))
+      _commit(folder, manifest, (tokens, keys, lengths))
       progress(size)
-    _commit(folder, manifest, (tokens, keys, lengths))
   return _finish(folder, manifest, dtype, bad, source)
 
 
