@@ -19,7 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def strict_dtypes():
-  """No implicit dtype promotion. Not for every test: `jax.nn.dot_product_attention` promotes bfloat16 itself."""
+  """No implicit dtype promotion. Not for all tests: `jax.nn.dot_product_attention` promotes bfloat16."""
   with jax.numpy_dtype_promotion("strict"):
     yield
 

@@ -1,6 +1,6 @@
-"""Our float32 results against the released code's float64 ones: `python -m tests.parity_table` prints the table.
+"""Our float32 results against the released code's float64 ones.
 
-Errors are the largest absolute difference of the outputs, and the largest max|g − ĝ| / max|ĝ| of any
+`python -m tests.parity_table` prints the table. Errors are the largest absolute difference of the outputs, and the largest max|g − ĝ| / max|ĝ| of any
 gradient, of the parameters and of the input.
 """
 
@@ -47,10 +47,10 @@ def under(arrays, prefix, suffix=""):
 
 def model_config(sizes):
   """ModelConfig from a golden json's names."""
-  return ModelConfig(vocab_size=sizes["vocab"], num_layers=sizes["num_layers"], hidden_size=sizes["hidden_size"],
-                     num_heads=sizes["num_attention_heads"], qkv_tokens=sizes["qkv_slot_num"],
-                     proj_tokens=sizes["proj_slot_num"], ffn_tokens=sizes["ffn_slot_num"],
-                     seq_length=sizes["seq_length"])
+  return ModelConfig(
+      vocab_size=sizes["vocab"], num_layers=sizes["num_layers"], hidden_size=sizes["hidden_size"],
+      num_heads=sizes["num_attention_heads"], qkv_tokens=sizes["qkv_slot_num"],
+      proj_tokens=sizes["proj_slot_num"], ffn_tokens=sizes["ffn_slot_num"], seq_length=sizes["seq_length"])
 
 
 def pattention_row(case) -> Row:
@@ -66,8 +66,8 @@ def pattention_row(case) -> Row:
     if "mask" not in case:
       return apply(x, ParameterTokens(keys, values, tau))
     # Position t sees the keys times row t of the mask.
-    masked = jax.vmap(lambda x_t, row: apply(x_t, ParameterTokens(keys * row[:, None], values, tau)), (-2, 0), -2)
-    return masked(x, a["attn_mask"].astype(np.float32))
+    at_position = lambda x_t, row: apply(x_t, ParameterTokens(keys * row[:, None], values, tau))  # noqa: E731
+    return jax.vmap(at_position, (-2, 0), -2)(x, a["attn_mask"].astype(np.float32))
 
   names = ("x", "key_param_tokens", "value_param_tokens")
   y, pullback = jax.vjp(jax.jit(released), *(jnp.asarray(a[name]) for name in names))
@@ -115,7 +115,7 @@ def language_model_row() -> Row:
 
 
 def growth_row(size) -> Row:
-  """The original's small or grown model, the latter with zero new keys; there are logits alone, in float32."""
+  """The original's small model, or its grown one with zero new keys; logits alone, in float32."""
   a, meta = golden("growth_A")
   config = model_config(meta[f"config_{size}"])
   graphdef, _, tau = split(LanguageModel(config, rngs=nnx.Rngs(0)))
@@ -129,7 +129,8 @@ def pattention_cases():
 
 
 def _described(case):
-  return ", ".join([case["norm"]] + [f"{key} {case[key]}" for key in ("mask", "router", "scale") if key in case])
+  arguments = [f"{key} {case[key]}" for key in ("mask", "router", "scale") if key in case]
+  return ", ".join([case["norm"], *arguments])
 
 
 def _largest(ours, theirs):

@@ -32,7 +32,7 @@ def mesh():
 def test_specs(mesh, axes, spec):
   shape = (8,) * len(axes)
   if spec is None:
-    with pytest.raises(ValueError, match=r"x: axes \('batch', None, 'embed'\) would use mesh axis 'fsdp' twice"):
+    with pytest.raises(ValueError, match=r"x: axes \(.*\) would use mesh axis 'fsdp' twice"):
       sharding(mesh, axes, shape, "x")
   else:
     assert sharding(mesh, axes, shape, "x").spec == spec
@@ -70,11 +70,12 @@ def test_batches(mesh):
 
 
 @pytest.mark.parametrize("axes, shape, message", [
-    (("vocab", "embed"), (257, 8), r"embedding: vocab=257 cannot be split over the 2 devices along mesh axis token of "
-                                   r"mesh \{'data': 2, 'fsdp': 2, 'token': 2\}; the nearest sizes that can: 256 or 258"),
+    (("vocab", "embed"), (257, 8),
+     r"vocab=257 cannot be split over the 2 devices along mesh axis token of mesh "
+     r"\{'data': 2, 'fsdp': 2, 'token': 2\}; the nearest sizes that can: 256 or 258"),
     (("vocab", "embed"), (8, 7), "embed=7 .* along mesh axis fsdp .*: 6 or 8"),
     (("batch", None), (3, 8), "batch=3 cannot be split over the 4 devices along mesh axis data × fsdp .*: 4"),
-    (("vocab", "embd"), (8, 8), "logical axis 'embd' is unknown: choose one of batch, .* Did you mean 'embed'?"),
+    (("vocab", "embd"), (8, 8), "logical axis 'embd' is unknown: .* Did you mean 'embed'?"),
     (("vocab",), (8, 8), r"axes \('vocab',\) and shape \(8, 8\) differ in length"),
 ])
 def test_refusals_name_leaf_axes_and_way_out(mesh, axes, shape, message):

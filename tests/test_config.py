@@ -37,7 +37,8 @@ def test_parameter_counts(name):
 
 def test_every_named_size_is_counted_or_small():
   assert set(NAMED_SIZES) == {*COUNTS, "tiny", "mini", "small"}
-  assert all(ModelConfig.named(name, vocab_size=384).num_parameters < 12e6 for name in ("tiny", "mini", "small"))
+  for name in ("tiny", "mini", "small"):
+    assert ModelConfig.named(name, vocab_size=384).num_parameters < 12e6
 
 
 def test_growth_chains_differ_in_their_tokens_alone():
@@ -49,7 +50,8 @@ def test_growth_chains_differ_in_their_tokens_alone():
 
 
 def test_released_rotary_dims():
-  assert [ModelConfig.named(name).rotary_dims for name in ("150m", "450m", "900m", "1.5b")] == [16, 16, 20, 24]
+  dims = [ModelConfig.named(name).rotary_dims for name in ("150m", "450m", "900m", "1.5b")]
+  assert dims == [16, 16, 20, 24]
 
 
 def test_flops():
@@ -58,13 +60,16 @@ def test_flops():
   assert ModelConfig.named("150m").forward_flops_per_token == expected
 
 
-MODEL_REFUSALS = [({field: 0}, f"{field}=0: must be at least 1")
-                  for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "proj_tokens",
-                                "ffn_tokens", "seq_length")] + [
+SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "proj_tokens", "ffn_tokens",
+         "seq_length")
+
+
+@pytest.mark.parametrize("changes, message", [
+    *(({field: 0}, f"{field}=0: must be at least 1") for field in SIZES),
     ({"num_heads": 5}, "num_heads=5: must divide hidden_size=64"),
     ({"rotary_fraction": 1.1}, r"rotary_fraction=1.1: must be in \[0, 1\]"),
     ({"rotary_fraction": float("nan")}, "rotary_fraction=nan: must be in"),
-    ({"rotary_fraction": 0.2}, "rotary_fraction=0.2: rotates 3 of 16 channels a head; the number must be even"),
+    ({"rotary_fraction": 0.2}, "rotary_fraction=0.2: rotates 3 of 16 channels a head; .* must be even"),
     ({"rotary_base": 0.0}, "rotary_base=0.0: must be positive"),
     ({"theta": "l2_gelu_norm"}, "theta='l2_gelu_norm': choose one of .* Did you mean '"),
     ({"gelu": "tan"}, "gelu='tan': choose one of erf, tanh. Did you mean 'tanh'?"),
@@ -74,17 +79,14 @@ MODEL_REFUSALS = [({field: 0}, f"{field}=0: must be at least 1")
     ({"num_layers": True}, "num_layers=True: expected int, got bool"),
     ({"theta": None}, "theta=None: expected str, got NoneType"),
     ({"ffn_token": 3}, "model field 'ffn_token' is unknown. Did you mean 'ffn_tokens'?"),
-]
-
-
-@pytest.mark.parametrize("changes, message", MODEL_REFUSALS)
+])
 def test_model_refusals(changes, message):
   with pytest.raises(ValueError, match=message):
     ModelConfig.named("tiny", **changes)
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: ModelConfig.named("150"), "model size '150' is unknown: choose one of tiny, .* Did you mean '150m'?"),
+    (lambda: ModelConfig.named("150"), "model size '150' is unknown: choose .* Did you mean '150m'?"),
     (lambda: DataConfig(source=""), "source='': name a source"),
     (lambda: DataConfig(held_out_fraction=0.0), "held_out_fraction=0.0: must be between 0 and 1"),
     (lambda: DataConfig(packing="document"), "packing='document': .* Did you mean 'documents'?"),
@@ -94,7 +96,7 @@ def test_model_refusals(changes, message):
     (lambda: OptimizerConfig(schedule="cosine"), "schedule='cosine': .* Did you mean 'warmup_cosine'?"),
     (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate=0.0: must be positive"),
     (lambda: OptimizerConfig(learning_rate=float("nan")), "learning_rate=nan: must be positive"),
-    (lambda: OptimizerConfig(min_learning_rate=1.0), r"min_learning_rate=1.0: must be in \[0, learning_rate=0.0006\]"),
+    (lambda: OptimizerConfig(min_learning_rate=1.0), r"min_learning_rate=1.0: .* \[0, learning_rate=0.0006\]"),
     (lambda: OptimizerConfig(warmup_steps=-1), "warmup_steps=-1: must not be negative"),
     (lambda: OptimizerConfig(decay_steps=-1), "decay_steps=-1: must not be negative"),
     (lambda: OptimizerConfig(weight_decay=-0.1), "weight_decay=-0.1: must not be negative"),
@@ -104,7 +106,7 @@ def test_model_refusals(changes, message):
     (lambda: OptimizerConfig(eps=0.0), "eps=0.0: must be positive"),
     (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm=0.0: must be positive"),
     (lambda: GrowthConfig(warmup_steps=-1), "warmup_steps=-1: must not be negative"),
-    (lambda: GrowthConfig(stages=(GrowthStage(0, 1, 1, 1),)), r"stages=\[0\]: the steps must be at least 1 and rise"),
+    (lambda: GrowthConfig(stages=(GrowthStage(0, 1, 1, 1),)), r"stages=\[0\]: .* must be at least 1 and rise"),
     (lambda: GrowthConfig(stages=(GrowthStage(5, 1, 1, 1),) * 2), r"stages=\[5, 5\]: .* rise"),
     (lambda: MeshConfig(fsdp=0), "fsdp=0: must be at least 1, or −1 for the rest"),
     (lambda: MeshConfig(data=-1, token=-1), "mesh=.*: only one axis may be −1"),
@@ -123,13 +125,13 @@ def test_other_refusals(make, message):
 
 @pytest.mark.parametrize("change, message", [
     ({"modle": {}}, "config.modle is unknown. Did you mean 'model'?"),
-    ({"optimizer": {"learning_rat": 1.0}}, "config.optimizer.learning_rat is unknown. Did you mean 'learning_rate'?"),
-    ({"model": {"vocab_size": 10}}, "config.model.num_layers is missing: give ModelConfig its num_layers, hidden_size"),
+    ({"optimizer": {"eps_": 1.0}}, "config.optimizer.eps_ is unknown. Did you mean 'eps'?"),
+    ({"model": {"vocab_size": 10}}, "config.model.num_layers is missing: give ModelConfig its num_layers, hid"),
     ({"model": 3}, "config.model=3: expected the fields of ModelConfig"),
     ({"data": {"batch_size": 0}}, "config.data: batch_size=0: must be at least 1"),
     ({"data": {"batch_size": "16"}}, "config.data: batch_size='16': expected int, got str"),
     ({"growth": {"stages": 5}}, "config.growth.stages=5: expected a sequence of GrowthStage"),
-    ({"growth": {"stages": [{"stepp": 1}]}}, r"config.growth.stages\[0\].stepp is unknown. Did you mean 'step'?"),
+    ({"growth": {"stages": [{"stepp": 1}]}}, r"config.growth.stages\[0\].stepp is unknown. .* 'step'?"),
 ])
 def test_dictionaries_that_do_not_fit(change, message):
   with pytest.raises(ValueError, match=message):
@@ -141,8 +143,8 @@ def test_dictionaries_that_do_not_fit(change, message):
                          ids=["dict", "ConfigDict", "json"])
 def test_there_and_back(through):
   stages = (GrowthStage(5, 64, 80, 256), GrowthStage(9, 96, 80, 300))
-  config = run(growth=GrowthConfig(stages=stages), optimizer=OptimizerConfig(beta2=0.5), init_from="elsewhere",
-               mesh=MeshConfig(data=2, token=-1))
+  config = run(growth=GrowthConfig(stages=stages), optimizer=OptimizerConfig(beta2=0.5),
+               init_from="elsewhere", mesh=MeshConfig(data=2, token=-1))
   assert Config.from_dict(through(config)) == config
 
 

@@ -1,4 +1,4 @@
-"""The language model: what it may see, how it is stacked and saved, and the oracle for every choice of its parts."""
+"""The language model: what it sees, how it is stacked, and the oracle for every choice of its parts."""
 
 import dataclasses
 import functools
@@ -212,11 +212,10 @@ def test_tau_is_state_of_each_layer(theta):
   _, parameters, tau = split(LanguageModel(config, rngs=nnx.Rngs(0)))
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)]
   assert not any("tau" in path for path in paths)
-  blocks = tau["blocks"]
-  for pattention, n in ((blocks["attention"]["query"], 25), (blocks["attention"]["key"], 25),
-                        (blocks["attention"]["value"], 25), (blocks["attention"]["proj"], 16), (blocks["ffn"], 49)):
-    assert pattention["tau"].dtype == jnp.float32
-    np.testing.assert_allclose(pattention["tau"], [n if theta == "softmax" else math.sqrt(n)] * 3, rtol=1e-7)
+  pattentions = {"ffn": tau["blocks"]["ffn"], **tau["blocks"]["attention"]}
+  for name, n in {"query": 25, "key": 25, "value": 25, "proj": 16, "ffn": 49}.items():
+    assert pattentions[name]["tau"].dtype == jnp.float32
+    np.testing.assert_array_equal(pattentions[name]["tau"], [n if theta == "softmax" else math.sqrt(n)] * 3)
   assert len(jax.tree.leaves(tau)) == 5
 
 
@@ -238,7 +237,8 @@ def test_initialisation():
 def test_no_two_arrays_are_born_alike():
   _, parameters, _ = split(LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
   released = to_released(parameters)
-  firsts = [np.asarray(released[name]).ravel()[:8].tobytes() for name in released_names(3) if "norm" not in name]
+  firsts = [np.asarray(released[name]).ravel()[:8].tobytes()
+            for name in released_names(3) if "norm" not in name]
   assert len(set(firsts)) == len(firsts)
 
 

@@ -108,7 +108,8 @@ def _l2_norm_gelu(s, tau, gelu):
 
 def _gelu_l2_norm(s, tau, gelu):
   top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
-  g = jnp.where(top < _GELU_TAIL, gelu.tail(*(jnp.clip(a, -1e18, _GELU_TAIL) for a in (s, top))), gelu.value(s))
+  tail = gelu.tail(*(jnp.clip(a, -1e18, _GELU_TAIL) for a in (s, top)))
+  g = jnp.where(top < _GELU_TAIL, tail, gelu.value(s))
   g = jnp.where(_norm(s, _SQUARE_SCALE) < _ZERO_NORM * _SQUARE_SCALE, 0.0, g)
   # GeLU's range is too wide for one fixed scale: take each row's own.
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(g), axis=-1, keepdims=True))

@@ -47,7 +47,8 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
       below = size // parts * parts
       near = f"{below} or {below + parts}" if below else f"{parts}"
       raise ValueError(f"{name}: {axis}={size} cannot be split over the {parts} devices along mesh axis "
-                       f"{' × '.join(mesh_axes)} of mesh {dict(mesh.shape)}; the nearest sizes that can: {near}.")
+                       f"{' × '.join(mesh_axes)} of mesh {dict(mesh.shape)}; "
+                       f"the nearest sizes that can: {near}.")
     for mesh_axis in mesh_axes:
       if any(mesh_axis in used for used in spec):
         raise ValueError(f"{name}: axes {axes} would use mesh axis {mesh_axis!r} twice.")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.sharding import AxisType, Mesh
 
 from tokenformer_jax.config import MeshConfig
 
@@ -12,7 +13,7 @@ from tokenformer_jax.config import MeshConfig
 MESH_AXES = ("data", "fsdp", "token")
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh with the axes data, fsdp and token over all of `devices` (by default all of `jax.devices()`).
 
   The axes are Auto: the partitioner chooses the shardings inside a jitted function.
@@ -27,7 +28,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
   if -1 in sizes and len(devices) % fixed == 0:
     sizes[sizes.index(-1)] = len(devices) // fixed
   elif fixed != len(devices):
-    raise ValueError(f"mesh {shown} takes {'a multiple of ' if -1 in sizes else ''}{fixed} devices, but there are "
-                     f"{len(devices)}: choose sizes whose product is {len(devices)}, or -1 for the rest.")
-  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    needed = f"a multiple of {fixed}" if -1 in sizes else f"{fixed}"
+    raise ValueError(f"mesh {shown} takes {needed} devices, but there are {len(devices)}: "
+                     f"choose sizes whose product is {len(devices)}, or -1 for the rest.")
+  auto = (AxisType.Auto,) * len(MESH_AXES)
   return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
