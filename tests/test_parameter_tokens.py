@@ -233,6 +233,13 @@ def test_any_leading_axes(lead):
   np.testing.assert_allclose(apply(x, tokens), flat.reshape(*lead, 6), rtol=1e-6)
 
 
+@pytest.mark.parametrize("tau", [3, 3.0, np.float64(3.0), jnp.bfloat16(3.0)])
+def test_tau_is_any_scalar(tau):
+  x, tokens = random_layer()
+  y = pattention(x, ParameterTokens(tokens.keys, tokens.values, tau))
+  np.testing.assert_array_equal(y, pattention(x, ParameterTokens(tokens.keys, tokens.values, jnp.float32(3.0))))
+
+
 @pytest.mark.parametrize("change, message", [
     ({"theta": "l2_norm"}, "theta='l2_norm': choose one of l2_norm_gelu, gelu_l2_norm, softmax"),
     ({"gelu": "exact"}, "gelu='exact': choose one of erf, tanh"),

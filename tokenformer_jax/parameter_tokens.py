@@ -172,11 +172,9 @@ def _normal_cdf(x):
 
 
 def _gelu_erf_tail(x, top):
-  # GeLU(x) / φ(top), by Mills' ratio Φ(−t) / φ(t) = 1/(t + 1/(t + 2/(t + …))).
-  ratio = -x
-  for k in range(4, 0, -1):
-    ratio = k / ratio - x
-  return x / ratio * jnp.exp(-0.5 * (x - top) * (x + top))
+  # GeLU(x) / φ(top), by Mills' ratio: x Φ(x) / φ(x) = −(1 − 1/(x² + 3)) to 2e-5 at −8 and better below,
+  # which cancels between the scores of a row to 1e-6.
+  return -(1.0 - 1.0 / (x * x + 3.0)) * jnp.exp(-0.5 * (x - top) * (x + top))
 
 
 def _gelu_tanh(x):
