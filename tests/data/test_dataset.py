@@ -109,6 +109,14 @@ def test_mixtures_take_from_all_sources(texts, tmp_path_factory):
   assert len(data.fingerprint["source"]) == len(data.report["train"]) == 2
 
 
+def test_a_held_out_mixture_without_a_batch_is_refused(texts, tmp_path_factory):
+  other = tmp_path_factory.mktemp("one")
+  (other / "a.txt").write_text("one window")
+  config = config_of(texts, held_out_source=f"text:{texts}/*.txt + 0.9*text:{other}/a.txt")
+  with pytest.raises(ValueError, match="held-out mixture ends after 2 windows"):
+    open_data(config, seq_length=T)
+
+
 def test_the_fingerprint_follows_content_and_settings_but_not_the_folder(texts, tmp_path_factory):
   def fingerprint(folder, seq_length=T, **changes):
     return json.loads(json.dumps(open_data(config_of(folder, **changes), seq_length=seq_length).fingerprint))

@@ -41,6 +41,10 @@ class Data:
       _require_a_batch(name, packers, config.batch_size, seq_length)
     self._train_order = loader.endless_order([len(p) for p in self._train_packers], weights, config.seed)
     self._held_out_order = loader.held_out_order([len(p) for p in self._held_out_packers], held_out_weights)
+    if len(self._held_out_order) < config.batch_size:
+      raise ValueError(f"the held-out mixture ends after {len(self._held_out_order)} windows, where its first "
+                       f"source is used up, before one batch of {config.batch_size}: give more held-out text, "
+                       "or other weights.")
 
   def train_batches(self) -> loader.BatchIterator:
     """An endless iterator of this process's share of the global batches, from the beginning."""
