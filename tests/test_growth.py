@@ -1,0 +1,231 @@
+"""Growth: the same function with more rows, nothing of the old lost, and new rows that learn at once."""
+
+import dataclasses
+import itertools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokenformer_jax as tf
+from tests import small_run
+from tests.small_run import GROWN, MODEL
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.plan import NewRows, leaves_by_path, plan_growth
+from tokenformer_jax.nn.block import value_std
+from tokenformer_jax.nn.parameters import split
+from tokenformer_jax.training.program import make_program
+from tokenformer_jax.training.state import abstract_model
+
+GROWN_FURTHER = GROWN.grown(qkv_tokens=24, ffn_tokens=40)
+TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (2, MODEL.seq_length))
+FIELDS = {"query": "qkv_tokens", "key": "qkv_tokens", "value": "qkv_tokens", "proj": "proj_tokens", "ffn": "ffn_tokens"}
+
+
+def program(model=MODEL, **mesh):
+  return make_program(small_run.config(), model, small_run.mesh(**mesh))
+
+
+@pytest.fixture(scope="module")
+def state():
+  return small_run.noise(program().shapes)
+
+
+@pytest.fixture(scope="module")
+def grown(state):
+  return grow_state(state, MODEL, GROWN, seed=3)
+
+
+@pytest.fixture(scope="module")
+def grown_twice(grown):
+  return grow_state(dataclasses.replace(grown[0], step=jnp.int32(77)), GROWN, GROWN_FURTHER, seed=3)
+
+
+def pattention_of(path):
+  """The field that counts the rows of a leaf; None for a leaf without parameter tokens."""
+  names = path.split("/")
+  return FIELDS[names[-2]] if names[-1] in ("keys", "values") else None
+
+
+def old_and_new_rows(path, leaf):
+  axis = 0 if path.startswith("born/") else 1
+  count = getattr(MODEL, pattention_of(path))
+  return np.split(np.asarray(leaf), [count], axis)
+
+
+# The plan.
+
+@pytest.mark.parametrize("target", [GROWN, MODEL.grown(ffn_tokens=17), MODEL.grown(qkv_tokens=9)], ids=["all", "ffn", "qkv"])
+def test_plan_lists_every_leaf_with_its_shape_in_the_bigger_state(target):
+  plan = plan_growth(program().shapes, MODEL, target)
+  old, new = leaves_by_path(program().shapes), leaves_by_path(program(target).shapes)
+  assert {path: leaf.old_shape for path, leaf in plan.items()} == {path: leaf.shape for path, leaf in old.items()}
+  assert {path: leaf.new_shape for path, leaf in plan.items()} == {path: leaf.shape for path, leaf in new.items()}
+  assert all((leaf.old_shape == leaf.new_shape) == (leaf.new_rows is NewRows.NONE) for leaf in plan.values())
+
+
+@pytest.mark.parametrize("target, message", [
+    (MODEL, "growth changes nothing: qkv_tokens=8, proj_tokens=8, ffn_tokens=16"),
+    (MODEL.grown(qkv_tokens=32, ffn_tokens=15), "ffn_tokens: 16 -> 15: growth cannot take rows away"),
+    (dataclasses.replace(GROWN, hidden_size=32), "hidden_size: 16 -> 32: growth changes parameter tokens alone"),
+    (dataclasses.replace(GROWN, vocab_size=512), "vocab_size: 264 -> 512"),
+    (dataclasses.replace(GROWN, num_layers=3), "num_layers: 2 -> 3"),
+    (dataclasses.replace(GROWN, theta="gelu_l2_norm"), "theta: 'l2_norm_gelu' -> 'gelu_l2_norm'"),
+])
+def test_what_is_no_growth_is_refused(target, message):
+  with pytest.raises(ValueError, match=message):
+    plan_growth(program().shapes, MODEL, target)
+
+
+def test_softmax_is_refused():
+  softmax = dataclasses.replace(MODEL, theta="softmax")
+  with pytest.raises(ValueError, match="exp\\(0\\).*use l2_norm_gelu"):
+    tf.grow(abstract_model(softmax), ffn_tokens=32)
+
+
+def test_a_state_of_another_model_is_refused(state):
+  with pytest.raises(ValueError, match="params/blocks/attention/proj/keys.*axis 1 should have the model's 9 tokens"):
+    grow_state(state, MODEL.grown(proj_tokens=9), GROWN)
+
+
+# The function.
+
+def lively(config, dtype):
+  """A model with activations of order one, far from the initial ones, and τ as if it had grown before."""
+  graphdef, params, tau = split(abstract_model(config))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), params)
+  return nnx.merge(graphdef, params, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(1, 4, leaf.shape)), tau))
+
+
+def logits(model):
+  graphdef, params, tau = split(model)
+  return np.asarray(jax.jit(lambda params, tau: nnx.merge(graphdef, params, tau)(TOKENS))(params, tau))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theta, dtype, tolerance", [
+    ("l2_norm_gelu", "float64", 1e-12), ("l2_norm_gelu", "float32", 1e-6), ("gelu_l2_norm", "float64", 1e-12)])
+def test_logits_stay(theta, dtype, tolerance):
+  with jax.enable_x64(dtype == "float64"):
+    model = lively(dataclasses.replace(MODEL, theta=theta, compute_dtype=dtype), dtype)
+    bigger, _ = tf.grow(model, qkv_tokens=16, proj_tokens=24)
+    biggest, _ = tf.grow(bigger, qkv_tokens=20, ffn_tokens=32)
+    before = logits(model)
+    assert before.dtype == dtype
+    assert np.max(np.abs(logits(biggest) - before)) <= tolerance * np.max(np.abs(before))
+    # The new rows are in the function: with other keys they change it.
+    _, params, tau = split(biggest)
+    params["blocks"]["ffn"]["keys"] += params["blocks"]["ffn"]["values"]
+    assert np.max(np.abs(logits(nnx.merge(nnx.graphdef(biggest), params, tau)) - before)) > 0.1
+
+
+def test_grow_keeps_the_counts_not_given():
+  bigger, _ = tf.grow(lively(MODEL, "float32"), proj_tokens=11)
+  assert bigger.config == MODEL.grown(proj_tokens=11)
+  assert bigger.blocks.attention.proj.keys.shape == (2, 11, 16) and bigger.blocks.ffn.keys.shape == (2, 16, 16)
+
+
+# The state.
+
+def test_old_rows_moments_and_all_else_are_kept_to_the_bit(state, grown):
+  old, new = leaves_by_path(state), leaves_by_path(grown[0])
+  assert old.keys() == new.keys()
+  kept = {path: old_and_new_rows(path, leaf)[0] if pattention_of(path) and not path.startswith("tau/") else leaf
+          for path, leaf in new.items()}
+  small_run.assert_same(old, kept)
+
+
+def test_new_rows_begin_as_planned(state, grown):
+  for path, leaf in leaves_by_path(grown[0]).items():
+    if not pattention_of(path):
+      continue
+    _, rows = old_and_new_rows(path, leaf)
+    assert rows.size
+    if path.startswith("born/"):
+      assert np.all(rows == state.step)
+    elif path.startswith("params/") and path.endswith("/values"):
+      assert np.all(rows != 0)
+    else:
+      assert np.all(rows == 0)  # Keys, and the moments of both.
+
+
+def test_new_rows_learn_at_once(grown):
+  large = program(GROWN)
+  state = jax.device_put(jax.tree.map(np.array, grown[0]), large.shardings)
+  steps = [jax.tree.map(np.array, state.params)]
+  for seed in range(2):
+    state, _ = large.train_step(state, small_run.batch(seed))
+    steps.append(jax.tree.map(np.array, state.params))
+  rows = {path: [old_and_new_rows(path, leaves_by_path(step)[path])[1] for step in steps]
+          for path in leaves_by_path(steps[0]) if pattention_of(path)}
+  assert len(rows) == 10
+  for path, (at_birth, after_one, after_two) in rows.items():
+    # Zero keys give their values no gradient, but values give one to their keys.
+    changed = np.any(after_one != at_birth, axis=-1)
+    assert np.all(changed) if path.endswith("/keys") else not np.any(changed), path
+    assert np.all(np.any(after_two != after_one, axis=-1)), path
+
+
+# The random rows.
+
+def new_values(state):
+  """(leaf, layer) -> the new rows of the values."""
+  return {(path, layer): old_and_new_rows("params/" + path, leaf)[1][layer]
+          for path, leaf in leaves_by_path(state.params).items() if path.endswith("/values") for layer in range(2)}
+
+
+def test_new_rows_depend_on_seed_leaf_layer_and_old_count_alone(state, grown, grown_twice):
+  ffn_alone, *_ = grow_state(small_run.noise(program().shapes, seed=1), MODEL, MODEL.grown(ffn_tokens=32), seed=3)
+  ours, theirs = new_values(grown[0]), new_values(ffn_alone)
+  for layer in range(2):
+    np.testing.assert_array_equal(ours["blocks/ffn/values", layer], theirs["blocks/ffn/values", layer])
+  by_tf_grow, _ = tf.grow(lively(MODEL, "float32"), qkv_tokens=16, proj_tokens=24, ffn_tokens=32, seed=3)
+  of_model = split(by_tf_grow)[1]["blocks"]["attention"]["proj"]["values"]
+  np.testing.assert_array_equal(ours["blocks/attention/proj/values", 1], np.asarray(of_model)[1, 8:])
+
+  other_seed, *_ = grow_state(state, MODEL, GROWN, seed=4)
+  later = np.asarray(grown_twice[0].params["blocks"]["ffn"]["values"])[:, 32:]
+  draws = [*ours.values(), *new_values(other_seed).values(), *later]
+  assert len(draws) == 22
+  for a, b in itertools.combinations(draws, 2):
+    assert not np.any(np.isin(a, b))
+
+
+def test_new_values_have_the_spread_of_the_first(grown):
+  rows = np.concatenate([rows.ravel() for rows in new_values(grown[0]).values()])
+  assert abs(rows.std() / value_std(MODEL) - 1) < 0.08 and abs(rows.mean()) < 0.1 * value_std(MODEL)
+
+
+# Growth on a mesh, twice, and what is said of it.
+
+def test_growth_onto_a_mesh_with_a_wider_token_axis(state, grown):
+  wide = program(GROWN, data=2, token=4)
+  sharded = jax.device_put(state, program(data=8).shardings)
+  onto, *_ = grow_state(sharded, MODEL, GROWN, seed=3, out_shardings=wide.shardings)
+  small_run.assert_same(onto, grown[0])
+  assert jax.tree.map(lambda leaf: leaf.sharding, onto) == wide.shardings
+  keys = onto.params["blocks"]["attention"]["proj"]["keys"]
+  assert {shard.data.shape for shard in keys.addressable_shards} == {(2, 24 // 4, 16)}
+
+
+def test_growth_twice(grown, grown_twice):
+  second, config, _ = grown_twice
+  assert config == GROWN_FURTHER
+  born = np.asarray(second.born["blocks"]["ffn"]["values"])
+  assert [int(step) for step in born[[16, 31, 32, 39]]] == [int(grown[0].step)] * 2 + [77] * 2
+  small_run.assert_same(grown[0].tau, second.tau)
+  small_run.assert_same(grown[0].born["blocks"]["attention"]["proj"], second.born["blocks"]["attention"]["proj"])
+
+
+def test_report_says_what_grew(grown):
+  _, config, report = grown
+  assert config == GROWN
+  assert report.num_parameters == (MODEL.num_parameters, GROWN.num_parameters)
+  lines = {line.split()[0]: line for line in str(report).splitlines()}
+  assert lines["params/blocks/ffn/keys"].split(maxsplit=1)[1] == "(2, 16, 16)  (2, 32, 16)  zeros"
+  assert lines["params/blocks/ffn/values"].endswith("random") and lines["born/blocks/ffn/keys"].endswith("this step")
+  assert lines["params/embedding"].endswith("copied") and lines["tau/blocks/ffn/tau"].endswith("copied")
+  assert lines["parameters:"] == f"parameters: {MODEL.num_parameters:,} -> {GROWN.num_parameters:,}"
