@@ -32,7 +32,7 @@ def get_config():
       data=DataConfig(source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
                       held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}",
                       tokenizer=f"{folder}/tokenizers/gpt2_tiny_5k"),
-      optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=100, decay_steps=300),
-      training=TrainingConfig(num_steps=1000, eval_every=200, eval_batches=40, checkpoint_every=200,
+      optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=100, decay_steps=500),
+      training=TrainingConfig(num_steps=2000, eval_every=250, eval_batches=40, checkpoint_every=250,
                               sample_prompt="It was a dark and stormy night", sample_tokens=100),
   ).to_config_dict()
