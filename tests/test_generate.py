@@ -1,5 +1,9 @@
 """Generation: the tokens of a loop of full forwards, and all that ends, cuts or refuses a text."""
 
+import pathlib
+import subprocess
+import sys
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import pytest
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.continuation import Continuation
 from tokenformer_jax.inference.generate import bucket, generate
+from tokenformer_jax.interop.export import export
 from tokenformer_jax.models.language_model import LanguageModel
 
 END = 256
@@ -230,3 +235,23 @@ def test_another_models_tokenizer_is_refused(model):
 def test_the_longest_request_that_fits(model):
   texts = generate(model, Bytes(), [[97] * 60, [97]], max_new_tokens=4, temperature=0)
   assert texts[1] == generate(model, Bytes(), [[97]], max_new_tokens=4, temperature=0)[0]
+
+
+def door(*arguments):
+  return subprocess.run([sys.executable, "-m", "tokenformer_jax.cli.generate", *arguments], capture_output=True,
+                        cwd=pathlib.Path(__file__).parent.parent, check=False)
+
+
+def test_the_door_streams_what_generate_returns(model, tmp_path):
+  export(model, tmp_path)
+  (tmp_path / "tokenizer.json").write_text('{"kind": "bytes"}')
+  done = door(f"--pretrained={tmp_path}", "--prompt=naïve", "--max_new_tokens=30", "--temperature=1.2", "--seed=7")
+  assert done.returncode == 0, done.stderr
+  text = generate(model, Bytes(), "naïve", max_new_tokens=30, temperature=1.2, seed=7)[0]
+  assert done.stdout.decode("utf-8") == f"naïve{text}\n"
+
+
+def test_the_door_wants_one_model():
+  done = door("--prompt=a")
+  assert (done.returncode, done.stdout) == (2, b"")
+  assert done.stderr == b"error: give either --workdir or --pretrained.\n"

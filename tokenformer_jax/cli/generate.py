@@ -2,16 +2,19 @@
 
   python -m tokenformer_jax.cli.generate --workdir=DIR --prompt='def main(' --max_new_tokens=200
 
-One prompt is written to the terminal as it comes. Several (repeat --prompt) are continued together and
-printed at the end.
+One prompt is written to the terminal as it comes; several (repeat --prompt) are printed at the end.
 """
+
+import os
 
 from absl import flags
 
 from tokenformer_jax.cli import door
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; by default the newest.")
+_PRETRAINED = flags.DEFINE_string("pretrained", None, "In its place: weights that tf.from_pretrained reads.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --pretrained; by default the tokenizer.json beside it.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat for several.", required=True)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "The most tokens to write after each prompt.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token; higher is freer.")
@@ -23,27 +26,26 @@ _STOP = flags.DEFINE_multi_string("stop", [], "Text before which to stop; repeat
 
 def main(argv):
   del argv
-  # Imported here, so that --help and a bad flag are answered at once.
-  import tokenformer_jax as tf
+  import tokenformer_jax as tf  # Here, so that --help and a bad flag are answered at once.
+  from tokenformer_jax.data import open_tokenizer
+  from tokenformer_jax.interop.pretrained import from_pretrained
+
+  if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
+    raise ValueError("give either --workdir or --pretrained.")
+  if _WORKDIR.value is not None:
+    model, tokenizer = tf.load(_WORKDIR.value, step=_STEP.value), tf.load_tokenizer(_WORKDIR.value)
+  else:
+    folder = os.path.dirname(_PRETRAINED.value) if os.path.isfile(_PRETRAINED.value) else _PRETRAINED.value
+    model, tokenizer = from_pretrained(_PRETRAINED.value), open_tokenizer(_TOKENIZER.value or folder or ".")
 
   prompts = _PROMPT.value
-  tokenizer = tf.load_tokenizer(_WORKDIR.value)
-  model = tf.load(_WORKDIR.value, step=_STEP.value)
-
-  def stream(row, piece):
-    del row
-    nonlocal prefix
-    print(prefix + piece, end="", flush=True)
-    prefix = ""
-
-  # The prompt comes with the first piece, after whatever in the request may be wrong.
-  prefix = prompts[0]
+  pieces = iter((prompts[0],))  # Printed with the first piece, after whatever in the request may be wrong.
   texts = tf.generate(
       model, tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
       top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value, stop=_STOP.value,
-      stream=stream if len(prompts) == 1 else None)
+      stream=lambda row, piece: print(next(pieces, "") + piece, end="", flush=True) if len(prompts) == 1 else None)
   if len(prompts) == 1:
-    print(prefix)
+    print(next(pieces, ""))
   else:
     print("\n----\n".join(prompt + text for prompt, text in zip(prompts, texts)))
 

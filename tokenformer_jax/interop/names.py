@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from tokenformer_jax.config import ModelConfig, nearest
+from tokenformer_jax.interop.stored_array import quoted
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split
 
@@ -27,6 +28,10 @@ _PATTENTIONS = {
 }
 _TOKENS = {"keys": "key_param_tokens", "values": "value_param_tokens"}
 _NORM = {"scale": "weight", "bias": "bias"}
+# More than any released model has; a message lists no more names of one kind.
+_MOST_NAMES = 1000
+# Looking for a near name takes a millisecond or so.
+_MOST_HINTS = 20
 
 
 def released_names(num_layers: int) -> dict[str, tuple[str, int | None]]:
@@ -41,6 +46,12 @@ def released_names(num_layers: int) -> dict[str, tuple[str, int | None]]:
   return table
 
 
+def pattention_names(num_layers: int) -> dict[str, tuple[str, int]]:
+  """Released name of each pattention, `sequential.2.mlp` …, -> (path in our tree, layer): where its τ is."""
+  return {f"sequential.{layer + 2}.{theirs}": (f"blocks/{ours}", layer)
+          for layer in range(num_layers) for ours, theirs in _PATTENTIONS.items()}
+
+
 def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Released name -> shape, for every array of a model of `config`."""
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
@@ -49,32 +60,36 @@ def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
           for name, (path, layer) in released_names(config.num_layers).items()}
 
 
+def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str = "state dict") -> None:
+  """Raises one ValueError with every array that is missing, unknown, or not of the shape `config` gives it."""
+  expected = released_shapes(config)
+  missing = [name for name in expected if name not in shapes]
+  unknown = [quoted(name) for name in shapes if name not in expected]
+  if len(unknown) <= _MOST_HINTS:
+    hints = [nearest(name.strip("'"), missing or expected).strip() for name in unknown]
+    unknown = [f"{name} ({hint})" if hint else name for name, hint in zip(unknown, hints)]
+  other = [f"{name} is {tuple(shapes[name])}, not {shape}" for name, shape in expected.items()
+           if name in shapes and tuple(shapes[name]) != shape]
+  faults = [f"{title} {len(names)}: {', '.join(names[:_MOST_NAMES])}{', …' if names[_MOST_NAMES:] else ''}"
+            for title, names in (("missing", missing), ("unexpected", unknown), ("of another shape", other)) if names]
+  if faults:
+    raise ValueError(f"{where} does not fit a TokenFormer of {config.num_layers} layers with {config.qkv_tokens}, "
+                     f"{config.proj_tokens} and {config.ffn_tokens} parameter tokens in q/k/v, proj and ffn: "
+                     f"{'; '.join(faults)}.")
+
+
 def from_released(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Tree:
-  """Our parameter tree from a released state dict; each array is read once, when its turn comes.
+  """Our parameter tree from a released state dict in memory.
 
   Raises:
-    ValueError: an array is missing, unknown, or not of the shape that `config` gives it.
+    ValueError: arrays are missing, unknown, or not of the shape that `config` gives them.
   """
-  shapes = released_shapes(config)
-  for name in arrays:
-    if name not in shapes:
-      raise ValueError(f"{name}: no such array in a TokenFormer of {config.num_layers} layers.{nearest(name, shapes)}")
-  for name in shapes:
-    if name not in arrays:
-      raise ValueError(f"{name}: not in the state dict, which has {len(arrays)} of the {len(shapes)} arrays of "
-                       f"a TokenFormer of {config.num_layers} layers.")
-  flat: dict[str, np.ndarray] = {}
-  for name, (path, layer) in released_names(config.num_layers).items():
-    array = np.asarray(arrays[name])
-    if array.shape != shapes[name]:
-      raise ValueError(f"{name}: its shape is {array.shape}, but the configuration gives it {shapes[name]}.")
-    if layer is None:
-      flat[path] = array
-      continue
-    if path not in flat:
-      flat[path] = np.empty((config.num_layers, *array.shape), array.dtype)
-    flat[path][layer] = array
-  return traverse_util.unflatten_dict(flat, sep="/")
+  check_fit({name: np.shape(array) for name, array in arrays.items()}, config)
+  layers: dict[str, list[np.ndarray]] = {}
+  for name, (path, _) in released_names(config.num_layers).items():
+    layers.setdefault(path, []).append(np.asarray(arrays[name]))
+  return traverse_util.unflatten_dict(
+      {path: np.stack(parts) if path.startswith("blocks/") else parts[0] for path, parts in layers.items()}, sep="/")
 
 
 def to_released(parameters: Tree) -> dict[str, jax.Array | np.ndarray]:

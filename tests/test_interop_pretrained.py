@@ -1,0 +1,266 @@
+"""from_pretrained: the released model's logits from every kind of file, and one line for whatever is wrong."""
+
+import dataclasses
+import json
+
+from flax import nnx
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.parity_table import golden, model_config, under
+from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.interop.names import released_shapes
+from tokenformer_jax.interop.pretrained import TAU_KEY, from_pretrained
+from tokenformer_jax.interop.safetensors_file import write_safetensors
+from tokenformer_jax.interop.stored_array import ComputedArray
+from tokenformer_jax.interop.torch_file import write_torch
+from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_json, read_config
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.parameters import split
+
+
+@pytest.fixture(scope="module")
+def released():
+  """(state dict, configuration) of the tiny model that the released code was run on."""
+  arrays, meta = golden("lm_A")
+  return under(arrays, "param/"), model_config(meta["config"])
+
+
+def save(path, arrays, dtype="float32", metadata=None):
+  computed = {name: ComputedArray(array.shape, lambda array=array: array) for name, array in arrays.items()}
+  if path.suffix == ".bin":
+    write_torch(path, computed, dtype)
+  else:
+    write_safetensors(path, computed, dtype, metadata or {})
+  return path
+
+
+def shard(folder, arrays, suffix):
+  """Two files and their index; returns the folder."""
+  names = sorted(arrays)
+  parts = {f"part-{i}{suffix}": names[i::2] for i in range(2)}
+  for file, part in parts.items():
+    save(folder / file, {name: arrays[name] for name in part})
+  stem = "pytorch_model.bin" if suffix == ".bin" else "model.safetensors"
+  weight_map = {name: file for file, part in parts.items() for name in part}
+  (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+  return folder
+
+
+@pytest.mark.parametrize("form", ["a.bin", "a.safetensors", "misnamed.pth", "pytorch_model.bin", "model.safetensors",
+                                  ".bin", ".safetensors"])
+def test_the_released_logits(tmp_path, released, form):
+  arrays, config = released
+  if form.startswith("."):
+    path = shard(tmp_path, arrays, form)
+  else:
+    path = save(tmp_path / form.replace(".pth", ".bin"), arrays)
+    path = path.rename(tmp_path / form)
+    if form in ("pytorch_model.bin", "model.safetensors"):
+      path = tmp_path
+  golden_arrays, _ = golden("lm_A")
+  model = from_pretrained(path, config)
+  logits = jax.jit(model)(jnp.asarray(golden_arrays["tokens"]))
+  assert np.abs(logits - golden_arrays["logits__f64"]).max() < 2e-5
+
+
+@pytest.mark.parametrize("dtype, stored", [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16),
+                                           ("float64", np.float64)])
+def test_other_types_become_float32(tmp_path, released, dtype, stored):
+  arrays, config = released
+  model = from_pretrained(save(tmp_path / "a.safetensors", arrays, dtype), config)
+  _, parameters, _ = split(model)
+  expected = arrays["sequential.0.word_embeddings.weight"].astype(stored).astype(np.float32)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parameters))
+  np.testing.assert_array_equal(parameters["embedding"], expected)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(token=4, fsdp=2), MeshConfig(fsdp=8)])
+def test_each_device_gets_its_part(tmp_path, released, mesh):
+  arrays, config = released
+  path = save(tmp_path / "a.bin", arrays)
+  expected = split(from_pretrained(path, config))[1:]
+  model = from_pretrained(path, config, mesh=make_mesh(mesh))
+  for leaf, whole in zip(jax.tree.leaves(split(model)[1:]), jax.tree.leaves(expected)):
+    np.testing.assert_array_equal(leaf, whole)
+  keys = split(model)[1]["blocks"]["ffn"]["keys"]
+  split_over = max(mesh.token, 1) * max(mesh.fsdp, 1)
+  assert keys.addressable_shards[0].data.size * split_over == keys.size
+
+
+def test_the_parameters_of_a_fresh_model_and_of_a_loaded_one_are_alike(tmp_path, released):
+  arrays, config = released
+  loaded, fresh = from_pretrained(save(tmp_path / "a.bin", arrays), config), LanguageModel(config, rngs=nnx.Rngs(0))
+  assert nnx.graphdef(loaded) == nnx.graphdef(fresh)
+  for ours, theirs in zip(split(loaded)[1:], split(fresh)[1:]):
+    kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree) for tree in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+  np.testing.assert_array_equal(split(loaded)[2]["blocks"]["ffn"]["tau"], split(fresh)[2]["blocks"]["ffn"]["tau"])
+
+
+def test_a_named_size_is_known_by_its_shapes(tmp_path):
+  config = ModelConfig.named("tiny", vocab_size=131)
+  arrays = {name: np.zeros(shape, np.float32) for name, shape in released_shapes(config).items()}
+  assert from_pretrained(save(tmp_path / "a.bin", arrays)).config == config
+
+
+def test_where_the_configuration_comes_from(tmp_path, released):
+  arrays, config = released
+  path = save(tmp_path / "a.bin", arrays)
+  with pytest.raises(ValueError, match=r"of no named size. Its arrays tell vocab_size=96, num_layers=2, hidden_size=32, "
+                                       r"qkv_tokens=16, .*; they do not tell num_heads, seq_length, theta, gelu"):
+    from_pretrained(path)
+  (tmp_path / "config.json").write_text('{"architectures": ["Somebody", "else"]}')
+  with pytest.raises(ValueError, match="of no named size"):
+    from_pretrained(path)
+  (tmp_path / "config.json").write_text(config_json(config))
+  assert from_pretrained(path).config == config
+  assert read_config(tmp_path / "config.json") == config
+  told = dataclasses.replace(config, num_heads=2)
+  metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(told))}
+  assert from_pretrained(save(tmp_path / "b.safetensors", arrays, metadata=metadata)).config == told
+  asked = dataclasses.replace(config, theta="softmax")
+  assert from_pretrained(tmp_path / "b.safetensors", asked).config == asked
+
+
+def test_tau_is_read_from_the_metadata(tmp_path, released):
+  arrays, config = released
+  tau = {f"sequential.{i}.{name}": float(np.float32(i + 0.1 * j)) for i in (2, 3) for j, name in
+         enumerate(("attention.query", "attention.key", "attention.value", "attention.proj", "mlp"))}
+  path = save(tmp_path / "a.safetensors", arrays, metadata={TAU_KEY: json.dumps(tau)})
+  read = split(from_pretrained(path, config))[2]["blocks"]
+  assert read["attention"]["key"]["tau"].tolist() == [tau["sequential.2.attention.key"], tau["sequential.3.attention.key"]]
+  assert read["ffn"]["tau"].tolist() == [tau["sequential.2.mlp"], tau["sequential.3.mlp"]]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({TAU_KEY: "{"}, "expected a positive number for each"),
+    ({TAU_KEY: "[1]"}, "expected a positive number for each"),
+    ({TAU_KEY: '{"sequential.2.mlp": 1e39}'}, "expected a positive number for each"),
+    ({TAU_KEY: '{"sequential.2.mlp": NaN}'}, "expected a positive number for each"),
+    ({TAU_KEY: '{"sequential.2.mlp": 0}'}, "expected a positive number for each"),
+    ({TAU_KEY: '{"sequential.2.mlp": 2.0}'}, r"is for \['sequential.2.mlp'\]; expected"),
+    ({CONFIG_KEY: "{"}, "config in its metadata is no JSON"),
+    ({CONFIG_KEY: "[" * 100_000}, "config in its metadata is no JSON"),
+    ({CONFIG_KEY: '{"num_head": 4}'}, "num_head is unknown. Did you mean 'num_heads'"),
+    ({CONFIG_KEY: json.dumps(dict(vocab_size=9, num_layers=10**12, hidden_size=4, num_heads=1, qkv_tokens=1,
+                                  proj_tokens=1, ffn_tokens=1, rotary_fraction=0))}, "23 arrays are no such model"),
+    ({CONFIG_KEY: json.dumps(dict(vocab_size=9, num_layers=2, hidden_size=2**40, num_heads=1, qkv_tokens=1,
+                                  proj_tokens=1, ffn_tokens=1, rotary_fraction=0))}, "23 arrays are no such model"),
+])
+def test_bad_metadata_is_refused(tmp_path, released, change, message):
+  arrays, config = released
+  path = save(tmp_path / "a.safetensors", arrays, metadata=change)
+  with pytest.raises(ValueError, match=message):
+    from_pretrained(path, config if TAU_KEY in change else None)
+
+
+def test_a_configuration_that_does_not_fit(tmp_path, released):
+  arrays, config = released
+  path = save(tmp_path / "a.bin", arrays)
+  with pytest.raises(ValueError, match="the configuration is another model's: vocab_size=97 where the arrays have 96, "
+                                       "num_layers=3 where the arrays have 2, ffn_tokens=65 where the arrays have 64."):
+    from_pretrained(path, dataclasses.replace(config, vocab_size=97, num_layers=3, ffn_tokens=65))
+
+
+def test_arrays_that_do_not_fit_are_all_named(tmp_path, released):
+  arrays, config = released
+  changed = {name: array for name, array in arrays.items() if not name.endswith("3.mlp.value_param_tokens")}
+  changed["sequential.5.norm.weight"] = np.zeros(31)
+  changed["optimizer.step"] = np.zeros(1)
+  with pytest.raises(ValueError, match="a.bin does not fit .* missing 1: sequential.3.mlp.value_param_tokens; unexpected "
+                                       "1: 'optimizer.step'; of another shape 1: sequential.5.norm.weight"):
+    from_pretrained(save(tmp_path / "a.bin", changed), config)
+  # Also where the sizes are told by an array that is missing.
+  del changed["sequential.2.mlp.key_param_tokens"]
+  with pytest.raises(ValueError, match="missing 2: sequential.2.mlp.key_param_tokens, sequential.3.mlp.value_param"):
+    from_pretrained(save(tmp_path / "a.bin", changed), config)
+  with pytest.raises(ValueError, match="no released TokenFormer, for it has no matrix sequential.2.mlp.key_param_tokens"):
+    from_pretrained(tmp_path / "a.bin")
+
+
+def test_numbers_that_are_not_finite_are_reported(tmp_path, released):
+  arrays, config = released
+  name = "sequential.3.attention.proj.value_param_tokens"
+  for bad, dtype in ((np.nan, "float32"), (-np.inf, "float32"), (1e300, "float64")):
+    broken = arrays[name].astype(dtype)
+    broken[3, 5] = bad
+    path = save(tmp_path / "a.safetensors", {**arrays, name: broken}, dtype)
+    with pytest.raises(ValueError, match=f"{name} has 1 numbers that are NaN or not finite"):
+      from_pretrained(path, config)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "an empty file"),
+    (b"<!DOCTYPE html><html>", "an HTML or XML page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a git-lfs pointer"),
+    (b"\x80\x02}q\x00.", "a bare pickle"),
+    (b"PK\x03\x04 and so on", "damaged zip archive"),
+    (b"just text, and long enough", "begins with b'just text"),
+])
+def test_what_is_no_weight_file_is_said_to_be_what_it_is(tmp_path, content, message):
+  (tmp_path / "pytorch_model.bin").write_bytes(content)
+  for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+    with pytest.raises(ValueError, match=message) as caught:
+      from_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index, message", [
+    ("{", "no index of weight files"),
+    ("[]", "no index of weight files"),
+    ('{"weight_map": ["a"]}', "no index of weight files"),
+    ('{"weight_map": {"x": "../a.bin"}}', "'../a.bin' is no weight file in the folder"),
+    ('{"weight_map": {"x": "/a.bin"}}', "'/a.bin' is no weight file"),
+    ('{"weight_map": {"x": "pytorch_model.bin.index.json"}}', "is no weight file"),
+    ('{"weight_map": {"x": 5}}', "'5' is no weight file"),
+    ('{"weight_map": {"x": "lost.bin"}}', "lost.bin: no such file"),
+    ('{"weight_map": {"x": "a.bin", "y": "a.bin"}}', "'x' is not in a.bin, nor are 1 more"),
+])
+def test_a_bad_index_is_refused(tmp_path, index, message):
+  save(tmp_path / "a.bin", {"z": np.zeros(1)})
+  (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+  with pytest.raises(ValueError, match=message):
+    from_pretrained(tmp_path)
+
+
+def test_other_places(tmp_path, released):
+  with pytest.raises(ValueError, match="no such file or folder, and no OWNER/MODEL"):
+    from_pretrained(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="no such file or folder, and no OWNER/MODEL"):
+    from_pretrained("lost/pytorch_model.bin")
+  with pytest.raises(ValueError, match="has none of model.safetensors, .* and 0 files"):
+    from_pretrained(tmp_path)
+  arrays, config = released
+  save(tmp_path / "any.bin", arrays)
+  assert from_pretrained(tmp_path, config).config == config
+  save(tmp_path / "more.bin", arrays)
+  with pytest.raises(ValueError, match="and 2 files that end in .safetensors or .bin; name the file itself"):
+    from_pretrained(tmp_path)
+
+
+def test_the_hub(tmp_path, released, monkeypatch):
+  arrays, config = released
+  save(tmp_path / "pytorch_model.bin", arrays)
+  asked = []
+
+  def download(name, allow_patterns):
+    asked.append((name, allow_patterns))
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name: ["pytorch_model.bin", "README.md"])
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  assert from_pretrained("somebody/TokenFormer-tiny", config).config == config
+  assert asked == [("somebody/TokenFormer-tiny", ["config.json", "tokenizer.json", "*.bin", "*.bin.index.json"])]
+
+  def fail(self, name):
+    raise OSError("no network\nat all")
+
+  monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+  with pytest.raises(ValueError, match=r"the Hugging Face hub does not give it \(no network\)"):
+    from_pretrained("somebody/TokenFormer-tiny")

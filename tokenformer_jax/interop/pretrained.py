@@ -1,0 +1,132 @@
+"""Models from weight files: released ones, ours, and those of the Hugging Face hub."""
+
+import functools
+import json
+import os
+import pathlib
+
+from flax import nnx
+import jax
+import numpy as np
+
+from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.distributed.axes import tree_shardings
+from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.interop.hub import local_path
+from tokenformer_jax.interop.names import check_fit, pattention_names, released_names
+from tokenformer_jax.interop.stored_array import FLOATS, StoredArray, Weights, quoted
+from tokenformer_jax.interop.weight_config import config_for
+from tokenformer_jax.interop.weights import open_weights
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.parameter_tokens import initial_tau
+
+TAU_KEY = "tokenformer_jax.tau"  # In the metadata of our safetensors files: JSON, τ by pattention.
+
+
+def from_pretrained(path_or_hub_id: str | os.PathLike, config: ModelConfig | None = None, *,
+                    mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+  """The model in a weight file, ready to call; parameters are float32.
+
+  Sizes come from the arrays' shapes. What shapes do not tell (heads, Θ, rotary settings, sequence
+  length) comes from the first of: `config`, the file's metadata, a config.json of ours beside it, the
+  named size with these shapes. τ comes from the metadata, or is that of the released code.
+
+  Args:
+    path_or_hub_id: a released `pytorch_model.bin` or any state dict with its names, a `.safetensors`
+      file, a folder with either (whole, or in shards with an index), a run's work folder, or the name
+      of a model on the Hugging Face hub. Nothing in a file is executed.
+    config: the model's configuration; it must fit the shapes.
+    mesh: where the parameters go; by default the first device. Arrays are read one after the other,
+      and of each only the parts that this process' devices hold.
+
+  Raises:
+    ValueError: not a weight file, a damaged one, shapes that tell too little or do not fit, numbers that
+      are not finite.
+  """
+  path = local_path(path_or_hub_id)
+  if is_work_folder(path):
+    if config is not None:
+      raise ValueError(f"{path}: a work folder knows its model's configuration; leave config out.")
+    from tokenformer_jax.training.checkpoints import load  # A room above this one, for this case alone.
+    return load(str(path), mesh=mesh)
+  weights = open_weights(path)
+  config = config_for(weights, config, path)
+  check_fit({name: array.shape for name, array in weights.arrays.items()}, config, weights.where)
+  taus = _taus(weights, config)
+  places: dict[str, list[str]] = {}
+  for name, (place, _) in released_names(config.num_layers).items():
+    places.setdefault(place, []).append(name)
+
+  abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+  graphdef, *shapes = split(abstract)
+  mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
+  shardings = [tree_shardings(mesh, axes, tree) for axes, tree in zip(logical_axes(abstract), shapes)]
+
+  def parameter(place, leaf, sharding):
+    sources = {name: weights.arrays[name] for name in places[_name(place)]}
+    read = functools.partial(_read, weights.where, sources, leaf.shape)
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+  def tau(place, leaf, sharding):
+    return jax.make_array_from_callback(leaf.shape, sharding, taus[_name(place)].__getitem__)
+
+  return nnx.merge(graphdef, *(jax.tree_util.tree_map_with_path(make, *trees)
+                               for make, *trees in zip((parameter, tau), shapes, shardings)))
+
+
+def is_work_folder(path: str | os.PathLike) -> bool:
+  """Whether `path` is the work folder of a training run."""
+  return (pathlib.Path(path) / "checkpoints").is_dir()
+
+
+def _taus(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
+  """τ by place in our tree, float32 [layer] each."""
+  names = pattention_names(config.num_layers)
+  if TAU_KEY in weights.metadata:
+    stored = _tau_metadata(weights)
+  else:
+    stored = {name: initial_tau(config.theta, weights.arrays[f"{name}.key_param_tokens"].shape[0]) for name in names}
+  if stored.keys() != names.keys():
+    raise ValueError(f"{weights.where}: {TAU_KEY} in its metadata is for {quoted(list(stored))}; expected "
+                     f"{quoted(list(names))}.")
+  taus: dict[str, np.ndarray] = {}
+  for name, (place, layer) in names.items():
+    taus.setdefault(f"{place}/tau", np.empty(config.num_layers, np.float32))[layer] = stored[name]
+  return taus
+
+
+def _tau_metadata(weights: Weights) -> dict[str, float]:
+  try:
+    stored = json.loads(weights.metadata[TAU_KEY])
+  except (ValueError, RecursionError):
+    stored = None
+  largest = float(np.finfo(np.float32).max)
+  if not isinstance(stored, dict) or not all(
+      type(value) in (int, float) and 0 < value <= largest for value in stored.values()):
+    raise ValueError(f"{weights.where}: {TAU_KEY} in its metadata is {quoted(weights.metadata[TAU_KEY])}; expected a "
+                     "positive number for each pattention.")
+  return stored
+
+
+def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+  """The part `index` of a leaf; `sources` are its layers, or the one array of a leaf without layers."""
+  arrays = list(sources.items())
+  layered = len(shape) > len(arrays[0][1].shape)
+  if layered:
+    arrays, index = arrays[index[0]], index[1:]
+  rows, *columns = index
+  part_shape = [len(range(*part.indices(size))) for part, size in zip(index, arrays[0][1].shape)]
+  parts = np.empty((len(arrays), *part_shape), np.float32)
+  for part, (name, array) in zip(parts, arrays):
+    with np.errstate(over="ignore"):
+      part[...] = array.read(rows)[:, *columns]
+    bad = part.size - np.count_nonzero(np.isfinite(part))
+    if bad:
+      raise ValueError(f"{where}: {name} has {bad} numbers that are NaN or not finite in float32; the file is damaged, "
+                       "or of a run that diverged.")
+  return parts if layered else parts[0]
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")

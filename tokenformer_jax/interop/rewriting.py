@@ -1,0 +1,65 @@
+"""A grown model in the form of the released code, whose τ is always √N (N for softmax).
+
+Growth keeps τ while N rises, so a grown layer has τ < √N and the released formula would be another
+function. It can be written so that it is the same one:
+
+    gelu_l2_norm, softmax   τ is a factor of the output: values · τ/√N (τ/N)
+    l2_norm_gelu            τ is inside GeLU: k = min(N, d) more rows of keys c·R with values 0, where
+                            RᵀR = KᵀK and c² = N'/τ² − 1. They add c²‖s‖² to the squared norm of the
+                            scores s, hence √N' s / ‖s'‖ = τ s / ‖s‖.
+"""
+
+import math
+
+import numpy as np
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.parameter_tokens import initial_tau
+
+
+def rows_needed(num_tokens: int, hidden_size: int, taus, theta: str) -> int:
+  """Tokens that layers of `num_tokens` tokens with scales `taus` have once every τ is the released one."""
+  if theta != "l2_norm_gelu" or all(_is_released(tau, num_tokens, theta) for tau in taus):
+    return num_tokens
+  return max(num_tokens + min(num_tokens, hidden_size), math.ceil(max(float(tau)**2 for tau in taus)))
+
+
+def rewritten_keys(keys: np.ndarray, tau: float, theta: str, num_tokens: int) -> np.ndarray:
+  """The keys [num_tokens, d] that take the place of `keys` [N, d], for a count from `rows_needed`."""
+  if num_tokens == len(keys):
+    return keys
+  factor = math.sqrt(max(num_tokens / float(tau)**2 - 1.0, 0.0))
+  more = np.zeros((num_tokens - len(keys), keys.shape[1]), keys.dtype)
+  root = factor * np.linalg.qr(keys.astype(np.float64), mode="r")
+  more[:len(root)] = root
+  return np.concatenate([keys, more])
+
+
+def rewritten_values(values: np.ndarray, tau: float, theta: str, num_tokens: int) -> np.ndarray:
+  """The values [num_tokens, d] that take the place of `values` [N, d]."""
+  if theta != "l2_norm_gelu" and not _is_released(tau, len(values), theta):
+    values = (values.astype(np.float64) * (float(tau) / initial_tau(theta, len(values)))).astype(values.dtype)
+  return np.concatenate([values, np.zeros((num_tokens - len(values), values.shape[1]), values.dtype)])
+
+
+def rewritten_config(config: ModelConfig, taus: dict[str, np.ndarray]) -> ModelConfig:
+  """`config` with the token counts after the rewriting.
+
+  Args:
+    taus: τ of every layer by projection: query, key, value, proj, ffn.
+
+  Raises:
+    ValueError: the released code has no such GeLU.
+  """
+  if config.gelu != "erf":
+    raise ValueError(f"gelu={config.gelu!r}: the released code knows erf alone; without --released the file keeps to "
+                     "this project's own reading.")
+  groups = {"qkv_tokens": ("query", "key", "value"), "proj_tokens": ("proj",), "ffn_tokens": ("ffn",)}
+  return config.grown(**{
+      field: rows_needed(getattr(config, field), config.hidden_size,
+                         np.concatenate([np.ravel(taus[name]) for name in names]), config.theta)
+      for field, names in groups.items()})
+
+
+def _is_released(tau: float, num_tokens: int, theta: str) -> bool:
+  return np.float32(tau) == np.float32(initial_tau(theta, num_tokens))
