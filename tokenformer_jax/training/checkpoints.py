@@ -9,7 +9,6 @@
 import dataclasses
 from typing import Any
 
-from etils import epath
 from flax import nnx
 import jax
 import orbax.checkpoint as ocp
@@ -18,13 +17,13 @@ from tokenformer_jax import data
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.state import TrainState, abstract_model
 from tokenformer_jax.training.work_folder import absolute
 
 TOKENIZER = "tokenizer.json"
-_PARTS = ("model", "optimizer", "record")
 
 
 class Checkpoints:
@@ -35,12 +34,11 @@ class Checkpoints:
 
   def __init__(self, workdir: str, kept: int | None = None):
     """Raises ValueError where something that is no checkpoint would keep Orbax from saving."""
-    self._manager = ocp.CheckpointManager(
-        _folder(workdir), options=ocp.CheckpointManagerOptions(max_to_keep=kept, create=False))
+    self._manager = _open(workdir, max_to_keep=kept, create=False)
     newest = self._manager.latest_step()
     if newest != self.latest_step():
-      raise ValueError(f"{_folder(workdir) / str(newest)}: no whole checkpoint, and newer than those that are: "
-                       "move it away.")
+      raise ValueError(f"{self._manager.directory / str(newest)}: no whole checkpoint, and newer than those that "
+                       "are: move it away.")
 
   def latest_step(self) -> int | None:
     """The newest whole checkpoint's step, None if there is none."""
@@ -61,13 +59,16 @@ class Checkpoints:
 
   def record(self, step: int) -> dict[str, Any]:
     """The record saved at `step`."""
-    return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    return _record(self._manager, step)
 
   def restore(self, step: int, shapes: TrainState) -> TrainState:
-    """The state of `step`, every leaf with the shape and sharding that `shapes` asks for."""
+    """The state of `step`, every leaf with the sharding that `shapes` asks for.
+
+    Raises:
+      ValueError: the first leaf that has another shape or type there, or is only on one side.
+    """
     model, optimizer = _items(shapes)
-    items = self._manager.restore(step, args=ocp.args.Composite(
-        model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)))
+    items = _restore(self._manager, step, model=model, optimizer=optimizer)
     return TrainState(**items["model"], **items["optimizer"])
 
   def close(self) -> None:
@@ -87,22 +88,21 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
   Raises:
     ValueError: no checkpoint there, or none of that step.
   """
-  with ocp.CheckpointManager(_folder(workdir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+  with _open(workdir, read_only=True) as manager:
     steps = _whole_steps(manager)
     if not steps:
       raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
     if step is not None and step not in steps:
       raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
-    record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-    abstract = abstract_model(ModelConfig(**record["model"]))
+    abstract = abstract_model(ModelConfig(**_record(manager, step)["model"]))
     mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
     graphdef, *shapes = split(abstract)
     target = dict(zip(("params", "tau"), (
         jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
                      tree, tree_shardings(mesh, axes, tree))
         for tree, axes in zip(shapes, logical_axes(abstract)))))
-    item = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
+    item = _restore(manager, step, model=target)["model"]
   return nnx.merge(graphdef, item["params"], item["tau"])
 
 
@@ -111,14 +111,36 @@ def load_tokenizer(workdir: str) -> data.Tokenizer:
   return data.load_tokenizer(absolute(workdir) / TOKENIZER)
 
 
-def _folder(workdir: str) -> epath.Path:
-  return absolute(workdir) / "checkpoints"
+def _open(workdir: str, **options) -> ocp.CheckpointManager:
+  # With handlers named, metadata can be read before arrays.
+  handlers = {"model": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
+              "record": ocp.JsonCheckpointHandler()}
+  return ocp.CheckpointManager(absolute(workdir) / "checkpoints", item_handlers=handlers,
+                               options=ocp.CheckpointManagerOptions(**options))
+
+
+def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  return manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **targets):
+  """Parts of a checkpoint as `targets`, trees of shapes, ask; Orbax alone would cast types silently."""
+  stored = manager.item_metadata(step)
+  for part, target in targets.items():
+    there, here = ({path: f"{leaf.dtype} {tuple(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
+                   for tree in (stored[part].tree, target))
+    for path in [*here, *there]:
+      if here.get(path) != there.get(path):
+        raise ValueError(f"{manager.directory / str(step)}: {path} is {there.get(path, 'not there')}, and "
+                         f"{here.get(path, 'nothing')} in this run; use the configuration that it was saved with.")
+  return manager.restore(step, args=ocp.args.Composite(
+      **{part: ocp.args.StandardRestore(target) for part, target in targets.items()}))
 
 
 def _whole_steps(manager: ocp.CheckpointManager) -> list[int]:
   """The committed steps that have all their parts, rising; Orbax also lists a stray or half-deleted folder."""
   return sorted(step for step in manager.all_steps()
-                if all((manager.directory / str(step) / part).exists() for part in _PARTS))
+                if all((manager.directory / str(step) / part).exists() for part in ("model", "optimizer", "record")))
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
