@@ -1,0 +1,58 @@
+"""Model FLOP utilisation: what the model needs, and the peak it is held against."""
+
+import math
+import types
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from tests import small_run
+from tokenformer_jax.nn.parameters import split
+from tokenformer_jax.training.flops import peak_flops
+from tokenformer_jax.training.state import abstract_model
+
+
+def devices(kind, count):
+  device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+  return types.SimpleNamespace(devices=np.full(count, device))
+
+
+@pytest.mark.parametrize("kind, tera", [
+    ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989)])
+def test_published_peaks_count_every_chip(kind, tera):
+  assert peak_flops(devices(kind, (2, 2, 1))) == 4 * tera * 1e12
+
+
+def test_an_unknown_device_has_no_peak():
+  assert peak_flops(devices("TPU v99", 4)) is None
+
+
+def test_a_cpus_peak_is_measured_once_for_all_simulated_devices():
+  # A core does more than a GFLOP/s and less than ten TFLOP/s.
+  assert 1e9 < peak_flops(small_run.mesh(data=8)) < 64 * 1e13
+
+
+def test_forward_flops_are_those_of_the_products_in_the_program():
+  model = small_run.MODEL
+  graphdef, *shapes = split(abstract_model(model))
+  tokens = jax.ShapeDtypeStruct((3, model.seq_length), "int32")
+  forward = jax.make_jaxpr(lambda params, tau, tokens: nnx.merge(graphdef, params, tau)(tokens))(*shapes, tokens)
+  # The whole square of attention scores is computed, and half of it needed.
+  needless = model.num_layers * 2 * model.seq_length * model.hidden_size
+  assert product_flops(forward) == tokens.size * (model.forward_flops_per_token + needless)
+
+
+def product_flops(jaxpr) -> int:
+  """2 × rows × columns × depth of every product, as often as its scan runs."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+      total += 2 * depth * equation.outvars[0].aval.size
+    inner = [value for value in equation.params.values() if hasattr(value, "eqns")]
+    total += equation.params.get("length", 1) * sum(map(product_flops, inner))
+  return total
