@@ -33,6 +33,6 @@ def get_config():
                       held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}",
                       tokenizer=f"{folder}/tokenizers/gpt2_tiny_5k"),
       optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=100, decay_steps=500),
-      training=TrainingConfig(num_steps=2000, eval_every=250, eval_batches=40, checkpoint_every=250,
+      training=TrainingConfig(num_steps=900, eval_every=250, eval_batches=40, checkpoint_every=250,
                               sample_prompt="It was a dark and stormy night", sample_tokens=100),
   ).to_config_dict()
