@@ -238,14 +238,15 @@ def test_the_longest_request_that_fits(model):
 
 
 def door(*arguments):
-  return subprocess.run([sys.executable, "-m", "tokenformer_jax.cli.generate", *arguments], capture_output=True,
-                        cwd=pathlib.Path(__file__).parent.parent, check=False)
+  command = [sys.executable, "-m", "tokenformer_jax.cli.generate", *arguments]
+  return subprocess.run(command, capture_output=True, cwd=pathlib.Path(__file__).parent.parent, check=False)
 
 
 def test_the_door_streams_what_generate_returns(model, tmp_path):
   export(model, tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"kind": "bytes"}')
-  done = door(f"--pretrained={tmp_path}", "--prompt=naïve", "--max_new_tokens=30", "--temperature=1.2", "--seed=7")
+  done = door(f"--pretrained={tmp_path}", "--prompt=naïve", "--max_new_tokens=30", "--temperature=1.2",
+              "--seed=7")
   assert done.returncode == 0, done.stderr
   text = generate(model, Bytes(), "naïve", max_new_tokens=30, temperature=1.2, seed=7)[0]
   assert done.stdout.decode("utf-8") == f"naïve{text}\n"

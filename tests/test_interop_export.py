@@ -37,7 +37,7 @@ def grown(model):
   bigger, _ = grow(model, qkv_tokens=14, proj_tokens=10, ffn_tokens=40)
   graphdef, parameters, tau = split(bigger)
   rng = np.random.default_rng(1)
-  parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.1 * rng.normal(size=leaf.shape), leaf.dtype), parameters)
+  parameters = jax.tree.map(lambda leaf: leaf + 0.1 * np.float32(rng.normal(size=leaf.shape)), parameters)
   return nnx.merge(graphdef, parameters, tau)
 
 
@@ -82,7 +82,8 @@ def test_a_grown_model_keeps_its_tau_in_safetensors(tmp_path, grown):
   assert exported.keeps_grown_tau and not any(exported.rows_added.values())
   with safetensors.safe_open(exported.path, "numpy") as file:
     tau = json.loads(file.metadata()[TAU_KEY])
-  assert tau["sequential.2.attention.key"] == 3.0 and tau["sequential.3.mlp"] == float(np.float32(np.sqrt(24)))
+  assert tau["sequential.2.attention.key"] == 3.0
+  assert tau["sequential.3.mlp"] == float(np.float32(np.sqrt(24)))
   assert_equal(from_pretrained(tmp_path / "ours"), grown)
 
 
@@ -92,16 +93,17 @@ def test_a_grown_model_is_itself_in_the_released_form(tmp_path, grown, name, set
   # proj was not grown; k = min(N, d) rows to the others.
   assert exported.rows_added == dict(qkv_tokens=14, proj_tokens=0, ffn_tokens=16)
   assert not exported.keeps_grown_tau
-  assert exported.config == CONFIG.grown(qkv_tokens=28, ffn_tokens=56) == read_config(tmp_path / "config.json")
+  assert exported.config == CONFIG.grown(qkv_tokens=28, ffn_tokens=56)
+  assert exported.config == read_config(tmp_path / "config.json")
   tokens = np.random.default_rng(0).integers(0, 37, (2, 20))
   expected = np.asarray(jax.jit(grown)(jnp.asarray(tokens)))
   again = np.asarray(jax.jit(from_pretrained(tmp_path / name))(jnp.asarray(tokens)))
-  arrays = {key: array.read().astype(np.float64) for key, array in open_weights(tmp_path / name).arrays.items()}
+  weights = open_weights(tmp_path / name)
+  arrays = {key: array.read().astype(np.float64) for key, array in weights.arrays.items()}
   scale = np.abs(expected).max()
   assert np.abs(again - expected).max() < 1e-5 * scale
   assert np.abs(oracle.language_model(arrays, tokens, exported.config) - expected).max() < 1e-5 * scale
-  metadata = open_weights(tmp_path / name).metadata
-  assert TAU_KEY not in metadata
+  assert TAU_KEY not in weights.metadata
 
 
 def test_sharded_parameters_are_written_whole(tmp_path, model):
@@ -116,7 +118,8 @@ def run_folder(folder):
   """What a training run leaves, as far as an export reads it."""
   (folder / "checkpoints").mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(Config(model=CONFIG).to_dict()))
-  rows = [{"step": step, "held_out/loss": 9.0 - step} for step in (1, 2, 3)] + [{"step": 4, "train/loss": 1.0}]
+  rows = [{"step": step, "held_out/loss": 9.0 - step} for step in (1, 2, 3)]
+  rows.append({"step": 4, "train/loss": 1.0})
   (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   (folder / "tokenizer.json").write_text('{"kind": "bytes"}')
   return folder
@@ -130,8 +133,9 @@ def test_a_card_and_a_configuration_stand_beside_an_export(tmp_path, model, grow
   assert read_config(tmp_path / "a" / "config.json") == CONFIG
   assert (tmp_path / "a" / "tokenizer.json").read_text() == '{"kind": "bytes"}'
   card = (tmp_path / "a" / "README.md").read_text()
-  for part in (f"{CONFIG.num_parameters:,} parameters", f"Exported from `{run}`, step 2.", "| ffn_tokens | 24 |",
-               "| source | python-sources |", "Held-out loss 7.0000 nats a token after 2 updates.",
+  for part in (f"{CONFIG.num_parameters:,} parameters", f"Exported from `{run}`, step 2.",
+               "| ffn_tokens | 24 |", "| source | python-sources |",
+               "Held-out loss 7.0000 nats a token after 2 updates.",
                'tf.from_pretrained("model.safetensors")', "is in the file's metadata"):
     assert part in card, part
   export(model, tmp_path / "b", source=run)
@@ -139,7 +143,8 @@ def test_a_card_and_a_configuration_stand_beside_an_export(tmp_path, model, grow
 
   export(grown, tmp_path / "c" / "x.bin", source=tmp_path / "a")
   card = (tmp_path / "c" / "README.md").read_text()
-  for part in ("14 to each of qkv_tokens, 16 to each of ffn_tokens", "| qkv_slot_num | 28 |", "| rotary_pct | 0.5 |"):
+  for part in ("14 to each of qkv_tokens, 16 to each of ffn_tokens", "| qkv_slot_num | 28 |",
+               "| rotary_pct | 0.5 |"):
     assert part in card, part
   assert "Held-out" not in card
   assert (tmp_path / "c" / "tokenizer.json").exists()

@@ -25,7 +25,8 @@ THETAS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 ])
 def test_one_pattention(theta, num_tokens, hidden_size, tau):
   draw = np.random.default_rng(0).normal
-  x, keys, values = draw(size=(50, hidden_size)), draw(size=(num_tokens, hidden_size)), draw(size=(num_tokens, 6))
+  x, keys = draw(size=(50, hidden_size)), draw(size=(num_tokens, hidden_size))
+  values = draw(size=(num_tokens, 6))
   keys[-3:] = 0  # as growth leaves them
   count = rows_needed(num_tokens, hidden_size, [tau], theta)
   new_keys = rewritten_keys(keys, tau, theta, count)
@@ -89,7 +90,8 @@ def test_a_whole_model_gives_the_same_logits(theta, monkeypatch):
   logits = oracle.language_model(rewritten, tokens, target)
   assert np.abs(logits - expected).max() <= 1e-10 * np.abs(expected).max()
   # Without the rewriting it would be another model.
-  assert np.abs(oracle.language_model(arrays, tokens, config) - expected).max() > 1e-2 * np.abs(expected).max()
+  other = oracle.language_model(arrays, tokens, config)
+  assert np.abs(other - expected).max() > 1e-2 * np.abs(expected).max()
   grown = dict(qkv_tokens=14, proj_tokens=32, ffn_tokens=42)
   assert target == (dataclasses.replace(config, **grown) if theta == "l2_norm_gelu" else config)
 

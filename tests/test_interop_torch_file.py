@@ -54,8 +54,9 @@ def tensor(key, size, shape, offset=0, strides=None, storage="FloatStorage"):
     return b"(" + b"".join(b"J" + int(value).to_bytes(4, "little", signed=True) for value in values) + b"t"
 
   strides = strides or [int(np.prod(shape[axis + 1:])) for axis in range(len(shape))]
-  persistent = b"(" + text("storage") + f"ctorch\n{storage}\n".encode() + text(key) + text("cpu") + numbers([size])[1:]
-  return (b"ctorch._utils\n_rebuild_tensor_v2\n(" + persistent + b"Q" + numbers([offset])[1:-1] + numbers(shape)
+  kind = f"ctorch\n{storage}\n".encode()
+  persistent = b"(" + text("storage") + kind + text(key) + text("cpu") + numbers([size])[1:] + b"Q"
+  return (b"ctorch._utils\n_rebuild_tensor_v2\n(" + persistent + numbers([offset])[1:-1] + numbers(shape)
           + numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR")
 
 
@@ -112,9 +113,9 @@ class Plain(pickle.Unpickler):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_written_is_a_torch_file(path, dtype):
-  arrays = {"first.w": np.arange(300, dtype=np.float32).reshape(2, 150), "second": np.array([-1.5], np.float32)}
-  write_torch(path, {name: ComputedArray(array.shape, lambda array=array: array) for name, array in arrays.items()},
-              dtype)
+  arrays = {"first.w": np.arange(300, dtype=np.float32).reshape(2, 150), "b": np.array([-1.5], np.float32)}
+  computed = {name: ComputedArray(array.shape, lambda array=array: array) for name, array in arrays.items()}
+  write_torch(path, computed, dtype)
   with zipfile.ZipFile(path) as zipped:
     assert zipped.testzip() is None
     assert zipped.read("archive/version") == b"3\n" and zipped.read("archive/byteorder") == b"little"
@@ -151,7 +152,8 @@ def test_a_failed_write_leaves_nothing(path):
 
 def test_a_state_dict_inside_a_larger_one(path):
   inner = b"}" + text("x") + tensor("0", 12, (3, 4)) + b"s"
-  program = b"\x80\x02}(" + text("step") + b"K\x03" + text("module") + inner + text("rates") + b"](G" + bytes(8) + b"Ne" + b"u."
+  rates = text("rates") + b"](G" + bytes(8) + b"Ne"
+  program = b"\x80\x02}(" + text("step") + b"K\x03" + text("module") + inner + rates + b"u."
   archive(path, program, {"0": np.arange(12, dtype=np.float32).tobytes()})
   np.testing.assert_array_equal(read_torch(path).arrays["x"].read(), np.arange(12.0).reshape(3, 4))
 
@@ -172,7 +174,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(path, tmp_path, pro
   marker = tmp_path / "marker"
   program = pickle.dumps(wrap(Runs(marker)), protocol)
   archive(path, program)
-  with pytest.raises(ValueError, match=f"^{path}: its data.pkl .*nothing of it was run"):
+  with pytest.raises(ValueError, match=f"^{path}: its pickle .*nothing of it was run"):
     read_torch(path)
   assert not marker.exists()
   pickle.loads(program)  # It would have.
@@ -186,14 +188,14 @@ def deep_tuple(levels):
 
 @pytest.mark.parametrize("program, message", [
     (b"\x80\x02cposix\nsystem\n" + text("true") + b"\x85R.", "wants to call 'posix system'"),
-    (b"\x80\x02cbuiltins\ngetattr\n(ctorch._utils\n_rebuild_tensor_v2\n" + text("__globals__") + b"tR.", "getattr"),
+    (b"\x80\x02cbuiltins\ngetattr\n(cposix\nsystem\n" + text("__globals__") + b"tR.", "getattr"),
     (b"\x80\x02ccollections\nOrderedDict\n](K\x01K\x02e\x85R.", "wants to call"),
     (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n.", "holds a _Global"),
     (b"\x80\x02" + deep_tuple(1000) + text("x") + b"\x86Q.", "broken"),
     (b"\x80\x02(" + deep_tuple(1000) + b"tQ.", "broken"),
     (b"\x80\x02}" + deep_tuple(1000) + b"K\x01s.", "for a key"),
     (b"\x80\x02" + deep_tuple(1000) + b")R.", "wants to call"),
-    (b"\x80\x02(" + text("storage") + b"ctorch\nFloatStorage\n" + deep_tuple(1000) + b"NK\x01tQ.", "no storage"),
+    (b"\x80\x02(" + text("storage") + b"ctorch\nFloatStorage\n" + deep_tuple(99) + b"NK\x01tQ.", "storage of"),
     (b"\x80\x02(" + text("storage") + b"cnumpy\nndarray\n" + text("0") + b"NK\x01tQ.", "no storage"),
     (b"\x80\x02}r\xff\xff\xff\xff.", "no arrays"),  # A memo slot of 4 billion.
     (b"\x80\x02X\xff\xff\xff\x7fa.", "broken"),  # A string of 2 GB.
@@ -253,7 +255,8 @@ def test_damage_is_found(path):
 
 
 def test_other_archives_are_refused(path):
-  archive(path, b"\x80\x02}" + text("x") + tensor("0", 12, (3, 4)) + b"s.", {"0": bytes(48)}, zipfile.ZIP_DEFLATED)
+  program = b"\x80\x02}" + text("x") + tensor("0", 12, (3, 4)) + b"s."
+  archive(path, program, {"0": bytes(48)}, zipfile.ZIP_DEFLATED)
   with pytest.raises(ValueError, match="w/data/0 is compressed"):
     read_torch(path)
   archive(path, b"", byteorder=b"big")
@@ -261,7 +264,7 @@ def test_other_archives_are_refused(path):
     read_torch(path)
   with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
     file.writestr("w/data.pkl", bytes(50_000_000))  # 50 kB in the file.
-  with pytest.raises(ValueError, match="50000000 bytes, at most 1048576 are read"):
+  with pytest.raises(ValueError, match="50000000 bytes, above 1048576"):
     read_torch(path)
   with zipfile.ZipFile(path, "w") as file:
     file.writestr("word/document.xml", "<w/>")

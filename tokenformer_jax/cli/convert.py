@@ -12,13 +12,13 @@ from absl import flags
 
 from tokenformer_jax.cli import door
 
-_FROM = flags.DEFINE_string(
-    "from", None, "Work folder, exported folder, .bin, .safetensors, or a model of the Hugging Face hub.", required=True)
-_TO = flags.DEFINE_string("to", None, "A .bin, a .safetensors, or a folder for model.safetensors.", required=True)
+_FROM = flags.DEFINE_string("from", None, "Work folder, exported folder, .bin, .safetensors, or hub model.")
+_TO = flags.DEFINE_string("to", None, "A .bin, a .safetensors, or a folder for model.safetensors.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 (exact) or bfloat16.")
 _RELEASED = flags.DEFINE_bool("released", None, "Make a .safetensors right in the released code too.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of the work folder; by default the newest.")
-_CONFIG = flags.DEFINE_string("config", None, "JSON of the model's configuration, where shapes do not tell it.")
+_CONFIG = flags.DEFINE_string("config", None, "JSON of the configuration, where shapes do not tell it.")
+flags.mark_flags_as_required(["from", "to"])
 
 
 def main(argv):
@@ -32,7 +32,7 @@ def main(argv):
   config = read_config(_CONFIG.value) if _CONFIG.value else None
   workdir = _FROM.value if is_work_folder(_FROM.value) else None
   if _STEP.value is not None and not workdir:
-    raise ValueError(f"--step={_STEP.value}: {_FROM.value} is no work folder, and has no steps; leave it out.")
+    raise ValueError(f"--step={_STEP.value}: {_FROM.value} is no work folder and has no steps; leave it out.")
   model = load(workdir, _STEP.value) if workdir and config is None else from_pretrained(_FROM.value, config)
   exported = export(model, _TO.value, dtype=_DTYPE.value, released=_RELEASED.value, source=_FROM.value,
                     step=_STEP.value)

@@ -14,7 +14,7 @@ from tokenformer_jax.cli import door
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; by default the newest.")
 _PRETRAINED = flags.DEFINE_string("pretrained", None, "In its place: weights that tf.from_pretrained reads.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --pretrained; by default the tokenizer.json beside it.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --pretrained; by default the one beside it.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat for several.", required=True)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "The most tokens to write after each prompt.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token; higher is freer.")
@@ -39,13 +39,17 @@ def main(argv):
     model, tokenizer = from_pretrained(_PRETRAINED.value), open_tokenizer(_TOKENIZER.value or folder or ".")
 
   prompts = _PROMPT.value
-  pieces = iter((prompts[0],))  # Printed with the first piece, after whatever in the request may be wrong.
+  beginning = iter((prompts[0],))  # Printed with the first piece, after whatever may be wrong is told.
+
+  def stream(row, piece):
+    print(next(beginning, "") + piece, end="", flush=True)
+
   texts = tf.generate(
       model, tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
       top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value, stop=_STOP.value,
-      stream=lambda row, piece: print(next(pieces, "") + piece, end="", flush=True) if len(prompts) == 1 else None)
+      stream=stream if len(prompts) == 1 else None)
   if len(prompts) == 1:
-    print(next(pieces, ""))
+    print(next(beginning, ""))
   else:
     print("\n----\n".join(prompt + text for prompt, text in zip(prompts, texts)))
 

@@ -41,8 +41,15 @@ class Exported:
   keeps_grown_tau: bool
 
 
-def export(model: LanguageModel, path: str | os.PathLike, *, dtype: str = "float32", released: bool | None = None,
-           source: str | os.PathLike = "", step: int | None = None) -> Exported:
+def export(
+    model: LanguageModel,
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    released: bool | None = None,
+    source: str | os.PathLike = "",
+    step: int | None = None,
+) -> Exported:
   """Writes `model` under the released names, and config.json and README.md beside it.
 
   Args:
@@ -89,13 +96,15 @@ def export(model: LanguageModel, path: str | os.PathLike, *, dtype: str = "float
       metadata[TAU_KEY] = json.dumps(taus)
     write_safetensors(path, arrays, dtype, metadata)
   beside["config.json"].write_text(config_json(config), encoding="utf-8")
-  card = model_card(config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source, step=step)
+  card = model_card(config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source,
+                    step=step)
   beside["README.md"].write_text(card, encoding="utf-8")
   tokenizer = pathlib.Path(source) / "tokenizer.json"
   if source and tokenizer.is_file():
     beside["tokenizer.json"].write_bytes(tokenizer.read_bytes())
-  grown = any(np.float32(value) != np.float32(initial_tau(config.theta, arrays[f"{name}.key_param_tokens"].shape[0]))
-              for name, value in taus.items())
+  counts = {name: arrays[f"{name}.key_param_tokens"].shape[0] for name in taus}
+  born = {name: initial_tau(config.theta, count) for name, count in counts.items()}
+  grown = any(np.float32(taus[name]) != np.float32(born[name]) for name in taus)
   return Exported(path, config, rows_added, keeps_grown_tau=grown and not released)
 
 
@@ -109,7 +118,8 @@ def released_arrays(parameters: Tree, tau: Tree, config: ModelConfig, *, rewrite
   flat = traverse_util.flatten_dict(parameters, sep="/")
   taus = {place.removesuffix("/tau"): np.asarray(leaf)
           for place, leaf in traverse_util.flatten_dict(tau, sep="/").items()}
-  target = rewritten_config(config, {place.split("/")[-1]: leaf for place, leaf in taus.items()}) if rewrite else config
+  by_projection = {place.split("/")[-1]: leaf for place, leaf in taus.items()}
+  target = rewritten_config(config, by_projection) if rewrite else config
 
   def computed(place: str, layer: int | None) -> ComputedArray:
     leaf = flat[place]

@@ -21,11 +21,12 @@ def model_card(config: ModelConfig, file_name: str, *, dtype: str, released: boo
                source: str | os.PathLike = "", step: int | None = None) -> str:
   """The card's Markdown; the arguments are those of `export`."""
   parts = [f"# TokenFormer, {config.num_parameters:,} parameters",
-           "A language model whose linear layers are attention over parameter tokens (arXiv 2410.23168), written by "
-           "tokenformer_jax."]
+           "A language model whose linear layers are attention over parameter tokens (arXiv 2410.23168), "
+           "written by tokenformer_jax."]
   if source:
     parts.append(f"Exported from `{source}`{'' if step is None else f', step {step}'}.")
-  parts += [f"## Load it\n\n```python\nimport tokenformer_jax as tf\n\nmodel = tf.from_pretrained(\"{file_name}\")\n```",
+  code = f'import tokenformer_jax as tf\n\nmodel = tf.from_pretrained("{file_name}")'
+  parts += [f"## Load it\n\n```python\n{code}\n```",
             _tau_account(config, dtype, released, rows_added),
             "## Configuration\n\n" + _table(dataclasses.asdict(config))]
   if released:
@@ -40,13 +41,13 @@ def _tau_account(config: ModelConfig, dtype: str, released: bool, rows_added: di
   """How the file's arrays are to be read: names, type, τ."""
   names = f"Arrays have the released names and are {dtype}."
   if not released:
-    return (f"{names} The scale τ inside Θ is in the file's metadata; the released PyTorch code does not read it and "
-            "takes √N, which is another function if the model was grown.")
+    return (f"{names} The scale τ inside Θ is in the file's metadata; the released PyTorch code does not "
+            "read it and takes √N, which is another function if the model was grown.")
   added = [f"{rows} to each of {field}" for field, rows in rows_added.items() if rows]
   if not added:
     return f"{names} They run unchanged in the released PyTorch code."
-  return (f"{names} They run unchanged in the released PyTorch code, whose τ is always √N: for that the export added "
-          f"rows with zero values ({', '.join(added)}), which change no output.")
+  return (f"{names} They run unchanged in the released PyTorch code, whose τ is always √N: for that the "
+          f"export added rows with zero values ({', '.join(added)}), which change no output.")
 
 
 def _run_account(workdir: str | os.PathLike, step: int | None) -> list[str]:
@@ -66,4 +67,5 @@ def _run_account(workdir: str | os.PathLike, step: int | None) -> list[str]:
 
 
 def _table(fields: dict) -> str:
-  return "\n".join(["| field | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in fields.items())])
+  rows = [f"| {name} | {value} |" for name, value in fields.items()]
+  return "\n".join(["| field | value |", "|---|---|", *rows])

@@ -61,7 +61,7 @@ def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str = "state dict") -> None:
-  """Raises one ValueError with every array that is missing, unknown, or not of the shape `config` gives it."""
+  """Raises one ValueError with every array that is missing, unknown, or not of the shape it should have."""
   expected = released_shapes(config)
   missing = [name for name in expected if name not in shapes]
   unknown = [quoted(name) for name in shapes if name not in expected]
@@ -70,12 +70,13 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where:
     unknown = [f"{name} ({hint})" if hint else name for name, hint in zip(unknown, hints)]
   other = [f"{name} is {tuple(shapes[name])}, not {shape}" for name, shape in expected.items()
            if name in shapes and tuple(shapes[name]) != shape]
-  faults = [f"{title} {len(names)}: {', '.join(names[:_MOST_NAMES])}{', …' if names[_MOST_NAMES:] else ''}"
-            for title, names in (("missing", missing), ("unexpected", unknown), ("of another shape", other)) if names]
+  kinds = {"missing": missing, "unexpected": unknown, "of another shape": other}
+  faults = [f"{kind} {len(names)}: {', '.join(names[:_MOST_NAMES])}{', …' if names[_MOST_NAMES:] else ''}"
+            for kind, names in kinds.items() if names]
   if faults:
-    raise ValueError(f"{where} does not fit a TokenFormer of {config.num_layers} layers with {config.qkv_tokens}, "
-                     f"{config.proj_tokens} and {config.ffn_tokens} parameter tokens in q/k/v, proj and ffn: "
-                     f"{'; '.join(faults)}.")
+    raise ValueError(f"{where} does not fit a TokenFormer of {config.num_layers} layers with "
+                     f"{config.qkv_tokens}, {config.proj_tokens} and {config.ffn_tokens} parameter tokens in "
+                     f"q/k/v, proj and ffn: {'; '.join(faults)}.")
 
 
 def from_released(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Tree:
@@ -88,8 +89,8 @@ def from_released(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Tree
   layers: dict[str, list[np.ndarray]] = {}
   for name, (path, _) in released_names(config.num_layers).items():
     layers.setdefault(path, []).append(np.asarray(arrays[name]))
-  return traverse_util.unflatten_dict(
-      {path: np.stack(parts) if path.startswith("blocks/") else parts[0] for path, parts in layers.items()}, sep="/")
+  flat = {path: np.stack(parts) if path.startswith("blocks/") else parts[0] for path, parts in layers.items()}
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def to_released(parameters: Tree) -> dict[str, jax.Array | np.ndarray]:

@@ -14,7 +14,7 @@ from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.names import check_fit, pattention_names, released_names
-from tokenformer_jax.interop.stored_array import FLOATS, StoredArray, Weights, quoted
+from tokenformer_jax.interop.stored_array import StoredArray, Weights, quoted
 from tokenformer_jax.interop.weight_config import config_for
 from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.models.language_model import LanguageModel
@@ -22,6 +22,7 @@ from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.parameter_tokens import initial_tau
 
 TAU_KEY = "tokenformer_jax.tau"  # In the metadata of our safetensors files: JSON, τ by pattention.
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def from_pretrained(path_or_hub_id: str | os.PathLike, config: ModelConfig | None = None, *,
@@ -53,6 +54,10 @@ def from_pretrained(path_or_hub_id: str | os.PathLike, config: ModelConfig | Non
   weights = open_weights(path)
   config = config_for(weights, config, path)
   check_fit({name: array.shape for name, array in weights.arrays.items()}, config, weights.where)
+  for name, array in weights.arrays.items():
+    if array.dtype not in _FLOATS:
+      raise ValueError(f"{weights.where}: {name} is of type {array.dtype}; expected one of "
+                       f"{', '.join(_FLOATS)}.")
   taus = _taus(weights, config)
   places: dict[str, list[str]] = {}
   for name, (place, _) in released_names(config.num_layers).items():
@@ -86,7 +91,8 @@ def _taus(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
   if TAU_KEY in weights.metadata:
     stored = _tau_metadata(weights)
   else:
-    stored = {name: initial_tau(config.theta, weights.arrays[f"{name}.key_param_tokens"].shape[0]) for name in names}
+    counts = {name: weights.arrays[f"{name}.key_param_tokens"].shape[0] for name in names}
+    stored = {name: initial_tau(config.theta, count) for name, count in counts.items()}
   if stored.keys() != names.keys():
     raise ValueError(f"{weights.where}: {TAU_KEY} in its metadata is for {quoted(list(stored))}; expected "
                      f"{quoted(list(names))}.")
@@ -104,12 +110,13 @@ def _tau_metadata(weights: Weights) -> dict[str, float]:
   largest = float(np.finfo(np.float32).max)
   if not isinstance(stored, dict) or not all(
       type(value) in (int, float) and 0 < value <= largest for value in stored.values()):
-    raise ValueError(f"{weights.where}: {TAU_KEY} in its metadata is {quoted(weights.metadata[TAU_KEY])}; expected a "
-                     "positive number for each pattention.")
+    raise ValueError(f"{weights.where}: {TAU_KEY} in its metadata is {quoted(weights.metadata[TAU_KEY])}; "
+                     "expected a positive number for each pattention.")
   return stored
 
 
-def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], index: tuple[slice, ...]
+          ) -> np.ndarray:
   """The part `index` of a leaf; `sources` are its layers, or the one array of a leaf without layers."""
   arrays = list(sources.items())
   layered = len(shape) > len(arrays[0][1].shape)
@@ -119,12 +126,14 @@ def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], i
   part_shape = [len(range(*part.indices(size))) for part, size in zip(index, arrays[0][1].shape)]
   parts = np.empty((len(arrays), *part_shape), np.float32)
   for part, (name, array) in zip(parts, arrays):
-    with np.errstate(over="ignore"):
-      part[...] = array.read(rows)[:, *columns]
-    bad = part.size - np.count_nonzero(np.isfinite(part))
+    bad = 0
+    for place, block in array.blocks(rows):
+      with np.errstate(over="ignore"):
+        part[place] = block[:, *columns]
+      bad += np.count_nonzero(~np.isfinite(part[place]))
     if bad:
-      raise ValueError(f"{where}: {name} has {bad} numbers that are NaN or not finite in float32; the file is damaged, "
-                       "or of a run that diverged.")
+      raise ValueError(f"{where}: {name} has {bad} numbers that are NaN or not finite in float32; the file "
+                       "is damaged, or of a run that diverged.")
   return parts if layered else parts[0]
 
 

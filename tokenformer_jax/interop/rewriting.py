@@ -52,8 +52,8 @@ def rewritten_config(config: ModelConfig, taus: dict[str, np.ndarray]) -> ModelC
     ValueError: the released code has no such GeLU.
   """
   if config.gelu != "erf":
-    raise ValueError(f"gelu={config.gelu!r}: the released code knows erf alone; without --released the file keeps to "
-                     "this project's own reading.")
+    raise ValueError(f"gelu={config.gelu!r}: the released code knows erf alone; write a .safetensors without "
+                     "--released, which is for this project.")
   groups = {"qkv_tokens": ("query", "key", "value"), "proj_tokens": ("proj",), "ffn_tokens": ("ffn",)}
   return config.grown(**{
       field: rows_needed(getattr(config, field), config.hidden_size,

@@ -11,11 +11,13 @@ import struct
 
 import numpy as np
 
-from tokenformer_jax.interop.stored_array import (DTYPES, StoredArray, Weights, checked_shape, num_bytes, quoted,
-                                                  written_whole)
+from tokenformer_jax.interop.stored_array import (DTYPES, StoredArray, Weights, checked_shape, num_bytes,
+                                                  quoted, written_whole)
 
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-          "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}
 _DTYPES = {theirs: ours for ours, theirs in _NAMES.items()}
 # The released 1.5B's header takes 60 kB. JSON of a megabyte is parsed in milliseconds.
 _LARGEST_HEADER = 1 << 20
@@ -34,8 +36,8 @@ def read_safetensors(path: pathlib.Path) -> Weights:
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
-      raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; it is truncated or no safetensors "
-                       "file, get it again.")
+      raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; it is truncated or no "
+                       "safetensors file, get it again.")
     if length > _LARGEST_HEADER:
       raise ValueError(f"{path}: a header of {length} bytes; more than {_LARGEST_HEADER} are refused.")
     raw = file.read(length)
@@ -45,14 +47,17 @@ def read_safetensors(path: pathlib.Path) -> Weights:
     raise ValueError(f"{path}: __metadata__ is {quoted(metadata)}; it must hold strings.")
   arrays = {name: _array(name, entry, path, 8 + length) for name, entry in header.items()}
   end = 8 + length
-  for name, array in sorted(arrays.items(), key=lambda item: (item[1].offset, num_bytes(item[1].shape, item[1].dtype))):
-    if array.offset != end:
-      raise ValueError(f"{path}: {name} begins at byte {array.offset}, the array before it ends at {end}; the file is "
-                       "damaged, get it again.")
-    end += num_bytes(array.shape, array.dtype)
+  # By their ends too, for an empty array begins where the next one does.
+  spans = sorted((array.offset, array.offset + num_bytes(array.shape, array.dtype), name)
+                 for name, array in arrays.items())
+  for start, stop, name in spans:
+    if start != end:
+      raise ValueError(f"{path}: {name} begins at byte {start}, the array before it ends at {end}; the file "
+                       "is damaged, get it again.")
+    end = stop
   if end != size:
-    raise ValueError(f"{path}: its arrays end at byte {end}, the file at {size}; it is truncated or damaged, get it "
-                     "again.")
+    raise ValueError(f"{path}: its arrays end at byte {end}, the file at {size}; it is truncated or damaged, "
+                     "get it again.")
   return Weights(str(path), arrays, metadata)
 
 
@@ -103,5 +108,6 @@ def _array(name: str, entry, path: pathlib.Path, base: int) -> StoredArray:
   shape, dtype = checked_shape(shape, where), _DTYPES[entry["dtype"]]
   if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)
           and 0 <= offsets[0] and offsets[1] - offsets[0] == num_bytes(shape, dtype)):
-    raise ValueError(f"{where} is at bytes {quoted(offsets)}; its shape {list(shape)} takes {num_bytes(shape, dtype)}.")
+    raise ValueError(f"{where} is at bytes {quoted(offsets)}, but its shape {list(shape)} takes "
+                     f"{num_bytes(shape, dtype)}.")
   return StoredArray(path, base + offsets[0], shape, dtype)

@@ -11,14 +11,12 @@ import reprlib
 import ml_dtypes
 import numpy as np
 
-DTYPES = {name: np.dtype(dtype) for name, dtype in {
-    "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8, "bool": np.bool_,
-}.items()}
-FLOATS = tuple(name for name in DTYPES if "float" in name)
+_PLAIN = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), **{name: np.dtype(name) for name in _PLAIN}}
 # What a damaged or hostile file may claim; no real array comes near.
 _MOST_AXES = 8
 _MOST_ELEMENTS = 2**48
+_BLOCK_BYTES = 2**24
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -46,11 +44,20 @@ class StoredArray:
     """
     start, stop, _ = rows.indices(self.shape[0])
     shape = (stop - start, *self.shape[1:])
-    row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
-    raw = np.fromfile(self.path, np.uint8, (stop - start) * row_bytes, offset=self.offset + start * row_bytes)
-    if raw.size != (stop - start) * row_bytes:
+    size = num_bytes(shape, self.dtype)
+    offset = self.offset + num_bytes((start, *self.shape[1:]), self.dtype)
+    raw = np.fromfile(self.path, np.uint8, size, offset=offset)
+    if raw.size != size:
       raise ValueError(f"{self.path}: ends inside an array; the file is truncated, get it again.")
     return raw.view(DTYPES[self.dtype]).reshape(shape)
+
+  def blocks(self, rows: slice) -> Iterator[tuple[slice, np.ndarray]]:
+    """The same in pieces of some 16 MB: (which of the asked rows, their array)."""
+    start, stop, _ = rows.indices(self.shape[0])
+    step = max(1, _BLOCK_BYTES // max(1, num_bytes(self.shape[1:], self.dtype)))
+    for begin in range(start, stop, step):
+      end = min(begin + step, stop)
+      yield slice(begin - start, end - start), self.read(slice(begin, end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,7 @@ def quoted(value) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A path beside `path` to write to; it takes the place of `path` at the end, or is removed after an error."""
+  """A path to write to, beside `path`, whose place it takes at the end; after an error it is removed."""
   path = pathlib.Path(path)
   unfinished = path.with_name(path.name + ".unfinished")
   try:

@@ -92,15 +92,16 @@ def _stored(weights: Weights, path: pathlib.Path) -> ModelConfig | None:
 def _named(weights: Weights, sizes: dict[str, int]) -> ModelConfig:
   if not sizes:
     lost = [name for name in _PLACES.values() if len(getattr(weights.arrays.get(name), "shape", ())) != 2]
-    raise ValueError(f"{weights.where}: no released TokenFormer, for it has no matrix {', '.join(lost)}; its arrays "
-                     f"are {quoted(list(weights.arrays))}.")
+    raise ValueError(f"{weights.where}: no released TokenFormer, for it has no matrix {', '.join(lost)}; its "
+                     f"arrays are {quoted(list(weights.arrays))}.")
   for name in NAMED_SIZES:
     config = ModelConfig.named(name, vocab_size=max(sizes["vocab_size"], 1))
     if all(getattr(config, field) == size for field, size in sizes.items()):
       return config
   told = ", ".join(f"{field}={size}" for field, size in sizes.items())
-  raise ValueError(f"{weights.where}: of no named size. Its arrays tell {told}; they do not tell num_heads, seq_length, "
-                   f"theta, gelu, rotary_fraction and rotary_base: give config=ModelConfig({told}, num_heads=…).")
+  raise ValueError(f"{weights.where}: of no named size. Its arrays tell {told}; they do not tell num_heads, "
+                   "seq_length, theta, gelu, rotary_fraction and rotary_base: give "
+                   f"config=ModelConfig({told}, num_heads=…).")
 
 
 def _checked(fields, where: str) -> ModelConfig:
