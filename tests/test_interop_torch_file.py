@@ -195,7 +195,7 @@ def deep_tuple(levels):
     (b"\x80\x02(" + deep_tuple(1000) + b"tQ.", "broken"),
     (b"\x80\x02}" + deep_tuple(1000) + b"K\x01s.", "for a key"),
     (b"\x80\x02" + deep_tuple(1000) + b")R.", "wants to call"),
-    (b"\x80\x02(" + text("storage") + b"ctorch\nFloatStorage\n" + deep_tuple(99) + b"NK\x01tQ.", "storage of"),
+    (b"\x80\x02(" + text("storage") + b"ctorch\nFloatStorage\n" + deep_tuple(99) + b"NK\x01tQ.", "storage"),
     (b"\x80\x02(" + text("storage") + b"cnumpy\nndarray\n" + text("0") + b"NK\x01tQ.", "no storage"),
     (b"\x80\x02}r\xff\xff\xff\xff.", "no arrays"),  # A memo slot of 4 billion.
     (b"\x80\x02X\xff\xff\xff\x7fa.", "broken"),  # A string of 2 GB.
