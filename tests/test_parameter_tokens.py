@@ -16,6 +16,9 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 L2_VARIANTS = [(theta, gelu) for theta in ("l2_norm_gelu", "gelu_l2_norm") for gelu in ("erf", "tanh")]
 every_theta = pytest.mark.parametrize("theta, gelu", [*L2_VARIANTS, ("softmax", "erf")])
+every_theta_and_dtype = pytest.mark.parametrize("theta, gelu, dtype", [
+    *((*choice, jnp.float32) for choice in [*L2_VARIANTS, ("softmax", "erf")]),
+    *((theta, "erf", jnp.bfloat16) for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax"))])
 l2_variants = pytest.mark.parametrize("theta, gelu", L2_VARIANTS)
 
 N = 12
@@ -109,8 +112,7 @@ def test_softmax_of_zeros_is_uniform():
   np.testing.assert_allclose(weights_of(jnp.zeros((1, N)), "softmax", "erf"), np.ones((1, N)), rtol=1e-6)
 
 
-@every_theta
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@every_theta_and_dtype
 def test_finite_wherever_the_scores_are(theta, gelu, dtype):
   signs = np.random.default_rng(4).choice([-1.0, 0.0, 1.0], size=N)
   rows = [size * pattern for size in (1e-45, 1e-38, 1e-20, 1.0, 1e4, 1e19, 1e30, 3e38)
@@ -204,14 +206,14 @@ def test_every_sum_of_bfloat16_is_float32(theta, gelu):
   assert all(line.rstrip().endswith("xf32>") for line in sums), sums
 
 
-@every_theta
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 5e-6), (jnp.bfloat16, 0.02)])
-def test_layer_is_the_oracle_s(theta, gelu, dtype, tolerance):
+@every_theta_and_dtype
+def test_layer_is_the_oracle_s(theta, gelu, dtype):
   x, tokens = random_layer(theta=theta)
   narrow = [array.astype(dtype) for array in (x, tokens.keys, tokens.values)]
   y = apply(narrow[0], tokens, theta, gelu)
   assert y.dtype == dtype
   expected = oracle.pattention(*(np.asarray(array, np.float64) for array in narrow), theta, kind=gelu)
+  tolerance = 5e-6 if dtype == jnp.float32 else 0.02
   close(y, expected, tolerance * np.max(np.abs(expected)), "y")
 
 
