@@ -11,6 +11,7 @@ import sys
 import traceback
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from tokenformer_jax.config import Config
 
@@ -34,24 +35,26 @@ def run(main) -> None:
   def parse(argv):
     try:
       argv = flags.FLAGS(argv)
-    except Exception as error:  # Whatever a flag or a --config file raises while it is read.
-      fail(error)
+    except flags.Error as error:
+      fail(str(error))
+    except Exception as error:  # Whatever a --config file, or a value for one of its fields, raises.
+      fail(f"--config: {_described(error)}")
     if len(argv) > 1:
-      fail(ValueError(f"argument {argv[1]!r} is not a flag: flags look like --name=value."))
+      fail(f"argument {argv[1]!r} is not a flag: flags look like --name=value.")
     return argv
 
   def guarded(argv):
     try:
       return main(argv)
     except _FILE_ERRORS as error:
-      fail(error)
+      fail(str(error))
     except ValueError as error:
       raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
       if _PACKAGE not in raised_in.parents:
         raise
-      fail(error)
+      fail(str(error))
     except FloatingPointError as error:
-      fail(error, code=1)
+      fail(str(error), code=1)
 
   app.run(guarded, flags_parser=parse)
 
@@ -63,15 +66,24 @@ def read_config(flag: flags.FlagHolder) -> Config:
     ValueError: no such file, a file that does not run, or a configuration that does not do.
   """
   try:
-    fields = flag.value.to_dict()  # A file that could not be read raises its error only here.
+    fields = flag.value.to_dict()
+  except OSError:  # Of a file that could not be read, the flag says so only here.
+    filename = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    raise ValueError(f"--config={filename}: no such file, or none that can be read.") from None
   except Exception as error:
-    raise ValueError(f"--config: {type(error).__name__}: {error}") from None
+    raise ValueError(f"--config: {_described(error)}") from None
   return Config.from_dict(fields)
 
 
-def fail(error: BaseException, code: int = 2) -> None:
-  """Prints the error as one line and exits."""
-  message = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")  # KeyErrors come quoted.
-  message = " ".join(message.split()) or type(error).__name__
-  print(f"error: {message}", file=sys.stderr)
+def fail(message: str, code: int = 2) -> None:
+  """Prints one line on stderr and exits."""
+  print("error:", *message.split(), file=sys.stderr)
   sys.exit(code)
+
+
+def _described(error: Exception) -> str:
+  # ml_collections makes AttributeErrors of KeyErrors, and as a text a KeyError is quoted.
+  unknown = error if isinstance(error, KeyError) else error.__context__
+  if isinstance(unknown, KeyError) and unknown.args:
+    return str(unknown.args[0])
+  return f"{type(error).__name__}: {error}"
