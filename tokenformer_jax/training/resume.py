@@ -33,7 +33,10 @@ def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir:
 
 def check_same_run(config: Config, workdir: str, allow_data_change: bool) -> None:
   """Raises ValueError if a run was begun in the work folder with another first model or other data."""
-  path = absolute(workdir) / CONFIG
+  folder = absolute(workdir)
+  path = folder / CONFIG
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{workdir}: not a folder; use another --workdir.")
   if not path.exists():
     return
   try:
