@@ -1,0 +1,286 @@
+"""Whole runs: what they leave behind, growth on the way, and that a stopped run is the run that was never stopped."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+import tokenformer_jax as tf
+from tests import small_run
+from tests.small_run import GROWN, MODEL
+from tokenformer_jax import data
+from tokenformer_jax.nn.parameters import split
+from tokenformer_jax.training.checkpoints import Checkpoints
+from tokenformer_jax.training.loop import train
+from tokenformer_jax.training.program import make_program
+from tokenformer_jax.training.run_log import read_metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+GROWTH_STEP, STEPS = 6, 12
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp("text") / "text.txt"
+  path.write_text(small_run.TEXT)
+  return path
+
+
+def config(text, **training):
+  """A run with a growth in its middle and a checkpoint of every step."""
+  return small_run.config(f"text:{text}", [small_run.stage(GROWTH_STEP)], **{
+      "num_steps": STEPS, "log_every": 1, "eval_every": 3, "checkpoint_every": 1, "checkpoints_kept": 3, **training})
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+  """The work folder of a whole run, and what `train` returned; not to be changed."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  return workdir, train(config(text), str(workdir))
+
+
+@pytest.fixture
+def workdir(run, tmp_path):
+  """The same folder, to go on in."""
+  return shutil.copytree(run[0], tmp_path / "run")
+
+
+def last_state(workdir):
+  """The newest checkpoint's state on one device, whatever mesh it was saved from."""
+  checkpoints = Checkpoints(str(workdir))
+  step = checkpoints.latest_step()
+  model = MODEL if step <= GROWTH_STEP else GROWN
+  return checkpoints.restore(step, make_program(small_run.config(), model, small_run.mesh()).shapes)
+
+
+def losses(workdir):
+  """What a run measured, less its speed."""
+  rows = read_metrics(str(workdir))
+  return [{name: value for name, value in row.items() if name not in ("train/tokens_per_second", "train/utilisation")}
+          for row in rows]
+
+
+def test_a_run_learns_and_leaves_all_that_it_says(run):
+  workdir, loss = run
+  assert {path.name for path in workdir.iterdir()} == {
+      "checkpoints", "config.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "loss.png"}
+  rows = read_metrics(str(workdir))
+  assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
+  held_out = {row["step"]: row["held_out/loss"] for row in rows if "held_out/loss" in row}
+  assert list(held_out) == [3, 6, 9, 12] and held_out[12] == loss
+  assert held_out[12] < held_out[6] < held_out[3] < math.log(MODEL.vocab_size)
+  assert all(row["train/tokens_per_second"] > 0 for row in rows if "train/utilisation" in row)
+
+
+def test_held_out_loss_is_that_of_the_saved_model(run, text):
+  workdir, loss = run
+  model = tf.load(str(workdir))
+  batches = data.open_data(config(text).data, seq_length=MODEL.seq_length).held_out_batches(2)
+  nats = [-np.take_along_axis(np.asarray(jax.nn.log_softmax(model(batch.inputs))), batch.labels[..., None], -1)
+          for batch in batches]
+  assert len(nats) == 2
+  np.testing.assert_allclose(np.mean(nats), loss, rtol=1e-5)
+
+
+def test_growth_on_the_way_leaves_the_held_out_loss(run):
+  workdir, _ = run
+  rows = read_metrics(str(workdir))
+  seam, = [row for row in rows if "growth/parameters" in row]
+  assert seam["step"] == GROWTH_STEP and seam["growth/parameters"] == GROWN.num_parameters
+  assert seam["growth/loss_before"] == next(row["held_out/loss"] for row in rows
+                                            if row["step"] == GROWTH_STEP and "held_out/loss" in row)
+  assert abs(seam["growth/loss_before"] - seam["growth/loss_after"]) <= 1e-5
+  assert tf.load(str(workdir)).config == GROWN
+  born = np.asarray(last_state(workdir).born["blocks"]["ffn"]["keys"])
+  assert born.tolist() == [0] * MODEL.ffn_tokens + [GROWTH_STEP] * (GROWN.ffn_tokens - MODEL.ffn_tokens)
+
+
+def test_the_same_command_again_has_nothing_to_do_and_a_longer_run_goes_on(run, workdir, text):
+  before = losses(workdir)
+  assert train(config(text), str(workdir)) == run[1]
+  assert losses(workdir) == before
+  train(config(text, num_steps=STEPS + 2, log_every=2, eval_every=100), str(workdir))
+  rows = losses(workdir)
+  assert rows[:len(before)] == before
+  assert [(row["step"], "train/loss" in row) for row in rows[len(before):]] == [(14, True), (14, False)]
+
+
+def test_a_run_from_anothers_weights_has_a_fresh_optimizer(run, text, tmp_path):
+  source, _ = run
+  new = dataclasses.replace(small_run.replace(config(text, num_steps=1, sample_tokens=4), growth=dict(stages=())),
+                            model=GROWN, init_from=str(source))
+  train(new, str(tmp_path))
+  first, = [row for row in losses(tmp_path) if "train/loss" in row]
+  program = make_program(new, GROWN, small_run.mesh())
+  _, params, tau = split(tf.load(str(source)))
+  batch = next(data.open_data(new.data, seq_length=MODEL.seq_length).train_batches())
+  sums = program.eval_step(params, tau, batch)
+  np.testing.assert_allclose(first["train/loss"], sums.nats / sums.weight, rtol=1e-5)
+  state = Checkpoints(str(tmp_path)).restore(1, program.shapes)
+  small_run.assert_same(state.tau, tau)
+  assert int(state.step) == int(state.opt_state[1].count) == 1
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.born))
+  # Adam's first moment after one update is a tenth of the clipped gradient, and no more.
+  moment = math.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(state.opt_state[1].mu)))
+  np.testing.assert_allclose(moment, 0.1 * min(first["train/grad_norm"], 1.0), rtol=1e-5)
+  heading, *sample = (tmp_path / "samples.txt").read_text().split("\n", 1)
+  assert heading == "--- step 1" and sample[0].startswith("def ")
+
+
+# Refusals.
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: small_run.replace(c, mesh=dict(data=1, token=3)), "takes 3 devices, but there are 8"),
+    (lambda c: small_run.replace(c, mesh=dict(data=1, token=8), growth=dict(stages=(
+        small_run.stage(5, MODEL.grown(ffn_tokens=20)),))), "ffn/keys: param_token=20 cannot be split over the 8"),
+    (lambda c: small_run.replace(c, model=dict(theta="softmax")), "theta='softmax': new rows"),
+    (lambda c: small_run.replace(c, model=dict(vocab_size=256)), "model.vocab_size=256: the tokenizer 'bytes' has 257"),
+    (lambda c: small_run.replace(c, training=dict(sample_tokens=13)), "training.sample_tokens=13: with the prompt's 4"),
+    (lambda c: small_run.replace(c, training=dict(sample_tokens=1, sample_prompt="")), "training.sample_prompt=''"),
+    (lambda c: small_run.replace(c, data=dict(batch_size=4096)), "less than one batch of 4096"),
+    (lambda c: dataclasses.replace(c, init_from="nowhere"), "nowhere: no checkpoint there"),
+])
+def test_a_run_that_cannot_be_is_refused_before_anything_is_written(text, tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    train(change(config(text)), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+  """A tokenizer of words, in a file."""
+  path = tmp_path_factory.mktemp("tokenizer") / "words.json"
+  vocab = {"<|endoftext|>": 0, "?": 1, "def": 2, "return": 3, "x": 4}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="?"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(path))
+  return path
+
+
+def test_weights_of_another_model_or_tokenizer_are_refused(run, text, words, tmp_path):
+  new = dataclasses.replace(small_run.replace(config(text), growth=dict(stages=())), init_from=str(run[0]))
+  with pytest.raises(ValueError, match="init_from=.*its model has qkv_tokens=16, this run's 8"):
+    train(new, str(tmp_path / "new"))
+  new = dataclasses.replace(small_run.replace(new, data=dict(tokenizer=str(words))), model=GROWN)
+  with pytest.raises(ValueError, match="init_from=.*trained with the tokenizer .* ids would mean other text"):
+    train(new, str(tmp_path / "new"))
+  assert not (tmp_path / "new").exists()
+
+
+def test_another_text_of_the_same_name_is_refused_unless_allowed(workdir, text, words):
+  before = small_run.folder_digest(workdir)
+  original = text.read_text()
+  longer = config(text, num_steps=STEPS + 1)
+  try:
+    text.write_text(original.replace("return", "retain"))
+    with pytest.raises(ValueError, match="data.source.*sha256 was .*--allow_data_change"):
+      train(longer, str(workdir))
+    assert small_run.folder_digest(workdir) == before
+    train(longer, str(workdir), allow_data_change=True)
+  finally:
+    text.write_text(original)
+  assert Checkpoints(str(workdir)).latest_step() == STEPS + 1
+  with pytest.raises(ValueError, match="trained with the tokenizer"):
+    train(small_run.replace(longer, data=dict(tokenizer=str(words))), str(workdir), allow_data_change=True)
+
+
+# Stopped and gone on with.
+
+class Stopped(Exception):
+  pass
+
+
+def stop_before_batch(monkeypatch, number):
+  """Makes the run fail when it asks for this batch, counted from 0."""
+  take = data.BatchIterator.__next__
+
+  def take_or_stop(batches):
+    if batches.get_state()["next_batch"] == number:
+      raise Stopped
+    return take(batches)
+
+  monkeypatch.setattr(data.BatchIterator, "__next__", take_or_stop)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_before_at_and_after_its_growth_goes_on_to_the_bit(run, text, tmp_path, monkeypatch):
+  workdir, loss = run
+  for step in (GROWTH_STEP - 1, GROWTH_STEP, GROWTH_STEP + 1):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+      stop_before_batch(patch, step)
+      train(config(text), str(tmp_path))
+    # What was being saved when the run failed is there.
+    assert Checkpoints(str(tmp_path)).latest_step() == step
+  assert train(config(text), str(tmp_path)) == loss
+  assert losses(tmp_path) == losses(workdir)
+  assert small_run.digest(last_state(tmp_path)) == small_run.digest(last_state(workdir))
+
+
+def door(config, workdir, tmp_path, *flags):
+  """`python -m tokenformer_jax.cli.train` on as many devices as here, so that programs are compiled once."""
+  file = tmp_path / "config.py"
+  file.write_text(f"import json\nimport ml_collections\n\ndef get_config():\n"
+                  f"  return ml_collections.ConfigDict(json.loads({json.dumps(config.to_dict())!r}))\n")
+  env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+  return subprocess.Popen(
+      [sys.executable, "-m", "tokenformer_jax.cli.train", f"--config={file}", f"--workdir={workdir}", *flags],
+      cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def kill_when(process, condition):
+  """Ends the process with SIGKILL as soon as `condition()` holds."""
+  while not condition():
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_goes_on_to_the_bit(run, text, tmp_path):
+  workdir = tmp_path / "run"
+  checkpoints = workdir / "checkpoints"
+
+  def at_step(step):
+    return any(row["step"] >= step for row in losses(workdir))
+
+  def saving():
+    return at_step(GROWTH_STEP + 1) and any("tmp" in path.name for path in checkpoints.iterdir())
+
+  kill_when(door(config(text), workdir, tmp_path), lambda: at_step(GROWTH_STEP - 4))
+  kill_when(door(config(text), workdir, tmp_path), saving)
+  assert 0 < Checkpoints(str(workdir)).latest_step() < STEPS
+  last = door(config(text), workdir, tmp_path)
+  _, errors = last.communicate()
+  assert last.returncode == 0, errors
+  assert losses(workdir) == losses(run[0])
+  assert small_run.digest(last_state(workdir)) == small_run.digest(last_state(run[0]))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_no_longer_finite_ends_and_saves_nothing_of_it(text, tmp_path):
+  # The first update has a rate of 0, the second throws the parameters beyond all bounds.
+  wild = small_run.replace(config(text), growth=dict(stages=()), optimizer=dict(learning_rate=1e38, warmup_steps=1))
+  process = door(wild, tmp_path / "run", tmp_path)
+  _, errors = process.communicate()
+  assert process.returncode == 1
+  last = errors.splitlines()[-1]
+  assert last.startswith("error: ") and "at step 3; the newest checkpoint is from before" in last, errors
+  assert "Traceback" not in errors
+  checkpoints = Checkpoints(str(tmp_path / "run"))
+  step = checkpoints.latest_step()
+  state = checkpoints.restore(step, make_program(wild, MODEL, small_run.mesh()).shapes)
+  assert step == 2 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+  assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2]

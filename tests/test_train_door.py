@@ -1,0 +1,80 @@
+"""`python -m tokenformer_jax.cli.train`: each mistake is one line and exit code 2, and nothing is overwritten."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import small_run
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def door(*flags):
+  """Exit code, stdout, and the lines of stderr."""
+  done = subprocess.run([sys.executable, "-m", "tokenformer_jax.cli.train", *flags], cwd=ROOT, text=True,
+                        capture_output=True, timeout=300)
+  return done.returncode, done.stdout, done.stderr.splitlines()
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Config files and texts, good and bad, and the work folder of a run that was begun."""
+  (tmp_path / "text.txt").write_text(small_run.TEXT)
+  (tmp_path / "empty.txt").write_text("")
+  (tmp_path / "latin1.txt").write_bytes("née".encode("latin-1"))
+  begun = small_run.config(f"text:{tmp_path}/text.txt")
+  (tmp_path / "good.py").write_text(
+      f"import json\nimport ml_collections\n\ndef get_config():\n"
+      f"  return ml_collections.ConfigDict(json.loads({json.dumps(begun.to_dict())!r}))\n")
+  (tmp_path / "broken.py").write_text("def get_config(:\n")
+  (tmp_path / "empty.py").write_text("")
+  other = dataclasses.replace(begun, model=dataclasses.replace(begun.model, num_layers=7))
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text(json.dumps(other.to_dict()))
+  return tmp_path
+
+
+MISTAKES = {
+    "no flags": ([], ["--config", "--workdir"]),
+    "no workdir": (["--config={0}/good.py"], ["--workdir"]),
+    "unknown flag": (["--config={0}/good.py", "--workdir={0}/run", "--work_dir=x"], ["'work_dir'", "workdir ?"]),
+    "no such file": (["--config={0}/missing.py", "--workdir={0}/run"], ["--config={0}/missing.py: no such file"]),
+    "a file that is no Python": (["--config={0}/broken.py", "--workdir={0}/run"], ["--config: SyntaxError: ", "broken.py, line 1"]),
+    "a file without get_config": (["--config={0}/empty.py", "--workdir={0}/run"], ["--config: ", "no attribute 'get_config'"]),
+    "unknown key": (["--config={0}/good.py", "--workdir={0}/run", "--config.training.num_step=5"],
+                    ["--config: ", 'Did you mean "num_steps" instead of "num_step"?']),
+    "wrong type": (["--config={0}/good.py", "--workdir={0}/run", "--config.training.num_steps=many"],
+                   ["--config.training.num_steps=many: ", "'many'"]),
+    "out of range": (["--config={0}/good.py", "--workdir={0}/run", "--config.data.batch_size=0"],
+                     ["data", "batch_size=0", "at least 1"]),
+    "another run's folder": (["--config={0}/good.py", "--workdir={0}/run"],
+                             ["{0}/run", "num_layers=7", "2", "another --workdir"]),
+    "empty text": (["--config={0}/good.py", "--workdir={0}/new", "--config.data.source=text:{0}/empty.txt"],
+                   ["{0}/empty.txt is empty"]),
+    "text that is not UTF-8": (["--config={0}/good.py", "--workdir={0}/new", "--config.data.source=text:{0}/latin1.txt"],
+                               ["{0}/latin1.txt is not UTF-8 at byte 1", "bad_text"]),
+    "no text": (["--config={0}/good.py", "--workdir={0}/new", "--config.data.source=text:{0}/*.md"], ["{0}/*.md"]),
+    "a workdir that is a file": (["--config={0}/good.py", "--workdir={0}/text.txt"], ["{0}/text.txt: not a folder"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(folder, mistake):
+  flags, words = MISTAKES[mistake]
+  before = small_run.folder_digest(folder)
+  code, out, errors = door(*(flag.format(folder) for flag in flags))
+  assert (code, out, len(errors)) == (2, "", 1), errors
+  assert errors[0].startswith("error: ")
+  for word in words:
+    assert word.format(folder) in errors[0]
+  assert small_run.folder_digest(folder) == before
+
+
+def test_help_says_what_the_flags_are():
+  code, out, errors = door("--help")
+  assert code == 0 and not errors
+  assert out.startswith("Trains a TokenFormer") and all(flag in out for flag in ("--config", "--workdir", "--[no]profile"))
