@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.inference.continuation import Continuation
 from tokenformer_jax.inference.generate import bucket, generate
 from tokenformer_jax.interop.export import export
+from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.language_model import LanguageModel
 
 END = 256
@@ -70,6 +72,16 @@ def test_a_prompt_gives_the_same_text_alone_in_a_batch_and_as_ids(model):
   # Fewer tokens are the beginning of more, whatever they are compiled for.
   short = written("abc", max_new_tokens=6)
   assert alone[0].startswith(short[0].rstrip("\ufffd"))
+
+
+def test_a_sharded_model_writes_the_same_text(model, tmp_path):
+  written = dict(prompts=["abc", "defghi"], max_new_tokens=20)
+  path = export(model, tmp_path).path
+  sharded = from_pretrained(path, mesh=make_mesh(MeshConfig(token=4, fsdp=2)))
+  assert len(sharded.embedding[...].sharding.device_set) == 8
+  for settings in (dict(temperature=0), dict(temperature=1.5, seed=3)):
+    settings |= written
+    assert generate(sharded, Bytes(), **settings) == generate(model, Bytes(), **settings)
 
 
 def test_every_token_is_a_new_draw(model):

@@ -15,10 +15,11 @@ import pytest
 from tests.parity_table import golden, model_config, under
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.interop import stored_array
 from tokenformer_jax.interop.names import released_shapes
 from tokenformer_jax.interop.pretrained import TAU_KEY, from_pretrained
 from tokenformer_jax.interop.safetensors_file import write_safetensors
-from tokenformer_jax.interop.stored_array import ComputedArray
+from tokenformer_jax.interop.stored_array import ComputedArray, StoredArray
 from tokenformer_jax.interop.torch_file import write_torch
 from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_json, read_config
 from tokenformer_jax.models.language_model import LanguageModel
@@ -94,6 +95,26 @@ def test_each_device_gets_its_part(tmp_path, released, mesh):
   keys = split(model)[1]["blocks"]["ffn"]["keys"]
   split_over = max(mesh.token, 1) * max(mesh.fsdp, 1)
   assert keys.addressable_shards[0].data.size * split_over == keys.size
+
+
+def test_large_arrays_are_read_in_blocks(tmp_path, released, monkeypatch):
+  arrays, config = released
+  path = save(tmp_path / "a.bin", arrays)
+  expected = jax.tree.leaves(split(from_pretrained(path, config))[1:])
+  sizes = []
+  read = StoredArray.read
+  monkeypatch.setattr(stored_array, "_BLOCK_BYTES", 700)
+
+  def noted(self, rows):
+    array = read(self, rows)
+    sizes.append(array.nbytes)
+    return array
+
+  monkeypatch.setattr(StoredArray, "read", noted)
+  for mesh in (None, make_mesh(MeshConfig(token=4, fsdp=2))):
+    for leaf, whole in zip(jax.tree.leaves(split(from_pretrained(path, config, mesh=mesh))[1:]), expected):
+      np.testing.assert_array_equal(leaf, whole)
+  assert 600 < max(sizes) <= 700
 
 
 def test_the_parameters_of_a_fresh_model_and_of_a_loaded_one_are_alike(tmp_path, released):

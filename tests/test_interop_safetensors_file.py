@@ -42,6 +42,7 @@ def test_the_reference_library_reads_what_is_written(path, dtype):
     np.testing.assert_array_equal(theirs[name], array)
     np.testing.assert_array_equal(ours.arrays[name].read(), array)
   assert ours.metadata == {"note": "ünï"}
+  assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
   with safetensors.safe_open(path, "numpy") as file:
     assert file.metadata() == {"note": "ünï"}
   assert [file.name for file in path.parent.iterdir()] == [path.name]

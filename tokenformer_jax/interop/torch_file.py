@@ -88,7 +88,7 @@ def _small(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 def _start(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: pathlib.Path) -> int:
   """Where a member's bytes begin in the file, after its checksum was found right."""
-  if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+  if member.compress_type != zipfile.ZIP_STORED:
     raise zipfile.BadZipFile(f"{member.filename} is compressed")
   with archive.open(member) as stream:
     while stream.read(1 << 20):  # Raises BadZipFile at the end if the checksum is wrong.
