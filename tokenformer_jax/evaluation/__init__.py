@@ -1,0 +1,1 @@
+"""Measuring models: log-likelihoods, perplexity, multiple choice, the lm-evaluation-harness."""
