@@ -88,7 +88,7 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
   Raises:
     ValueError: no checkpoint there, or none of that step.
   """
-  with _open(workdir, read_only=True) as manager:
+  with _open(workdir, create=False) as manager:
     steps = _whole_steps(manager)
     if not steps:
       raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")

@@ -116,6 +116,9 @@ class _Run:
                     disable=jax.process_index() != 0, file=sys.stderr) as progress):
       _say(f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
            + (f"resumed at step {step}." if step else "from the beginning."))
+      for entry in self.data.report["train"]:
+        _say(f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
+             f"{entry['dropped_tokens']:,} tokens in no window.")
       while step < training.num_steps:
         if self.config.model_at(step) != self.program.model:
           self._grow(step)
