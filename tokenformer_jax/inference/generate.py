@@ -1,11 +1,10 @@
-"""Writing text: one prefill over all prompts, then one compiled step for every token."""
+"""Writing text: one prefill over all prompts, then a draw and one compiled step for every token."""
 
 from collections.abc import Callable, Sequence
 import functools
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tokenformer_jax.inference.continuation import Continuation
@@ -86,29 +85,32 @@ def _decode(model, prompts, max_new_tokens, sampling):
   start_B = np.array([length - len(ids) for ids in prompts], np.int32)
 
   graphdef, *leaves = split(model)
-  tokens_B, cache = _prefill(graphdef, leaves, tokens_BxT, start_B, sampling,
-                             num_slots=bucket(length + max_new_tokens))
-  for index in range(1, max_new_tokens):
-    next_B, cache = _step(graphdef, leaves, tokens_B, cache, sampling, np.int32(index))
+  logits_BxV, cache = _prefill(graphdef, leaves, tokens_BxT, start_B, num_slots=bucket(length + max_new_tokens))
+  for index in range(max_new_tokens):
+    tokens_B = _draw(logits_BxV, sampling, np.int32(index))
+    if index + 1 < max_new_tokens:
+      logits_BxV, cache = _step(graphdef, leaves, tokens_B, cache)
     yield np.asarray(tokens_B)
-    tokens_B = next_B
-  yield np.asarray(tokens_B)
+
+
+# A program of its own: its parts (a sort, random numbers) take as long to compile as the model.
+_draw = jax.jit(sample)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "num_slots"))
-def _prefill(graphdef, leaves, tokens_BxT, start_B, sampling, *, num_slots):
-  """Reads the left-padded prompts [B, T]; returns each row's first new token [B] and the cache."""
+def _prefill(graphdef, leaves, tokens_BxT, start_B, *, num_slots):
+  """Reads the left-padded prompts [B, T]; returns the logits [B, V] of what follows and the cache."""
   model = nnx.merge(graphdef, *leaves)
   hidden_BxTxD, cache = model.extend(tokens_BxT, KVCache.empty(model.config, start_B, num_slots))
-  return sample(model.logits(hidden_BxTxD[:, -1]), sampling, jnp.int32(0)), cache
+  return model.logits(hidden_BxTxD[:, -1]), cache
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _step(graphdef, leaves, tokens_B, cache, sampling, index):
-  """Reads one token a row, [B]; returns token number `index` of each row, [B], and the cache."""
+def _step(graphdef, leaves, tokens_B, cache):
+  """Reads one token a row, [B]; returns the logits [B, V] of what follows and the cache."""
   model = nnx.merge(graphdef, *leaves)
   hidden_Bx1xD, cache = model.extend(tokens_B[:, None], cache)
-  return sample(model.logits(hidden_Bx1xD[:, 0]), sampling, index), cache
+  return model.logits(hidden_Bx1xD[:, 0]), cache
 
 
 def bucket(length: int) -> int:
