@@ -28,9 +28,9 @@ def get_config(short: str = ""):
 def _full() -> Config:
   return Config(
       model=ModelConfig.named("mini", vocab_size=VOCAB),
-      optimizer=OptimizerConfig(learning_rate=4e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=150),
-      growth=GrowthConfig(stages=(GrowthStage(step=300, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
-      training=TrainingConfig(num_steps=600, eval_every=50, eval_batches=10, checkpoint_every=100),
+      optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=200),
+      growth=GrowthConfig(stages=(GrowthStage(step=250, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
+      training=TrainingConfig(num_steps=500, eval_every=50, eval_batches=10, checkpoint_every=100),
   )
 
 
@@ -89,23 +89,30 @@ def ngram_losses(tokens: np.ndarray, batches, vocab_size: int) -> list[float]:
     batches: held-out batches of ids [B, T]; a row's first label has a context of one id.
   """
   tokens = tokens.astype(np.int64)
-  inputs, labels = (np.concatenate([getattr(b, name) for b in batches]).astype(np.int64)
+  inputs, labels = (np.concatenate([getattr(batch, name) for batch in batches]).astype(np.int64)
                     for name in ("inputs", "labels"))
+  rows = np.concatenate([inputs[:, :1], labels], axis=1)
   probability = np.full(labels.shape, 1.0 / vocab_size)
   losses = []
-  for order in (1, 2, 3):
-    context = sum(tokens[i:len(tokens) - order + 1 + i] * vocab_size**(order - 2 - i) for i in range(order - 1))
-    context = context if order > 1 else np.zeros(len(tokens), np.int64)
-    counts = np.bincount(context * vocab_size + tokens[order - 1:], minlength=vocab_size**order)
-    counts = counts.reshape(-1, vocab_size)
+  for size in range(3):
+    counts = np.bincount(_contexts(tokens, size, vocab_size) * vocab_size + tokens[size:],
+                         minlength=vocab_size**(size + 1)).reshape(-1, vocab_size)
     total, different = counts.sum(axis=1), np.count_nonzero(counts, axis=1)
-    before = np.stack([np.roll(inputs, i, axis=1) for i in range(order - 1)]) if order > 1 else inputs[None] * 0
-    at = sum(before[i] * vocab_size**i for i in range(len(before)))
-    seen = (total[at] > 0) & (np.arange(labels.shape[1]) >= order - 2)
-    mixed = (counts[at, labels] + different[at] * probability) / np.maximum(total[at] + different[at], 1)
-    probability = np.where(seen, mixed, probability)
+    first = max(size, 1)  # The first id with so long a context; nothing predicts a row's id 0.
+    at = _contexts(rows, size, vocab_size)[:, first - size:]
+    lower = probability[:, first - 1:]
+    mixed = (counts[at, rows[:, first:]] + different[at] * lower) / np.maximum(total[at] + different[at], 1)
+    probability[:, first - 1:] = np.where(total[at] > 0, mixed, lower)
     losses.append(float(-np.log(probability).mean()))
   return losses
+
+
+def _contexts(ids: np.ndarray, size: int, vocab_size: int) -> np.ndarray:
+  """The `size` ids before each of `ids[..., size:]`, as one number."""
+  code = np.zeros_like(ids[..., size:])
+  for i in range(size):
+    code = code * vocab_size + ids[..., i:ids.shape[-1] - size + i]
+  return code
 
 
 if __name__ == "__main__":

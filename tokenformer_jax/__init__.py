@@ -10,13 +10,14 @@ from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 # Read when first used: they bring checkpoints or tokenizers with them, which a layer does not need.
 _LATER = {
+    "from_pretrained": "tokenformer_jax.interop.pretrained",
     "generate": "tokenformer_jax.inference.generate",
     "load": "tokenformer_jax.training.checkpoints",
     "load_tokenizer": "tokenformer_jax.training.checkpoints",
 }
 
-__all__ = ["Config", "LanguageModel", "ModelConfig", "ParameterTokens", "Pattention", "generate", "grow", "load",
-           "load_tokenizer", "pattention"]
+__all__ = ["Config", "LanguageModel", "ModelConfig", "ParameterTokens", "Pattention", "from_pretrained", "generate",
+           "grow", "load", "load_tokenizer", "pattention"]
 
 
 def __getattr__(name: str):
