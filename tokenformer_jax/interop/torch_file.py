@@ -56,11 +56,11 @@ def write_torch(path: pathlib.Path, arrays: Mapping, dtype: str) -> None:
   """Writes `arrays`, each with a `shape` and `read()`, as `torch.save` writes a state dict of `dtype`."""
   with written_whole(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
     pickled = _pickled({name: array.shape for name, array in arrays.items()}, dtype)
-    # With ZipInfo's own date, so that the same weights give the same file.
+    # ZipInfo has a date of its own, and the same weights give the same file.
     for name, content in (("data.pkl", pickled), ("byteorder", "little"), ("version", "3\n")):
       archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
     for key, array in enumerate(arrays.values()):
-      with archive.open(zipfile.ZipInfo(f"archive/data/{key}"), "w", force_zip64=True) as member:
+      with archive.open(f"archive/data/{key}", "w", force_zip64=True) as member:
         member.write(np.ascontiguousarray(array.read(), DTYPES[dtype]).view(np.uint8).data)
 
 
