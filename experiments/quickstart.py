@@ -15,9 +15,6 @@ from tokenformer_jax.cli import door
 from tokenformer_jax.config import (
     Config, DataConfig, GrowthConfig, GrowthStage, ModelConfig, OptimizerConfig, TrainingConfig)
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run; run again to go on with it.")
-_SHORT = flags.DEFINE_bool("short", False, "A much smaller run.")
-
 VOCAB = 384  # 256 bytes and the end of a document, padded to a multiple of 128
 
 
@@ -52,8 +49,9 @@ def main(argv):
   from tokenformer_jax.training.loop import train
   from tokenformer_jax.training.run_log import read_metrics
 
-  config = _short() if _SHORT.value else _full()
-  loss = train(config, _WORKDIR.value)
+  workdir, short = flags.FLAGS.workdir, flags.FLAGS.short
+  config = _short() if short else _full()
+  loss = train(config, workdir)
 
   corpus = data.open_data(config.data, seq_length=config.model.seq_length)
   batches = list(corpus.held_out_batches(config.training.eval_batches))
@@ -62,20 +60,20 @@ def main(argv):
   for name, value in (*zip(("unigram", "bigram", "trigram"), baselines), ("TokenFormer", loss)):
     print(f"  {name:12} {value:.3f}")
 
-  seam = next(row for row in read_metrics(_WORKDIR.value) if "growth/parameters" in row)
+  seam = next(row for row in read_metrics(workdir) if "growth/parameters" in row)
   before, after = seam["growth/loss_before"], seam["growth/loss_after"]
   print(f"\nHeld-out loss at the seam, step {seam['step']}: {before:.6f} before growth, {after:.6f} after.")
 
   prompt = "def "
-  model, tokenizer = tf.load(_WORKDIR.value), tf.load_tokenizer(_WORKDIR.value)
+  model, tokenizer = tf.load(workdir), tf.load_tokenizer(workdir)
   text, = tf.generate(model, tokenizer, prompt, max_new_tokens=config.model.seq_length - len(prompt),
                       temperature=0.7)
   print(f"\n{prompt}{text}")
 
   if abs(after - before) > 1e-5:
     raise SystemExit("growth changed the held-out loss by more than 1e-5")
-  if loss > baselines[0 if _SHORT.value else 2]:
-    raise SystemExit(f"the model does not beat the {'unigram' if _SHORT.value else 'trigram'} model")
+  if loss > baselines[0 if short else 2]:
+    raise SystemExit(f"the model does not beat the {'unigram' if short else 'trigram'} model")
 
 
 def ngram_losses(tokens: np.ndarray, batches, vocab_size: int) -> list[float]:
@@ -115,5 +113,7 @@ def _contexts(ids: np.ndarray, size: int, vocab_size: int) -> np.ndarray:
   return code
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # Not above: the train door reads this file too, and has flags of its own.
+  flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run; run again to go on with it.")
+  flags.DEFINE_bool("short", False, "A much smaller run.")
   door.run(main)

@@ -2,10 +2,14 @@
 
 import pathlib
 import re
+import runpy
 
+from absl import flags
 import nbclient
 import nbformat
 import pytest
+
+from tokenformer_jax.config import Config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -34,6 +38,14 @@ def test_readme_names_files_that_are_there():
   text = (ROOT / "README.md").read_text(encoding="utf-8")
   paths = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"\b(?:experiments|colabs)/[\w/]+\.\w+", text)
   assert paths and [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*.py")), ids=lambda path: path.stem)
+def test_experiment_is_a_configuration_for_the_train_door(path, monkeypatch):
+  monkeypatch.setenv("TOKENFORMER_DATA", "data")
+  before = set(flags.FLAGS)
+  assert Config.from_dict(runpy.run_path(str(path))["get_config"]()).training.num_steps
+  assert not {"workdir", "config", "profile"} & (set(flags.FLAGS) - before), "its flags would meet the door's"
 
 
 @pytest.mark.slow
