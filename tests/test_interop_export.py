@@ -170,6 +170,18 @@ def test_a_bad_request_is_refused_and_writes_nothing(tmp_path, model, name, sett
   assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path, model):
+  assert export(model, tmp_path / "tokenformer-1.5b").path == tmp_path / "tokenformer-1.5b" / "model.safetensors"
+
+
+def test_a_broken_run_writes_nothing(tmp_path, model):
+  run = run_folder(tmp_path / "run")
+  (run / "config.json").write_text('{"model": 5}')
+  with pytest.raises(ValueError, match="expected the fields of ModelConfig"):
+    export(model, tmp_path / "out", source=run)
+  assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_cannot_be_released_writes_nothing(tmp_path):
   tanh = LanguageModel(dataclasses.replace(CONFIG, gelu="tanh"), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="gelu='tanh'"):

@@ -85,7 +85,8 @@ def _decode(model, prompts, max_new_tokens, sampling):
   start_B = np.array([length - len(ids) for ids in prompts], np.int32)
 
   graphdef, *leaves = split(model)
-  logits_BxV, cache = _prefill(graphdef, leaves, tokens_BxT, start_B, num_slots=bucket(length + max_new_tokens))
+  num_slots = bucket(length + max_new_tokens)
+  logits_BxV, cache = _prefill(graphdef, leaves, tokens_BxT, start_B, num_slots=num_slots)
   for index in range(max_new_tokens):
     tokens_B = _draw(logits_BxV, sampling, np.int32(index))
     if index + 1 < max_new_tokens:

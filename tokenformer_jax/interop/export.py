@@ -22,6 +22,8 @@ from tokenformer_jax.nn.parameters import Tree, split
 from tokenformer_jax.parameter_tokens import initial_tau
 
 EXPORT_DTYPES = ("float32", "bfloat16")
+# A folder may have any other dot in its name, as in tokenformer-1.5b.
+_OTHER_FILES = (".pt", ".pth", ".ckpt", ".npz", ".h5", ".gguf", ".msgpack", ".zip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +70,11 @@ def export(
       model that the released code cannot be.
   """
   path = pathlib.Path(path).expanduser()
-  if not path.suffix:
+  if path.suffix in _OTHER_FILES:
+    raise ValueError(f"{path}: ends in {path.suffix}; choose .bin, .safetensors, or a folder.")
+  if path.suffix not in (".bin", ".safetensors"):
     path = path / "model.safetensors"
   released = path.suffix == ".bin" if released is None else released
-  if path.suffix not in (".bin", ".safetensors"):
-    raise ValueError(f"{path}: ends in {path.suffix}; choose .bin, .safetensors, or a folder.")
   if path.suffix == ".bin" and not released:
     raise ValueError(f"{path}: a .bin has no place for τ; write a .safetensors, or the released form.")
   if dtype not in EXPORT_DTYPES:
@@ -87,6 +89,8 @@ def export(
   taus = _taus(tau, config)
   rows_added = {field: getattr(config, field) - getattr(model.config, field)
                 for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
+  card = model_card(config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source,
+                    step=step)
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.suffix == ".bin":
     write_torch(path, arrays, dtype)
@@ -96,8 +100,6 @@ def export(
       metadata[TAU_KEY] = json.dumps(taus)
     write_safetensors(path, arrays, dtype, metadata)
   beside["config.json"].write_text(config_json(config), encoding="utf-8")
-  card = model_card(config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source,
-                    step=step)
   beside["README.md"].write_text(card, encoding="utf-8")
   tokenizer = pathlib.Path(source) / "tokenizer.json"
   if source and tokenizer.is_file():
