@@ -171,14 +171,16 @@ def test_a_bad_request_is_refused_and_writes_nothing(tmp_path, model, name, sett
 
 
 def test_a_folder_may_have_a_dot_in_its_name(tmp_path, model):
-  assert export(model, tmp_path / "tokenformer-1.5b").path == tmp_path / "tokenformer-1.5b" / "model.safetensors"
+  folder = tmp_path / "tokenformer-1.5b"
+  assert export(model, folder).path == folder / "model.safetensors"
 
 
 def test_a_broken_run_writes_nothing(tmp_path, model):
   run = run_folder(tmp_path / "run")
-  (run / "config.json").write_text('{"model": 5}')
-  with pytest.raises(ValueError, match="expected the fields of ModelConfig"):
-    export(model, tmp_path / "out", source=run)
+  for broken, message in (('{"model": 5}', "expected the fields of ModelConfig"), ("{", "config.json: broken")):
+    (run / "config.json").write_text(broken)
+    with pytest.raises(ValueError, match=message):
+      export(model, tmp_path / "out", source=run)
   assert not (tmp_path / "out").exists()
 
 

@@ -56,7 +56,11 @@ def _run_account(workdir: str | os.PathLike, step: int | None) -> list[str]:
   path = pathlib.Path(workdir) / "config.json"
   if not path.exists():
     return []
-  run = Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+  try:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: broken ({error}); the card needs it to tell the run's data.") from None
+  run = Config.from_dict(fields)
   parts = ["## Data\n\n" + _table(dataclasses.asdict(run.data))]
   evaluated = [row for row in read_metrics(str(workdir))
                if "held_out/loss" in row and (step is None or row["step"] <= step)]
