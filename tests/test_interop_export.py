@@ -177,7 +177,7 @@ def test_a_folder_may_have_a_dot_in_its_name(tmp_path, model):
 
 def test_a_broken_run_writes_nothing(tmp_path, model):
   run = run_folder(tmp_path / "run")
-  for broken, message in (('{"model": 5}', "expected the fields of ModelConfig"), ("{", "config.json: broken")):
+  for broken, message in (('{"model": 5}', "expected the fields of ModelConfig"), ("{", ": broken")):
     (run / "config.json").write_text(broken)
     with pytest.raises(ValueError, match=message):
       export(model, tmp_path / "out", source=run)
