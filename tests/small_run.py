@@ -9,6 +9,7 @@ import numpy as np
 from tokenformer_jax import data
 from tokenformer_jax.config import (
     Config, DataConfig, GrowthConfig, GrowthStage, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig)
+from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.plan import leaves_by_path
 
@@ -43,6 +44,11 @@ def batch(seed: int = 0, rows: int = 8, weights: bool = False) -> data.Batch:
   # Rows of very different weight, so that a mean of means is not the mean.
   given = rng.integers(0, 2, inputs.shape) * rng.exponential(size=(rows, 1)) if weights else None
   return data.Batch(inputs, labels, weights=None if given is None else given.astype(np.float32))
+
+
+def placed(batch: data.Batch, mesh: jax.sharding.Mesh) -> data.Batch:
+  """The batch where a run on `mesh` has it."""
+  return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)), batch)
 
 
 def noise(shapes, seed: int = 0):

@@ -12,7 +12,7 @@ import pytest
 import tokenformer_jax as tf
 from tests import small_run
 from tests.small_run import GROWN, MODEL
-from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.grow import grow_leaf, grow_state
 from tokenformer_jax.growth.plan import NewRows, leaves_by_path, plan_growth
 from tokenformer_jax.nn.block import value_std
 from tokenformer_jax.nn.parameters import split
@@ -36,11 +36,6 @@ def state():
 @pytest.fixture(scope="module")
 def grown(state):
   return grow_state(state, MODEL, GROWN, seed=3)
-
-
-@pytest.fixture(scope="module")
-def grown_twice(grown):
-  return grow_state(dataclasses.replace(grown[0], step=jnp.int32(77)), GROWN, GROWN_FURTHER, seed=3)
 
 
 def pattention_of(path):
@@ -123,9 +118,11 @@ def test_logits_stay(theta, dtype, tolerance):
 
 
 def test_grow_keeps_the_counts_not_given():
-  bigger, _ = tf.grow(lively(MODEL, "float32"), proj_tokens=11)
+  bigger, _ = tf.grow(lively(MODEL, "float32"), proj_tokens=11, seed=3)
   assert bigger.config == MODEL.grown(proj_tokens=11)
   assert bigger.blocks.attention.proj.keys.shape == (2, 11, 16) and bigger.blocks.ffn.keys.shape == (2, 16, 16)
+  new = np.asarray(bigger.blocks.attention.proj.values)[:, 8:]
+  np.testing.assert_array_equal(new, drawn("params/blocks/attention/proj/values", MODEL.grown(proj_tokens=11)))
 
 
 # The state.
@@ -153,11 +150,11 @@ def test_new_rows_begin_as_planned(state, grown):
 
 
 def test_new_rows_learn_at_once(grown):
-  large = program(GROWN)
+  large = program(GROWN, data=8)
   state = jax.device_put(jax.tree.map(np.array, grown[0]), large.shardings)
   steps = [jax.tree.map(np.array, state.params)]
   for seed in range(2):
-    state, _ = large.train_step(state, small_run.batch(seed))
+    state, _ = large.train_step(state, small_run.placed(small_run.batch(seed), small_run.mesh(data=8)))
     steps.append(jax.tree.map(np.array, state.params))
   rows = {path: [old_and_new_rows(path, leaves_by_path(step)[path])[1] for step in steps]
           for path in leaves_by_path(steps[0]) if pattention_of(path)}
@@ -171,25 +168,28 @@ def test_new_rows_learn_at_once(grown):
 
 # The random rows.
 
+def drawn(path, target, seed=3, old=MODEL):
+  """The new rows of one leaf when `old` grows to `target`."""
+  plan = plan_growth(program(old).shapes, old, target)[path]
+  grown = grow_leaf(jnp.zeros(plan.old_shape), plan, seed, value_std(MODEL), jnp.int32(0))
+  return np.asarray(grown)[:, plan.old_shape[1]:]
+
+
 def new_values(state):
   """(leaf, layer) -> the new rows of the values."""
   return {(path, layer): old_and_new_rows("params/" + path, leaf)[1][layer]
           for path, leaf in leaves_by_path(state.params).items() if path.endswith("/values") for layer in range(2)}
 
 
-def test_new_rows_depend_on_seed_leaf_layer_and_old_count_alone(state, grown, grown_twice):
-  ffn_alone, *_ = grow_state(small_run.noise(program().shapes, seed=1), MODEL, MODEL.grown(ffn_tokens=32), seed=3)
-  ours, theirs = new_values(grown[0]), new_values(ffn_alone)
-  for layer in range(2):
-    np.testing.assert_array_equal(ours["blocks/ffn/values", layer], theirs["blocks/ffn/values", layer])
-  by_tf_grow, _ = tf.grow(lively(MODEL, "float32"), qkv_tokens=16, proj_tokens=24, ffn_tokens=32, seed=3)
-  of_model = split(by_tf_grow)[1]["blocks"]["attention"]["proj"]["values"]
-  np.testing.assert_array_equal(ours["blocks/attention/proj/values", 1], np.asarray(of_model)[1, 8:])
-
-  other_seed, *_ = grow_state(state, MODEL, GROWN, seed=4)
-  later = np.asarray(grown_twice[0].params["blocks"]["ffn"]["values"])[:, 32:]
-  draws = [*ours.values(), *new_values(other_seed).values(), *later]
-  assert len(draws) == 22
+def test_new_rows_depend_on_seed_leaf_layer_and_old_count_alone(grown):
+  rows, ffn = new_values(grown[0]), "params/blocks/ffn/values"
+  # Not on what else grows, nor on the rows that are there.
+  ffn_alone = drawn(ffn, MODEL.grown(ffn_tokens=32))
+  np.testing.assert_array_equal(ffn_alone, [rows["blocks/ffn/values", layer] for layer in range(2)])
+  other_seed = drawn(ffn, MODEL.grown(ffn_tokens=32), seed=4)
+  other_count = drawn(ffn, MODEL.grown(ffn_tokens=40), old=MODEL.grown(ffn_tokens=24))
+  draws = [*rows.values(), *other_seed, *other_count]
+  assert len(draws) == 14
   for a, b in itertools.combinations(draws, 2):
     assert not np.any(np.isin(a, b))
 
@@ -211,8 +211,8 @@ def test_growth_onto_a_mesh_with_a_wider_token_axis(state, grown):
   assert {shard.data.shape for shard in keys.addressable_shards} == {(2, 24 // 4, 16)}
 
 
-def test_growth_twice(grown, grown_twice):
-  second, config, _ = grown_twice
+def test_growth_twice(grown):
+  second, config, _ = grow_state(dataclasses.replace(grown[0], step=jnp.int32(77)), GROWN, GROWN_FURTHER)
   assert config == GROWN_FURTHER
   born = np.asarray(second.born["blocks"]["ffn"]["values"])
   assert [int(step) for step in born[[16, 31, 32, 39]]] == [int(grown[0].step)] * 2 + [77] * 2

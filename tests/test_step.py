@@ -11,7 +11,6 @@ import pytest
 from scipy import special
 
 from tests import oracle, small_run
-from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.interop.names import to_released
 from tokenformer_jax.nn.parameters import Tau, parameter, split
@@ -67,9 +66,8 @@ def run(program, start, batches):
   """The states after each batch, as NumPy arrays, the last one as it is, and the losses."""
   state, states, losses = jax.device_put(start, program.shardings), [], []
   for batch in batches:
-    placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(program.shardings.step.mesh, x.shape)), batch)
     given = state
-    state, metrics = program.train_step(given, placed)
+    state, metrics = program.train_step(given, small_run.placed(batch, program.shardings.step.mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.params))
     states.append(jax.tree.map(np.array, state))
     losses.append(float(metrics["loss"]))

@@ -2,22 +2,38 @@
 
 import dataclasses
 import json
-import pathlib
-import subprocess
+import multiprocessing
+import os
+import runpy
 import sys
 
 import pytest
 
 from tests import small_run
 
-ROOT = pathlib.Path(__file__).parent.parent
+# The server imports what a door does once, and forks for every call of `door`.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tokenformer_jax.training.loop"])
 
 
-def door(*flags):
-  """Exit code, stdout, and the lines of stderr."""
-  done = subprocess.run([sys.executable, "-m", "tokenformer_jax.cli.train", *flags], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300)
-  return done.returncode, done.stdout, done.stderr.splitlines()
+def run_module(out, errors, flags):
+  for descriptor, path in ((1, out), (2, errors)):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+  sys.argv[1:] = flags
+  runpy.run_module("tokenformer_jax.cli.train", run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture
+def door(tmp_path_factory):
+  """Runs the door with these flags in a process of its own: exit code, stdout, lines of stderr."""
+  said = tmp_path_factory.mktemp("said")
+
+  def run(*flags):
+    process = PROCESSES.Process(target=run_module, args=(said / "out", said / "errors", flags))
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode, (said / "out").read_text(), (said / "errors").read_text().splitlines()
+  return run
 
 
 @pytest.fixture
@@ -63,7 +79,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_written(folder, mistake):
+def test_a_mistake_is_one_line_and_nothing_is_written(door, folder, mistake):
   flags, words = MISTAKES[mistake]
   before = small_run.folder_digest(folder)
   code, out, errors = door(*(flag.format(folder) for flag in flags))
@@ -74,7 +90,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, mistake):
   assert small_run.folder_digest(folder) == before
 
 
-def test_help_says_what_the_flags_are():
+def test_help_says_what_the_flags_are(door):
   code, out, errors = door("--help")
   assert code == 0 and not errors
   assert out.startswith("Trains a TokenFormer") and all(flag in out for flag in ("--config", "--workdir", "--[no]profile"))
