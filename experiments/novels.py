@@ -14,6 +14,12 @@ FOLDER holds `english_novels/{train,valid}.txt.gz`, books parted by lines that a
     python -m tokenformer_jax.cli.train --config=experiments/novels.py --workdir=runs/novels \\
         --config.data.source=tokens:novels_train --config.data.held_out_source=tokens:novels_valid \\
         --config.data.tokenizer=novels_train
+
+Two CPU cores busy with other work (some 30 minutes of CPU time in all), November 2026, Python 3.11.7, jax 0.10.2,
+float32: 600 steps of 4,096 tokens, 0.15 epochs. Held-out loss (valid.txt.gz, 163,840 tokens) 5.249 nats a token at
+step 250, 4.730 at 500, 4.593 at 600: a perplexity of 98.8 for a BPE of 5,000 ids. The run was killed twice on the way
+and gone on with, each time with fewer steps to go, so that its rate fell to 0.8 of its peak between steps 400 and 500,
+and from 0.5 to 0 between 500 and 600.
 """
 
 import os
@@ -32,7 +38,7 @@ def get_config():
       data=DataConfig(source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
                       held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}",
                       tokenizer=f"{folder}/tokenizers/gpt2_tiny_5k"),
-      optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=100, decay_steps=500),
-      training=TrainingConfig(num_steps=900, eval_every=250, eval_batches=40, checkpoint_every=250,
+      optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=100, decay_steps=200),
+      training=TrainingConfig(num_steps=600, eval_every=250, eval_batches=40, checkpoint_every=250,
                               sample_prompt="It was a dark and stormy night", sample_tokens=100),
   ).to_config_dict()
