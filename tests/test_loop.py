@@ -110,10 +110,12 @@ def test_the_same_command_again_has_nothing_to_do_and_a_longer_run_goes_on(run, 
   before = losses(workdir)
   assert train(config(text), str(workdir)) == run[1]
   assert losses(workdir) == before
-  train(config(text, num_steps=STEPS + 2, log_every=2, eval_every=100), str(workdir))
+  train(config(text, num_steps=STEPS + 2, log_every=2, eval_every=100), str(workdir), profile=True)
   rows = losses(workdir)
   assert rows[:len(before)] == before
   assert [(row["step"], "train/loss" in row) for row in rows[len(before):]] == [(14, True), (14, False)]
+  # The trace is written although the run is shorter than it.
+  assert list((workdir / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_run_from_anothers_weights_has_a_fresh_optimizer(run, text, tmp_path):

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import sys
-import time
 
 from flax import nnx
 import jax
@@ -28,9 +27,8 @@ from tokenformer_jax.training.resume import (
     CONFIG, check_same_model, check_same_run, check_same_tokenizer, check_same_weights)
 from tokenformer_jax.training.run_log import RunLog, plot_losses
 from tokenformer_jax.training.state import TrainState, abstract_model, fresh_state
+from tokenformer_jax.training.timing import Clock, Trace
 from tokenformer_jax.training.work_folder import absolute, replace_text
-
-_PROFILED_STEPS = 5
 
 
 def train(config: Config, workdir: str, *, profile: bool = False, allow_data_change: bool = False) -> float:
@@ -111,7 +109,7 @@ class _Run:
     training = self.config.training
     step = int(self.state.step)
     clock = loss = None
-    with (contextlib.closing(self.checkpoints), contextlib.closing(self.log), _Trace(self.workdir, profile) as trace,
+    with (contextlib.closing(self.checkpoints), contextlib.closing(self.log), Trace(self.workdir, profile) as trace,
           tqdm.tqdm(total=training.num_steps, initial=step, unit="step", dynamic_ncols=True,
                     disable=jax.process_index() != 0, file=sys.stderr) as progress):
       _say(f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
@@ -128,7 +126,7 @@ class _Run:
         trace.step(self.state)
         if clock is None:  # The step that compiles is neither timed nor traced.
           jax.block_until_ready(metrics)
-          clock = _Clock(step)
+          clock = Clock(step)
           trace.start()
 
         last = step == training.num_steps
@@ -163,7 +161,7 @@ class _Run:
          f"{after:.6f} after.")
     self.log.write(step, **{"growth/parameters": new, "growth/loss_before": before, "growth/loss_after": after})
 
-  def _log(self, step: int, metrics: dict[str, np.ndarray], clock: "_Clock", progress: tqdm.tqdm) -> None:
+  def _log(self, step: int, metrics: dict[str, np.ndarray], clock: Clock, progress: tqdm.tqdm) -> None:
     row = {f"train/{name}": float(value) for name, value in metrics.items()}
     shown = {"loss": f"{row['train/loss']:.4f}"}
     steps_per_second = clock.steps_per_second(step)
@@ -207,48 +205,6 @@ class _Run:
       shape = (self.config.data.batch_size, *local.shape[1:])
       return jax.make_array_from_process_local_data(batch_sharding(self.mesh, shape), local, shape)
     return jax.tree.map(place, batch)
-
-
-class _Clock:
-  """Steps a second since the last look or restart."""
-
-  def __init__(self, step: int):
-    self.restart(step)
-
-  def restart(self, step: int) -> None:
-    self._step, self._start = step, time.perf_counter()
-
-  def steps_per_second(self, step: int) -> float:
-    """0 where no step was done since."""
-    rate = (step - self._step) / (time.perf_counter() - self._start)
-    self.restart(step)
-    return rate
-
-
-class _Trace:
-  """A profile of the steps that follow the first `start`, written to WORKDIR/profile if `wanted`."""
-
-  def __init__(self, workdir: str, wanted: bool):
-    self._folder = str(absolute(workdir) / "profile")
-    self._wanted, self._steps_left = wanted, 0
-
-  def __enter__(self) -> "_Trace":
-    return self
-
-  def start(self) -> None:
-    if self._wanted:
-      jax.profiler.start_trace(self._folder)
-      self._wanted, self._steps_left = False, _PROFILED_STEPS
-
-  def step(self, state: TrainState) -> None:
-    if self._steps_left == 1:
-      jax.block_until_ready(state)
-      jax.profiler.stop_trace()
-    self._steps_left = max(self._steps_left - 1, 0)
-
-  def __exit__(self, *error) -> None:
-    if self._steps_left:
-      jax.profiler.stop_trace()
 
 
 def _check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
