@@ -194,6 +194,15 @@ def test_new_rows_depend_on_seed_leaf_layer_and_old_count_alone(grown):
     assert not np.any(np.isin(a, b))
 
 
+def test_a_leaf_grows_in_slices_along_its_layers_as_it_does_whole(state, grown):
+  plan = plan_growth(state, MODEL, GROWN)
+  for path, whole in leaves_by_path(grown[0]).items():
+    if plan[path].axis == 1:
+      leaf = leaves_by_path(state)[path]
+      slices = [grow_leaf(leaf[layer:layer + 1], plan[path], 3, value_std(MODEL), state.step, layer) for layer in range(2)]
+      assert np.concatenate(slices).tobytes() == np.asarray(whole).tobytes(), path
+
+
 def test_new_values_have_the_spread_of_the_first(grown):
   rows = np.concatenate([rows.ravel() for rows in new_values(grown[0]).values()])
   assert abs(rows.std() / value_std(MODEL) - 1) < 0.08 and abs(rows.mean()) < 0.1 * value_std(MODEL)

@@ -48,24 +48,29 @@ def grow_state(state: Any, config: ModelConfig, new_config: ModelConfig, *, seed
   return jax.jit(grow, out_shardings=out_shardings)(state, step), new_config, GrowthReport(tuple(plan.values()))
 
 
-def grow_leaf(leaf: jax.Array, plan: LeafPlan, seed: int, std: float, step: jax.Array) -> jax.Array:
-  """`leaf` with its new rows appended after the old ones."""
+def grow_leaf(leaf: jax.Array, plan: LeafPlan, seed: int, std: float, step: jax.Array,
+              first_layer: jax.Array | int = 0) -> jax.Array:
+  """`leaf` with its new rows appended after the old ones.
+
+  Args:
+    leaf: the whole leaf, or, of a stacked one, the layers from `first_layer` on; either gives the same rows.
+  """
   if plan.axis is None:
     return leaf
-  shape = list(plan.new_shape)
-  shape[plan.axis] -= plan.old_shape[plan.axis]
+  shape = list(leaf.shape)
+  shape[plan.axis] = plan.new_shape[plan.axis] - plan.old_shape[plan.axis]
   if plan.new_rows is NewRows.RANDOM:
-    rows = _random_rows(plan, tuple(shape), seed) * std
+    rows = _random_rows(plan, tuple(shape), seed, first_layer) * std
   else:
     rows = jnp.full(shape, step if plan.new_rows is NewRows.STEP else 0)
   return jnp.concatenate([leaf, rows.astype(leaf.dtype)], axis=plan.axis)
 
 
-def _random_rows(plan: LeafPlan, shape: tuple[int, ...], seed: int) -> jax.Array:
+def _random_rows(plan: LeafPlan, shape: tuple[int, ...], seed: int, first_layer: jax.Array | int) -> jax.Array:
   """N(0, 1) for a stacked leaf [layer, new, channel], a layer's rows depending on no other layer."""
   key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(plan.path.encode()))
   key = jax.random.fold_in(key, plan.old_shape[plan.axis])
-  layer_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape[0]))
+  layer_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_layer + jnp.arange(shape[0]))
   return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(layer_keys)
 
 
