@@ -15,6 +15,7 @@ from tokenformer_jax import data
 from tokenformer_jax.config import Config
 from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.distributed.processes import STOPPED_EXIT_CODE, check_agree, must_stop, share_of_rows
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.plan import check_growth
 from tokenformer_jax.inference.generate import generate
@@ -47,6 +48,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, allow_data_cha
   Raises:
     ValueError: data, vocabulary, mesh, growth or work folder do not fit the config; nothing is written then.
     FloatingPointError: loss or gradient is no longer finite; the last checkpoint is from before.
+    SystemExit: with code 143, after SIGTERM where the door handles it; the state is saved then.
   """
   return _Run(config, workdir, allow_data_change).run(profile)
 
@@ -59,13 +61,15 @@ class _Run:
     self.mesh = make_mesh(config.mesh)
     check_same_run(config, workdir, allow_data_change)
     _check_growths(config, self.mesh)
-    self.data = data.open_data(config.data, seq_length=config.model.seq_length,
-                               process_index=jax.process_index(), process_count=jax.process_count())
+    index, count = share_of_rows(batch_sharding(self.mesh, (config.data.batch_size,)), (config.data.batch_size,))
+    self.data = data.open_data(config.data, seq_length=config.model.seq_length, process_index=index,
+                               process_count=count)
     _check_fits(config, self.data.tokenizer)
     self.batches = self.data.train_batches()
     self.held_out = [self._put(batch) for batch in self.data.held_out_batches(config.training.eval_batches)]
     self.checkpoints = Checkpoints(workdir, config.training.checkpoints_kept)
     latest = self.checkpoints.latest_step()
+    check_agree(configuration=config.to_dict(), data=self.data.fingerprint, latest_checkpoint=latest)
     if latest is None:
       self.program, self.state = self._begin()
     else:
@@ -130,8 +134,10 @@ class _Run:
           trace.start()
 
         last = step == training.num_steps
+        stop = must_stop(step) and not last
         log, evaluate, save = (last or step % every == 0 for every in
                                (training.log_every, training.eval_every, training.checkpoint_every))
+        log, evaluate, save = log or stop, evaluate and not stop, save or stop
         if log or evaluate or save:
           metrics = _finite(jax.device_get(metrics), step)
         if log:
@@ -142,6 +148,9 @@ class _Run:
           clock.restart(step)
         if save:
           self._save(step)
+        if stop:
+          _say(f"step {step}: stopped by SIGTERM, and saved; the same command goes on.")
+          sys.exit(STOPPED_EXIT_CODE)
     if loss is None:  # Nothing was left to do.
       loss = self._held_out_loss()
     if jax.process_index() == 0:
