@@ -26,11 +26,12 @@ class Clock:
 
 
 class Trace:
-  """A profile of the steps that follow the first `start`, written to WORKDIR/profile if `wanted`."""
+  """A profile of the steps that follow the first `start`, if `wanted`; the first process writes its own to
+  WORKDIR/profile."""
 
   def __init__(self, workdir: str, wanted: bool):
     self._folder = str(absolute(workdir) / "profile")
-    self._wanted, self._steps_left = wanted, 0
+    self._wanted, self._steps_left = wanted and jax.process_index() == 0, 0
 
   def __enter__(self) -> "Trace":
     return self
