@@ -12,7 +12,7 @@ import pytest
 import tokenformer_jax as tf
 from tests import small_run
 from tests.small_run import GROWN, MODEL
-from tokenformer_jax.growth.grow import grow_leaf, grow_state
+from tokenformer_jax.growth.grow import grow_leaf, grow_state, leaf_key
 from tokenformer_jax.growth.plan import NewRows, leaves_by_path, plan_growth
 from tokenformer_jax.nn.block import value_std
 from tokenformer_jax.nn.parameters import split
@@ -76,7 +76,7 @@ def test_what_is_no_growth_is_refused(target, message):
 
 def test_softmax_is_refused():
   softmax = dataclasses.replace(MODEL, theta="softmax")
-  with pytest.raises(ValueError, match="exp\\(0\\).*use l2_norm_gelu"):
+  with pytest.raises(ValueError, match="exp\\(0\\).*how='duplicate' does"):
     tf.grow(abstract_model(softmax), ffn_tokens=32)
 
 
@@ -171,7 +171,7 @@ def test_new_rows_learn_at_once(grown):
 def drawn(path, target, seed=3, old=MODEL):
   """The new rows of one leaf when `old` grows to `target`."""
   plan = plan_growth(program(old).shapes, old, target)[path]
-  grown = grow_leaf(jnp.zeros(plan.old_shape), plan, seed, value_std(MODEL), jnp.int32(0))
+  grown = grow_leaf(jnp.zeros(plan.old_shape), plan, leaf_key(plan, seed), jnp.int32(0))
   return np.asarray(grown)[:, plan.old_shape[1]:]
 
 
@@ -198,8 +198,8 @@ def test_a_leaf_grows_in_slices_along_its_layers_as_it_does_whole(state, grown):
   plan = plan_growth(state, MODEL, GROWN)
   for path, whole in leaves_by_path(grown[0]).items():
     if plan[path].axis == 1:
-      leaf = leaves_by_path(state)[path]
-      slices = [grow_leaf(leaf[layer:layer + 1], plan[path], 3, value_std(MODEL), state.step, layer) for layer in range(2)]
+      leaf, key = leaves_by_path(state)[path], leaf_key(plan[path], 3)
+      slices = [grow_leaf(leaf[layer:layer + 1], plan[path], key, state.step, layer) for layer in range(2)]
       assert np.concatenate(slices).tobytes() == np.asarray(whole).tobytes(), path
 
 

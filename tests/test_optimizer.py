@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests import small_run
-from tokenformer_jax.config import OptimizerConfig
+from tokenformer_jax.config import GrowthConfig, OptimizerConfig
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.new_rows import scale_by_adam_of_rows
@@ -76,7 +76,7 @@ def test_warmup_stable_decay(warmup, decay):
 def test_adamw_is_that_of_float64():
   config = OptimizerConfig("warmup_stable_decay", 0.1, 0.01, warmup_steps=2, decay_steps=3, beta1=0.8, beta2=0.97,
                            eps=1e-3, weight_decay=0.3, clip_norm=1.0)
-  optimizer = make_optimizer(config, 8, growth_warmup_steps=100, axes=AXES)
+  optimizer = make_optimizer(config, 8, GrowthConfig(), AXES)
   rates = [0, 0.05, 0.1, 0.1, 0.1, 0.1, 0.07, 0.04]
   wide = {name: np.random.default_rng(9).normal(size=shape) for name, shape in SHAPES.items()}
   adams = {name: Adam(0.8, 0.97, 1e-3) for name in SHAPES}
@@ -99,7 +99,7 @@ def test_decay_falls_on_all_but_the_final_norm():
   axes, _ = logical_axes(abstract_model(small_run.MODEL))
   _, shapes, _ = split(abstract_model(small_run.MODEL))
   config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
-  optimizer = make_optimizer(config, 10, 0, axes)
+  optimizer = make_optimizer(config, 10, GrowthConfig(), axes)
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
   ages = jax.tree.map(lambda leaf, axes: jnp.zeros(leaf.shape[1:2] if "param_token" in axes else (), jnp.int32),
                       shapes, axes)
@@ -138,7 +138,7 @@ def test_a_new_row_has_an_adam_of_its_own_and_old_rows_keep_theirs(beta2, warmup
 @pytest.mark.parametrize("birth", [1, 1000])
 def test_no_first_step_of_a_new_row_exceeds_the_learning_rate(beta2, birth):
   config = dataclasses.replace(small_run.OPTIMIZER, beta2=beta2, eps=1e-8, learning_rate=1e-3)
-  optimizer = make_optimizer(config, 10**4, 0, AXES)
+  optimizer = make_optimizer(config, 10**4, GrowthConfig(warmup_steps=0), AXES)
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
   gradients = {name: 10.0**np.linspace(-12, 6, np.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
   clip, adam, *rest = optimizer.init(params)

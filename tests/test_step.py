@@ -17,6 +17,7 @@ from tokenformer_jax.nn.parameters import Tau, parameter, split
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.state import TrainState, initial_state
 from tokenformer_jax.training.step import make_train_step
+from tokenformer_jax.training.tau import make_tau_rule
 
 VOCAB = small_run.MODEL.vocab_size
 
@@ -52,8 +53,9 @@ def test_micro_batches_are_one_batch(accumulation, weights, z_loss):
   batch = small_run.batch(weights=weights)
   graphdef, params, tau = split(Bigram())
   optimizer = optax.with_extra_args_support(optax.sgd(1.0))  # Updates are gradients.
-  step = make_train_step(graphdef, optimizer, optax.constant_schedule(1.0), z_loss, accumulation)
-  state = TrainState(jnp.int32(0), params, tau, optimizer.init(params), born=None)
+  step = make_train_step(graphdef, optimizer, make_tau_rule(CONFIG), optax.constant_schedule(1.0), z_loss,
+                         accumulation)
+  state = TrainState(jnp.int32(0), params, tau, optimizer.init(params), (), born=None)
   loss, gradient = bigram_loss_and_gradient(params["table"], batch, z_loss)
   new, metrics = jax.jit(step)(state, batch)
   np.testing.assert_allclose(params["table"] - new.params["table"], gradient, rtol=1e-5, atol=1e-6)
@@ -115,7 +117,8 @@ def test_parameters_begin_the_same_on_a_mesh(one_device):
   def some(state):
     return state.params["embedding"], state.params["blocks"]["attention"]["proj"]["values"]
 
-  begin = jax.jit(lambda: some(initial_state(small_run.MODEL, program.optimizer, CONFIG.training.seed)),
+  begin = jax.jit(lambda: some(initial_state(small_run.MODEL, program.optimizer, program.tau_rule,
+                                              CONFIG.training.seed)),
                   out_shardings=some(program.shardings))
   small_run.assert_close(begin(), some(start), 1e-6)
 

@@ -19,6 +19,8 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
 PACKINGS = ("contiguous", "documents")
 BAD_TEXTS = ("error", "replace", "skip")
+WAYS_OF_GROWING = ("exact", "released", "duplicate")
+TAUS_AFTER_GROWTH = ("kept", "recomputed", "moved", "learned")
 
 
 def _require(condition: bool, field: str, value: Any, way_out: str) -> None:
@@ -240,13 +242,41 @@ class GrowthStage(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class GrowthConfig(_Checked):
-  """Growth inside a run. `warmup_steps`: over how many steps the new rows' updates rise to full size."""
+  """Growth inside a run: when, and how new rows and old ones go on.
+
+  `how` the new rows begin (`growth.grow`):
+    `exact`: keys zero, values random, τ as it was: the function stays.
+    `released`: keys and values random, τ that of a new layer: the function changes, as in the released code.
+    `duplicate`: all rows repeated, each value cut in uneven parts, τ to fit: the function stays, for whole
+      multiples of the count.
+  `tau`, from then on: `kept`; `recomputed`, at once that of a new layer, which changes the function; `moved`
+    there over `tau_steps` steps, τ² linearly; `learned`, by Adam on log τ at the run's learning rate.
+  `value_scale`: size of the new random values, in units of a new layer's.
+  `warmup_steps`: over how many steps the new rows' updates rise to full size.
+  `new_rows_rate`, `old_rows_rate`: factors on the learning rate of the rows of the last growth, and of the
+    parameter tokens before them; 0 for old rows freezes them.
+  """
 
   stages: tuple[GrowthStage, ...] = ()
+  how: str = "exact"
+  tau: str = "kept"
+  tau_steps: int = 300
+  value_scale: float = 1.0
   warmup_steps: int = 100
+  new_rows_rate: float = 1.0
+  old_rows_rate: float = 1.0
 
   def validate(self):
+    _require_choice("how", self.how, WAYS_OF_GROWING)
+    _require_choice("tau", self.tau, TAUS_AFTER_GROWTH)
+    _require(self.how == "exact" or self.tau in ("kept", "learned"), "tau", self.tau,
+             f"how={self.how!r} sets τ itself; choose kept or learned.")
+    _require(self.tau_steps >= 1, "tau_steps", self.tau_steps, "must be at least 1.")
+    _require(self.value_scale > 0, "value_scale", self.value_scale,
+             "must be positive: new rows with zero keys and zero values would never learn.")
     _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative.")
+    _require(self.new_rows_rate > 0, "new_rows_rate", self.new_rows_rate, "must be positive.")
+    _require(self.old_rows_rate >= 0, "old_rows_rate", self.old_rows_rate, "must not be negative.")
     steps = [stage.step for stage in self.stages]
     _require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps,
              "the steps must be at least 1 and rise.")

@@ -10,6 +10,9 @@ from tokenformer_jax.nn.attention import Attention
 from tokenformer_jax.nn.layer_norm import layer_norm
 from tokenformer_jax.nn.pattention import Pattention
 
+# Standard deviation of new keys, as released.
+KEY_STD = 0.02
+
 
 class Block(nnx.Module):
   """x + Attention(LN(x)), then + Pattention(LN(·)); the norms have no parameters."""
@@ -17,7 +20,7 @@ class Block(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     projection = functools.partial(
         Pattention, config.hidden_size, config.hidden_size, theta=config.theta, gelu=config.gelu,
-        key_init=nnx.initializers.normal(0.02), value_init=nnx.initializers.normal(value_std(config)))
+        key_init=nnx.initializers.normal(KEY_STD), value_init=nnx.initializers.normal(value_std(config)))
     self.attention = Attention(config, projection, rngs=rngs)
     self.ffn = projection(config.ffn_tokens, rngs=rngs)
 

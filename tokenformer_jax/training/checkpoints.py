@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -17,7 +18,8 @@ from tokenformer_jax import data
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import make_mesh
-from tokenformer_jax.growth.plan import leaves_by_path
+from tokenformer_jax.growth.plan import leaves_by_path, path_name
+from tokenformer_jax.growth.stream import save_args, stream_handler
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.state import TrainState, abstract_model
@@ -34,7 +36,7 @@ class Checkpoints:
 
   def __init__(self, workdir: str, kept: int | None = None):
     """Raises ValueError where something that is no checkpoint would keep Orbax from saving."""
-    self._manager = _open(workdir, max_to_keep=kept, create=False)
+    self._manager = _open(workdir, ocp.StandardCheckpointHandler, max_to_keep=kept, create=False)
     newest = self._manager.latest_step()
     if newest != self.latest_step():
       raise ValueError(f"{self._manager.directory / str(newest)}: no whole checkpoint, and newer than those that "
@@ -52,7 +54,8 @@ class Checkpoints:
     """
     model, optimizer = _items(state)
     saved = self._manager.save(step, args=ocp.args.Composite(
-        model=ocp.args.StandardSave(model), optimizer=ocp.args.StandardSave(optimizer),
+        model=ocp.args.StandardSave(model, save_args=jax.tree.map(save_args, model)),
+        optimizer=ocp.args.StandardSave(optimizer, save_args=jax.tree.map(save_args, optimizer)),
         record=ocp.args.JsonSave(record)))
     if not saved:
       raise RuntimeError(f"checkpoint of step {step} was not saved; the folder holds {self._manager.all_steps()}.")
@@ -68,7 +71,7 @@ class Checkpoints:
       ValueError: the first leaf that has another shape or type there, or is only on one side.
     """
     model, optimizer = _items(shapes)
-    items = _restore(self._manager, step, model=model, optimizer=optimizer)
+    items = _restore(self._manager, step, ocp.args.StandardRestore, model=model, optimizer=optimizer)
     return TrainState(**items["model"], **items["optimizer"])
 
   def close(self) -> None:
@@ -88,13 +91,8 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
   Raises:
     ValueError: no checkpoint there, or none of that step.
   """
-  with _open(workdir, create=False) as manager:
-    steps = _whole_steps(manager)
-    if not steps:
-      raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
-    if step is not None and step not in steps:
-      raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-    step = steps[-1] if step is None else step
+  with _open(workdir, ocp.StandardCheckpointHandler, create=False) as manager:
+    step = _chosen_step(manager, workdir, step)
     abstract = abstract_model(ModelConfig(**_record(manager, step)["model"]))
     mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
     graphdef, *shapes = split(abstract)
@@ -102,7 +100,7 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
         jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
                      tree, tree_shardings(mesh, axes, tree))
         for tree, axes in zip(shapes, logical_axes(abstract)))))
-    item = _restore(manager, step, model=target)["model"]
+    item = _restore(manager, step, ocp.args.StandardRestore, model=target)["model"]
   return nnx.merge(graphdef, item["params"], item["tau"])
 
 
@@ -111,10 +109,41 @@ def load_tokenizer(workdir: str) -> data.Tokenizer:
   return data.load_tokenizer(absolute(workdir) / TOKENIZER)
 
 
-def _open(workdir: str, **options) -> ocp.CheckpointManager:
+class CheckpointStreams:
+  """The same checkpoints with `LeafStream`s for arrays: to make one of another with neither in memory."""
+
+  def __init__(self, workdir: str, written: Callable[[str], None] = lambda name: None):
+    """Args: `written` is called with the name of each leaf that is on disk."""
+    self._workdir = workdir
+    self._manager = _open(workdir, lambda: stream_handler(written), enable_async_checkpointing=False, create=False)
+
+  def record(self, step: int | None) -> tuple[int, dict[str, Any]]:
+    """(step, its record), by default of the newest step. Raises ValueError where there is none."""
+    step = _chosen_step(self._manager, self._workdir, step)
+    return step, _record(self._manager, step)
+
+  def open(self, step: int, shapes: TrainState) -> TrainState:
+    """The state of `step`, its leaves still on disk. Raises ValueError where `restore` would."""
+    model, optimizer = _items(shapes)
+    items = _restore(self._manager, step, lambda target: ocp.args.PyTreeRestore(), model=model, optimizer=optimizer)
+    leaves = leaves_by_path({**items["model"], **items["optimizer"]})
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], shapes)
+
+  def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
+    """Writes the leaves one after the other, and commits them together."""
+    model, optimizer = _items(state)
+    if not self._manager.save(step, args=ocp.args.Composite(
+        model=ocp.args.PyTreeSave(model), optimizer=ocp.args.PyTreeSave(optimizer),
+        record=ocp.args.JsonSave(record))):
+      raise RuntimeError(f"checkpoint of step {step} was not saved.")
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def _open(workdir: str, arrays: Callable[[], ocp.CheckpointHandler], **options) -> ocp.CheckpointManager:
   # With handlers named, metadata can be read before arrays.
-  handlers = {"model": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
-              "record": ocp.JsonCheckpointHandler()}
+  handlers = {"model": arrays(), "optimizer": arrays(), "record": ocp.JsonCheckpointHandler()}
   return ocp.CheckpointManager(absolute(workdir) / "checkpoints", item_handlers=handlers,
                                options=ocp.CheckpointManagerOptions(**options))
 
@@ -123,7 +152,16 @@ def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   return manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, **targets):
+def _chosen_step(manager: ocp.CheckpointManager, workdir: str, step: int | None) -> int:
+  steps = _whole_steps(manager)
+  if not steps:
+    raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
+  if step is not None and step not in steps:
+    raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+  return steps[-1] if step is None else step
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, args: Callable[[Any], ocp.args.CheckpointArgs], **targets):
   """Parts of a checkpoint as `targets`, trees of shapes, ask; Orbax alone would cast types silently."""
   stored = manager.item_metadata(step)
   for part, target in targets.items():
@@ -134,7 +172,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, **targets):
         raise ValueError(f"{manager.directory / str(step)}: {path} is {there.get(path, 'not there')}, and "
                          f"{here.get(path, 'nothing')} in this run; use the configuration that it was saved with.")
   return manager.restore(step, args=ocp.args.Composite(
-      **{part: ocp.args.StandardRestore(target) for part, target in targets.items()}))
+      **{part: args(target) for part, target in targets.items()}))
 
 
 def _whole_steps(manager: ocp.CheckpointManager) -> list[int]:

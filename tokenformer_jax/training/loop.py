@@ -94,7 +94,7 @@ class _Run:
                          f"init_from={config.init_from}")
     _, params, tau = split(source)
     axes, _ = logical_axes(abstract_model(config.model))
-    fresh = jax.jit(lambda params, tau: fresh_state(params, tau, axes, program.optimizer),
+    fresh = jax.jit(lambda params, tau: fresh_state(params, tau, axes, program.optimizer, program.tau_rule),
                     out_shardings=program.shardings)
     return program, fresh(params, tau)
 
@@ -161,8 +161,8 @@ class _Run:
     before = self._held_out_loss()
     model = self.config.model_at(step)
     program = make_program(self.config, model, self.mesh)
-    self.state, _, report = grow_state(self.state, self.program.model, model, seed=self.config.training.seed,
-                                       out_shardings=program.shardings)
+    self.state, _, report = grow_state(self.state, self.program.model, model, self.config.growth,
+                                       seed=self.config.training.seed, out_shardings=program.shardings)
     self.program = program
     after = self._held_out_loss()
     old, new = report.num_parameters
@@ -221,7 +221,7 @@ def _check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
   for stage in config.growth.stages:
     old, new = config.model_at(stage.step - 1), config.model_at(stage.step)
     if old != new:
-      check_growth(old, new)
+      check_growth(old, new, config.growth)
       make_program(config, new, mesh)
 
 

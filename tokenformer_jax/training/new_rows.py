@@ -1,4 +1,4 @@
-"""Adam for parameters whose rows were not all born at the same step.
+"""Updates of parameters whose rows were not all born at the same step.
 
 Rows added by growth have moments that begin at zero, in the midst of a run. Under Adam's bias correction
 for the whole run, which is spent by then, their first steps reach 6.1 × the learning rate at β₂ = 0.999.
@@ -41,3 +41,28 @@ def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, wa
     return jax.tree.map(update_rows, adams, state.mu, state.nu, born, axes), state
 
   return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def scale_rows(axes: Tree, new_rate: float, old_rate: float) -> optax.GradientTransformationExtraArgs:
+  """After a growth, updates of the parameter tokens it added times `new_rate`, of those before times `old_rate`.
+
+  `update` takes `born`, see `scale_by_adam_of_rows`. The state is empty.
+  """
+  def update(updates, state, params=None, *, born):
+    del params
+    last = last_birth(born)
+
+    def scale(update, born, axes):
+      if "param_token" not in axes:
+        return update
+      rate = jnp.where(last == 0, 1.0, jnp.where(born == last, new_rate, old_rate)).astype(update.dtype)
+      return update * rate.reshape([-1 if axis == "param_token" else 1 for axis in axes])
+
+    return jax.tree.map(scale, updates, born, axes), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def last_birth(born: Tree) -> jax.Array:
+  """The step of the last growth, int32 []; 0 before any."""
+  return jnp.max(jnp.stack([jnp.max(rows) for rows in jax.tree.leaves(born)]))

@@ -3,9 +3,9 @@
 import jax
 import optax
 
-from tokenformer_jax.config import OptimizerConfig
+from tokenformer_jax.config import GrowthConfig, OptimizerConfig
 from tokenformer_jax.nn.parameters import Tree
-from tokenformer_jax.training.new_rows import scale_by_adam_of_rows
+from tokenformer_jax.training.new_rows import scale_by_adam_of_rows, scale_rows
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -22,9 +22,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
   return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, fall_from])
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int, growth_warmup_steps: int,
+def make_optimizer(config: OptimizerConfig, num_steps: int, growth: GrowthConfig,
                    axes: Tree) -> optax.GradientTransformationExtraArgs:
-  """AdamW: clip by global norm, Adam, decoupled decay, learning rate.
+  """AdamW: clip by global norm, Adam, decoupled decay, learning rate, and new and old rows' factors on it.
 
   Decay falls on embeddings and parameter tokens and not on the norm's scale and bias.
 
@@ -36,7 +36,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, growth_warmup_steps:
   decays = jax.tree.map(lambda a: a != ("norm",), axes, is_leaf=lambda node: isinstance(node, tuple))
   return optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
-      scale_by_adam_of_rows(axes, config.beta1, config.beta2, config.eps, growth_warmup_steps),
+      scale_by_adam_of_rows(axes, config.beta1, config.beta2, config.eps, growth.warmup_steps),
       optax.add_decayed_weights(config.weight_decay, mask=decays),
       optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
+      scale_rows(axes, growth.new_rows_rate, growth.old_rows_rate),
   )

@@ -11,6 +11,7 @@ from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tokenformer_jax.training.state import TrainState, abstract_model, initial_state, state_shardings
 from tokenformer_jax.training.step import make_eval_step, make_train_step
+from tokenformer_jax.training.tau import TauRule, make_tau_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Program:
     model: the model's configuration.
     graphdef: `nnx.merge(graphdef, params, tau)` is the model.
     optimizer: the optax transformation.
+    tau_rule: what an update does to τ.
     shapes: the state's abstract leaves, each with its sharding.
     train_step: jitted `(state, batch) -> (state, metrics)`; the old state is donated.
     eval_step: jitted `(params, tau, batch) -> LossSums`.
@@ -30,6 +32,7 @@ class Program:
   model: ModelConfig
   graphdef: Any
   optimizer: optax.GradientTransformationExtraArgs
+  tau_rule: TauRule
   shapes: TrainState
   train_step: Callable
   eval_step: Callable
@@ -45,19 +48,20 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
   abstract = abstract_model(model)
   graphdef, _, _ = split(abstract)
   axes, _ = logical_axes(abstract)
-  optimizer = make_optimizer(config.optimizer, config.training.num_steps, config.growth.warmup_steps, axes)
+  optimizer = make_optimizer(config.optimizer, config.training.num_steps, config.growth, axes)
+  tau_rule = make_tau_rule(config)
   schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
 
   def initial():
-    return initial_state(model, optimizer, config.training.seed)
+    return initial_state(model, optimizer, tau_rule, config.training.seed)
 
   shapes = jax.eval_shape(initial)
   shardings = state_shardings(mesh, model, shapes, optimizer)
   shapes = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
-  train_step = make_train_step(graphdef, optimizer, schedule, config.optimizer.z_loss,
+  train_step = make_train_step(graphdef, optimizer, tau_rule, schedule, config.optimizer.z_loss,
                                config.training.gradient_accumulation)
   return Program(
-      model=model, graphdef=graphdef, optimizer=optimizer, shapes=shapes,
+      model=model, graphdef=graphdef, optimizer=optimizer, tau_rule=tau_rule, shapes=shapes,
       train_step=jax.jit(train_step, out_shardings=(shardings, None), donate_argnums=0),
       eval_step=jax.jit(make_eval_step(graphdef)),
       initial_state=jax.jit(initial, out_shardings=shardings))

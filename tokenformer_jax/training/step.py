@@ -7,10 +7,11 @@ import optax
 
 from tokenformer_jax.training.loss import LossSums, loss_sums
 from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.tau import TauRule
 
 
-def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, schedule: optax.Schedule,
-                    z_loss: float, accumulation: int):
+def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, tau_rule: TauRule,
+                    schedule: optax.Schedule, z_loss: float, accumulation: int):
   """`(state, batch) -> (state, metrics)`, with batch [B, T] in `accumulation` micro-batches.
 
   The gradient is that of the mean over the whole batch's tokens, however it is cut. `metrics`:
@@ -20,22 +21,27 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, 
     sums = _loss_sums(graphdef, params, tau, batch)
     return sums.nats + z_loss * sums.z, sums
 
+  trained = ("params", "tau") if tau_rule.learns else ("params",)
+  gradients = jax.value_and_grad(objective, argnums=tuple(range(len(trained))), has_aux=True)
+
   def train_step(state: TrainState, batch):
     # Every accumulation-th row: so the rows of a micro-batch lie on all devices, as the batch does.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add_micro_batch(total, micro_batch):
-      (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, state.tau, micro_batch)
+      (_, sums), grads = gradients(state.params, state.tau, micro_batch)
       return jax.tree.map(jnp.add, total, (grads, sums)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, state.params), LossSums(*jnp.zeros(3)))
+    zeros = (tuple(jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in trained), LossSums(*jnp.zeros(3)))
     (grads, sums), _ = jax.lax.scan(add_micro_batch, zeros, micro_batches)
-    grads = jax.tree.map(lambda g: g / sums.weight, grads)
+    grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born)
+    tau, tau_opt_state = tau_rule.update(state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born,
+                                         state.step)
     metrics = {"loss": sums.nats / sums.weight, "grad_norm": optax.tree.norm(grads),
                "learning_rate": schedule(state.step)}
-    state = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), tau=state.tau,
-                       opt_state=opt_state, born=state.born)
+    state = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), tau=tau,
+                       opt_state=opt_state, tau_opt_state=tau_opt_state, born=state.born)
     return state, metrics
 
   return train_step
