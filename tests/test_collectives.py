@@ -98,6 +98,16 @@ def test_groups_as_xla_writes_them(groups, axes):
   assert (found.axes, found.group_size, found.argument) == (axes, 2**len(axes), "x")
 
 
+def test_a_collective_that_the_tpu_compiler_spread_over_computations_counts_once():
+  """Written again into a loop's body, which it only overlaps; another chain is another collective."""
+  gather = "  {root}%g{n} = f32[8]{{0}} all-gather(%{x}), replica_groups=[4,2]<=[8], frontend_attributes={{chain_id=\"{n}\"}}\n"
+  body = ("%body (b: f32[4]) -> f32[4] {\n  %b = f32[4]{0} parameter(0)\n" + gather.format(n=1, x="b", root="")
+          + gather.format(n=2, x="b", root="") + "  ROOT %c = f32[4]{0} copy(%b)\n}\n")
+  loop = '  %w = f32[4]{0} while(%p), condition=%body, body=%body, backend_config={"known_trip_count":{"n":"12"}}\n'
+  text = body + HEAD + loop + gather.format(n=1, x="p", root="ROOT ") + "}\n"
+  assert {c.operation: c.trips for c in collectives(text, MESH())} == {"g1": 1, "g2": 12}
+
+
 def test_what_cannot_be_read_is_said():
   with pytest.raises(ValueError, match="r: its groups of devices are not understood"):
     collectives(HEAD + "  ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=?\n}\n", MESH())

@@ -65,6 +65,7 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
   """
   module = hlo.parse(compiled_text)
   found = []
+  chains: dict[str, list[int]] = {}
   for computation, instruction, trips in module.executed():
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
@@ -75,11 +76,21 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
     # The TPU compiler's reduce-scatter is a fusion of this name around an all-reduce and a slice.
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"
+    # The TPU compiler overlaps a collective with computations by writing it again into each of them, loops
+    # included. All have one chain's number, and it is sent as often as the one that runs least.
+    chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+    if chain and chain.group(1) in chains:
+      for i in chains[chain.group(1)]:
+        found[i] = dataclasses.replace(found[i], trips=min(found[i].trips, trips))
+      continue
+    before = len(found)
     for name, (dtype, shape, size) in _arrays(kind, instruction, module.computations[computation], group_size):
       found.append(Collective(
           kind=kind, axes=axes, dtype=dtype, shape=shape, bytes=size, group_size=group_size, trips=trips,
           backward="transpose(" in instruction.op_name, argument=module.source(computation, name),
           operation=instruction.name, op_name=instruction.op_name))
+    if chain:
+      chains[chain.group(1)] = list(range(before, len(found)))
   return found
 
 
