@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from tokenformer_jax.distributed.processes import whole
 from tokenformer_jax.inference.continuation import Continuation
 from tokenformer_jax.inference.sampling import Sampling, checked_int, sample
 from tokenformer_jax.models.language_model import LanguageModel
@@ -86,12 +87,12 @@ def _decode(model, prompts, max_new_tokens, sampling):
 
   graphdef, *leaves = split(model)
   num_slots = bucket(length + max_new_tokens)
-  logits_BxV, cache = _prefill(graphdef, leaves, tokens_BxT, start_B, num_slots=num_slots)
+  logits_BxV, cache = prefill(graphdef, leaves, tokens_BxT, start_B, num_slots=num_slots)
   for index in range(max_new_tokens):
     tokens_B = _draw(logits_BxV, sampling, np.int32(index))
     if index + 1 < max_new_tokens:
-      logits_BxV, cache = _step(graphdef, leaves, tokens_B, cache)
-    yield np.asarray(tokens_B)
+      logits_BxV, cache = decode_step(graphdef, leaves, tokens_B, cache)
+    yield whole(tokens_B)
 
 
 # A program of its own: its parts (a sort, random numbers) take as long to compile as the model.
@@ -99,7 +100,7 @@ _draw = jax.jit(sample)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "num_slots"))
-def _prefill(graphdef, leaves, tokens_BxT, start_B, *, num_slots):
+def prefill(graphdef, leaves, tokens_BxT, start_B, *, num_slots):
   """Reads the left-padded prompts [B, T]; returns the logits [B, V] of what follows and the cache."""
   model = nnx.merge(graphdef, *leaves)
   hidden_BxTxD, cache = model.extend(tokens_BxT, KVCache.empty(model.config, start_B, num_slots))
@@ -107,7 +108,7 @@ def _prefill(graphdef, leaves, tokens_BxT, start_B, *, num_slots):
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _step(graphdef, leaves, tokens_B, cache):
+def decode_step(graphdef, leaves, tokens_B, cache):
   """Reads one token a row, [B]; returns the logits [B, V] of what follows and the cache."""
   model = nnx.merge(graphdef, *leaves)
   hidden_Bx1xD, cache = model.extend(tokens_B[:, None], cache)
