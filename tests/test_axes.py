@@ -72,7 +72,7 @@ def test_batches(mesh):
 @pytest.mark.parametrize("axes, shape, message", [
     (("vocab", "embed"), (257, 8),
      r"vocab=257 cannot be split over the 2 devices along mesh axis token of mesh "
-     r"\{'data': 2, 'fsdp': 2, 'token': 2\}; the nearest sizes that can: 256 or 258"),
+     r"\{'data': 2, 'fsdp': 2, 'sequence': 1, 'token': 2\}; the nearest sizes that can: 256 or 258"),
     (("vocab", "embed"), (8, 7), "embed=7 .* along mesh axis fsdp .*: 6 or 8"),
     (("batch", None), (3, 8), "batch=3 cannot be split over the 4 devices along mesh axis data × fsdp .*: 4"),
     (("vocab", "embd"), (8, 8), "logical axis 'embd' is unknown: .* Did you mean 'embed'?"),

@@ -284,11 +284,16 @@ class GrowthConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Checked):
-  """Devices along each mesh axis; −1 takes what the others leave."""
+  """Devices along each mesh axis; −1 takes what the others leave.
+
+  `data` splits the batch; `fsdp` the batch and the parameters' channels; `token` parameter tokens, heads and
+  vocabulary; `sequence` the positions of each sequence, for those too long for one device.
+  """
 
   data: int = -1
   fsdp: int = 1
   token: int = 1
+  sequence: int = 1
 
   def validate(self):
     sizes = dataclasses.asdict(self)

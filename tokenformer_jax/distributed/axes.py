@@ -1,17 +1,22 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokenformer_jax.config import nearest
+from tokenformer_jax.distributed.mesh import MESH_AXES
 
 # Logical axis -> mesh axes that split it.
 RULES: dict[str, tuple[str, ...]] = {
     # Rows of a batch are independent, so fsdp splits them too: it shards memory, not work.
     "batch": ("data", "fsdp"),
+    # Positions of a sequence: all but attention between tokens treats each alone.
+    "time": ("sequence",),
     # The axis of growth: every device holds some tokens; Θ's norm and the output are sums over all.
     "param_token": ("token",),
     # With the tied logits [B, T, vocab] go the largest activations, which nothing else would divide.
@@ -41,8 +46,7 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
     if axis is not None and axis not in RULES:
       raise ValueError(f"{name}: logical axis {axis!r} is unknown: choose one of {', '.join(RULES)}."
                        + nearest(axis, RULES))
-    mesh_axes = tuple(a for a in RULES[axis] if mesh.shape[a] > 1) if axis else ()
-    parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+    mesh_axes, parts = _parts(mesh, axis)
     if size % parts:
       below = size // parts * parts
       near = f"{below} or {below + parts}" if below else f"{parts}"
@@ -72,10 +76,60 @@ def tree_shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> NamedSharding:
-  """Where an array [B, ...] of examples lives: split along B alone."""
-  return sharding(mesh, ("batch",) + (None,) * (len(shape) - 1), shape, name)
+  """Where an array [B] or [B, T, ...] of examples lives: split along B and T alone."""
+  axes = ("batch", "time")[:len(shape)]
+  return sharding(mesh, axes + (None,) * (len(shape) - len(axes)), shape, name)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+  """`function` for `jax.jit`, with `mesh` in context for the `constrain`s inside."""
+  @functools.wraps(function)
+  def traced(*arguments):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*arguments)
+  return traced
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """`x`, told to the partitioner to live where the table says; an axis that is None or does not divide is whole.
+
+  Without a mesh of ours in context nothing is told.
+  """
+  mesh = _mesh_in_context()
+  if mesh is None:
+    return x
+  split = [_parts(mesh, axis) for axis in axes]
+  spec = [mesh_axes if mesh_axes and size % parts == 0 else None
+          for (mesh_axes, parts), size in zip(split, x.shape, strict=True)]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def is_split(axis: str) -> bool:
+  """Whether the mesh in context splits a logical axis."""
+  mesh = _mesh_in_context()
+  return mesh is not None and _parts(mesh, axis)[1] > 1
+
+
+def whole_heads(mesh: Mesh, num_heads: int) -> str:
+  """What to tell of a number of heads that the mesh cannot split, '' if it can."""
+  mesh_axes, parts = _parts(mesh, "heads")
+  if num_heads % parts == 0:
+    return ""
+  return (f"{num_heads} heads cannot be split over the {parts} devices along mesh axis {' × '.join(mesh_axes)}: "
+          f"q, k and v are whole on each, and each does all of the attention between tokens.")
+
+
+def _parts(mesh, axis: str | None) -> tuple[tuple[str, ...], int]:
+  """The mesh axes that split a logical axis, and into how many parts."""
+  mesh_axes = tuple(a for a in RULES[axis] if mesh.shape[a] > 1) if axis else ()
+  return mesh_axes, math.prod(mesh.shape[a] for a in mesh_axes)
+
+
+def _mesh_in_context():
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if set(MESH_AXES) <= set(mesh.axis_names) else None

@@ -9,12 +9,13 @@ from jax.sharding import AxisType, Mesh
 from tokenformer_jax.config import MeshConfig
 
 # data: copies of the parameters. fsdp: channels of the parameters, gathered where they are used.
-# token: parameter tokens and vocabulary, whose partial sums are added up.
-MESH_AXES = ("data", "fsdp", "token")
+# sequence: positions; keys and values of attention are gathered. token: parameter tokens and vocabulary, whose
+# partial sums are added up: the most talkative axis, and so the one of the nearest devices.
+MESH_AXES = ("data", "fsdp", "sequence", "token")
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with the axes data, fsdp and token over all of `devices` (by default all of `jax.devices()`).
+  """A mesh with the axes `MESH_AXES` over all of `devices` (by default all of `jax.devices()`).
 
   The axes are Auto: the partitioner chooses the shardings inside a jitted function.
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.distributed.axes import constrain, is_split
 from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
@@ -56,10 +57,12 @@ class LanguageModel(nnx.Module):
     graphdef, *leaves = split(self.blocks)
 
     def layer(x_BxTxD, leaves):
+      # Else the partitioner splits fsdp's channels and gathers the batch.
+      x_BxTxD = constrain(x_BxTxD, "batch", "time", None)
       return nnx.merge(graphdef, *leaves)(x_BxTxD, by, mask), None
 
     x_BxTxD, _ = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
-    return self.final_norm(x_BxTxD)
+    return self.final_norm(constrain(x_BxTxD, "batch", "time", None))
 
   def extend(self, tokens: Int[Array, "batch time"], cache: KVCache
              ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -84,13 +87,19 @@ class LanguageModel(nnx.Module):
 
   def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
     """Float32 scores of every vocabulary entry, hidden · Eᵀ."""
+    if hidden.ndim > 2 and is_split("time"):
+      return jax.vmap(self.logits)(hidden)
     hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
-    logits_MxV = jnp.matmul(hidden_MxD, self.embedding[...].astype(hidden.dtype).T,
+    logits_MxV = jnp.matmul(hidden_MxD, self._table().astype(hidden.dtype).T,
                             preferred_element_type=sum_dtype(hidden.dtype))
     return logits_MxV.reshape(*hidden.shape[:-1], -1)
 
   def _embed(self, tokens):
-    return self.embedding[...][tokens].astype(self.config.compute_dtype)
+    return self._table()[tokens].astype(self.config.compute_dtype)
+
+  def _table(self):
+    # One gathering along fsdp serves the lookup and the logits.
+    return constrain(self.embedding[...], "vocab", None)
 
 
 def _same_segment(segments: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:

@@ -1,12 +1,11 @@
 """Causal attention between tokens, its four projections being pattention layers."""
 
-import functools
-
 from flax import nnx
 import jax
 from jaxtyping import Array, Bool, Float
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.nn.rotary import Rotation, rotate
@@ -30,7 +29,9 @@ class Attention(nnx.Module):
                mask: Bool[Array, "batch 1 time time"] | None = None) -> Float[Array, "batch time embed"]:
     """Every token attends to itself and those before it, where `mask` (True = may see) allows."""
     q, k, v = self._qkv(x_BxTxD, by)
-    return self.proj(_merge_heads(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)))
+    k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
+    y_BxTxD = _merge_heads(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True))
+    return self.proj(constrain(y_BxTxD, "batch", "time", None))
 
   def extend(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
              mask: Bool[Array, "batch 1 time slot"], cache: KVCache, layer) -> tuple[Array, KVCache]:
@@ -41,12 +42,15 @@ class Attention(nnx.Module):
     return self.proj(_merge_heads(jax.nn.dot_product_attention(q, keys, values, mask=mask))), cache
 
   def _qkv(self, x_BxTxD, by):
-    heads = functools.partial(_split_heads, num_heads=self.num_heads)
-    return rotate(heads(self.query(x_BxTxD)), by), rotate(heads(self.key(x_BxTxD)), by), heads(self.value(x_BxTxD))
+    q, k, v = (self._by_heads(projection(x_BxTxD)) for projection in (self.query, self.key, self.value))
+    return rotate(q, by), rotate(k, by), v
 
-
-def _split_heads(x_BxTxD, num_heads):
-  return x_BxTxD.reshape(*x_BxTxD.shape[:2], num_heads, -1)
+  def _by_heads(self, x_BxTxD):
+    """[B, T, H, C], split along heads on the token axis; docs/sharding.md counts why."""
+    # Whole first: where the sum over tokens itself is split by heads, the partitioner moves Θ's weights about.
+    x_BxTxD = constrain(x_BxTxD, "batch", "time", None)
+    x_BxTxHxC = x_BxTxD.reshape(*x_BxTxD.shape[:2], self.num_heads, -1)
+    return constrain(x_BxTxHxC, "batch", "time", "heads", None)
 
 
 def _merge_heads(x_BxTxHxC):

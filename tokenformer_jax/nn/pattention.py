@@ -3,9 +3,11 @@
 import math
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tokenformer_jax.distributed.axes import is_split
 from tokenformer_jax.nn.parameters import Tau, parameter
 from tokenformer_jax.parameter_tokens import ParameterTokens, check_choices, initial_tau, pattention
 
@@ -39,4 +41,7 @@ class Pattention(nnx.Module):
 
   def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
     tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...])
-    return pattention(x, tokens, self.theta, self.gelu)
+    def apply(x):
+      return pattention(x, tokens, self.theta, self.gelu)
+    # Rows [B·T] cannot be split along both B and T: where T is, each row of the batch goes for itself.
+    return jax.vmap(apply)(x) if x.ndim > 2 and is_split("time") else apply(x)

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.distributed.axes import traced_on
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tokenformer_jax.training.state import TrainState, abstract_model, initial_state, state_shardings
@@ -62,6 +63,6 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
                                config.training.gradient_accumulation)
   return Program(
       model=model, graphdef=graphdef, optimizer=optimizer, tau_rule=tau_rule, shapes=shapes,
-      train_step=jax.jit(train_step, out_shardings=(shardings, None), donate_argnums=0),
-      eval_step=jax.jit(make_eval_step(graphdef)),
+      train_step=jax.jit(traced_on(mesh, train_step), out_shardings=(shardings, None), donate_argnums=0),
+      eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef))),
       initial_state=jax.jit(initial, out_shardings=shardings))
