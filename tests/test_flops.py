@@ -1,6 +1,5 @@
 """Model FLOP utilisation: what the model needs, and the peak it is held against."""
 
-import math
 import types
 
 from flax import nnx
@@ -10,7 +9,7 @@ import pytest
 
 from tests import small_run
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.training.flops import peak_flops
+from tokenformer_jax.training.flops import peak_flops, product_flops
 from tokenformer_jax.training.state import abstract_model
 
 
@@ -45,14 +44,9 @@ def test_forward_flops_are_those_of_the_products_in_the_program():
   assert product_flops(forward) == tokens.size * (model.forward_flops_per_token + needless)
 
 
-def product_flops(jaxpr) -> int:
-  """2 × rows × columns × depth of every product, as often as its scan runs."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-      total += 2 * depth * equation.outvars[0].aval.size
-    inner = [value for value in equation.params.values() if hasattr(value, "eqns")]
-    total += equation.params.get("length", 1) * sum(map(product_flops, inner))
-  return total
+def test_products_are_counted_as_often_as_they_run():
+  def program(x):
+    x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(jax.jit(lambda x: x @ x))(x), None), x, None, length=5)
+    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+  x = jax.ShapeDtypeStruct((4, 4), "float32")
+  assert product_flops(jax.make_jaxpr(program)(x)) == (5 + 2) * 2 * 4**3

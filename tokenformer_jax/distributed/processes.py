@@ -20,8 +20,8 @@ STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 _LOCAL = "127.0.0.1"
 
 
-def start(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None, *,
-          stops_by_itself: bool = False) -> None:
+def start(coordinator_address: str | None = None, num_processes: int | None = None,
+          process_id: int | None = None, *, stops_by_itself: bool = False) -> None:
   """Joins the other processes of this run. Comes before anything that uses a device.
 
   Without arguments JAX asks the cluster (TPU slice, SLURM, Open MPI, Kubernetes); where there is none, this
@@ -40,11 +40,12 @@ def start(coordinator_address: str | None = None, num_processes: int | None = No
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except ValueError as error:
     # So says JAX where nothing was given and no cluster found.
-    if all(value is None for value in given.values()) and "coordinator_address should be defined" in str(error):
+    nothing = all(value is None for value in given.values())
+    if nothing and "coordinator_address should be defined" in str(error):
       _start_alone()
       return
     shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    raise ValueError(f"{shown}: {error} Give all three, process_id from 0 to num_processes − 1, or none of them "
+    raise ValueError(f"{shown}: {error} Give all three, process_id from 0 to num_processes − 1, or none "
                      "where JAX knows the cluster.") from None
 
 
@@ -62,19 +63,20 @@ def _start_alone() -> None:
 
 def must_stop(step: int) -> bool:
   """Whether a process got SIGTERM and all have agreed to stop after this step; ask after every step."""
-  return multihost_utils.reached_preemption_sync_point(step) if jax.config.jax_enable_preemption_service else False
+  return jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(step)
 
 
 def check_agree(**values: Any) -> None:
   """Raises ValueError on all processes unless every one of them gives the same JSON-able `values`."""
-  digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:4] for value in values.values()]
-  everywhere = multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint32))
+  texts = [json.dumps(value, sort_keys=True).encode() for value in values.values()]
+  digests = b"".join(hashlib.sha256(text).digest()[:4] for text in texts)
+  everywhere = multihost_utils.process_allgather(np.frombuffer(digests, np.uint32))
   everywhere = everywhere.reshape(jax.process_count(), -1)
   for name, column in zip(values, everywhere.T):
     others = np.flatnonzero(column != column[0])
     if others.size:
-      raise ValueError(f"{name} is not the same on all {jax.process_count()} processes: those of {others.tolist()} "
-                       "differ from process 0's; start all with the same command, on a shared file system.")
+      raise ValueError(f"{name} is not the same on all {jax.process_count()} processes: {others.tolist()} have "
+                       "another than process 0; start all with one command, on a shared file system.")
 
 
 def share_of_rows(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -90,8 +92,8 @@ def share_of_rows(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]
     rows.setdefault(device.process_index, set()).update(range(shape[0])[index[0]])
   shares = sorted({tuple(sorted(held)) for held in rows.values()})
   if sum(map(len, shares)) != shape[0] or len({len(share) for share in shares}) != 1:
-    raise ValueError(f"mesh {dict(sharding.mesh.shape)}: the rows of a batch of {shape[0]} would lie unevenly on "
-                     f"{len(rows)} processes; choose data and fsdp so that a process's devices hold whole shares.")
+    raise ValueError(f"mesh {dict(sharding.mesh.shape)}: {shape[0]} rows would lie unevenly on {len(rows)} "
+                     "processes; choose data and fsdp so that a process's devices hold whole shares.")
   return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 

@@ -1,19 +1,15 @@
 """Model FLOP utilisation: what the model needs, as a share of what the devices can."""
 
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 
+from tokenformer_jax.distributed.chips import CHIPS
+
 # Published dense bfloat16 peaks, FLOP/s a chip, by the beginning of `device_kind`.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+_PEAKS = {kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds} | {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -29,6 +25,23 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
     if device.device_kind.startswith(kind):
       return peak * mesh.devices.size
   return None
+
+
+def product_flops(jaxpr) -> int:
+  """2 × rows × columns × depth of every product in a traced program, as often as its scans run it.
+
+  Of the branches of a condition the costliest counts; a `while` that is no scan counts once.
+  """
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+      total += 2 * depth * equation.outvars[0].aval.size
+    inner = [value for value in equation.params.values() if hasattr(value, "eqns")]
+    total += equation.params.get("length", 1) * sum(map(product_flops, inner))
+    total += max(map(product_flops, equation.params.get("branches", ())), default=0)
+  return total
 
 
 def _measured_cpu_peak(size: int = 1024, rounds: int = 5) -> float:
