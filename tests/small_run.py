@@ -34,8 +34,8 @@ def stage(step: int, model: ModelConfig = GROWN) -> GrowthStage:
   return GrowthStage(step, model.qkv_tokens, model.proj_tokens, model.ffn_tokens)
 
 
-def mesh(data: int = 1, fsdp: int = 1, token: int = 1) -> jax.sharding.Mesh:
-  return make_mesh(MeshConfig(data, fsdp, token), jax.devices()[:data * fsdp * token])
+def mesh(data: int = 1, fsdp: int = 1, token: int = 1, sequence: int = 1) -> jax.sharding.Mesh:
+  return make_mesh(MeshConfig(data, fsdp, token, sequence), jax.devices()[:data * fsdp * token * sequence])
 
 
 def batch(seed: int = 0, rows: int = 8, weights: bool = False) -> data.Batch:

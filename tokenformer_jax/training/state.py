@@ -74,4 +74,4 @@ def state_shardings(mesh: jax.sharding.Mesh, config: ModelConfig, shapes: TrainS
       opt_state=optax.tree.map_params(optimizer, lambda _, sharding: sharding, shapes.opt_state, params,
                                       transform_non_params=lambda _: replicated(mesh)),
       tau_opt_state=jax.tree.map(lambda _: replicated(mesh), shapes.tau_opt_state),
-      born=jax.tree.map(lambda _: replicated(mesh), shapes.born))
+      born=tree_shardings(mesh, jax.tree.map(lambda leaf: ("param_token",) * leaf.ndim, shapes.born), shapes.born))
