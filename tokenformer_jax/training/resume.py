@@ -31,6 +31,18 @@ def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir:
   return model
 
 
+def stored_config(workdir: str) -> Config:
+  """The configuration of the run in a work folder, as last given. Raises ValueError where there is none."""
+  path = absolute(workdir) / CONFIG
+  if not path.exists():
+    raise ValueError(f"{workdir}: no {CONFIG} there; give the work folder of a run.")
+  try:
+    fields = json.loads(path.read_text())
+  except ValueError:
+    raise ValueError(f"{path}: not the configuration of a run.") from None
+  return Config.from_dict(fields)
+
+
 def check_same_run(config: Config, workdir: str, allow_data_change: bool) -> None:
   """Raises ValueError if a run was begun in the work folder with another first model or other data."""
   folder = absolute(workdir)

@@ -1,0 +1,130 @@
+"""Work folders made of another run's checkpoint, with other counts of parameter tokens, leaf by leaf.
+
+Killed at any moment, the new folder is absent and the old one untouched: all is written beside the new
+folder's place, and moved there when it is whole.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+
+from etils import epath
+import jax
+from jax.sharding import AbstractMesh
+import tqdm
+
+from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.distributed.axes import tree_shardings
+from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh
+from tokenformer_jax.growth.plan import path_name, plan_growth
+from tokenformer_jax.growth.report import GrowthReport
+from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory
+from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.training.checkpoints import TOKENIZER, CheckpointStreams, load_tokenizer
+from tokenformer_jax.training.program import make_program
+from tokenformer_jax.training.resume import CONFIG, check_same_model, check_same_tokenizer, stored_config
+from tokenformer_jax.training.state import TrainState, abstract_model
+from tokenformer_jax.training.work_folder import absolute
+
+
+def grow_run(workdir: str, output: str, *, step: int | None = None, how: str | None = None,
+             token_axis: int | None = None, **tokens: int | None) -> GrowthReport:
+  """A new work folder with a grown checkpoint, for `train` to go on with.
+
+  It has what growth at that step inside the run would have made, and the run's data position, tokenizer and
+  configuration. Memory is that of the largest leaf's layer, old and new, and a constant.
+
+  Args:
+    workdir: the run's work folder; it is not written to.
+    output: the new folder, on a local disk.
+    step: which checkpoint; by default the newest.
+    how: see `GrowthConfig`; by default as the run's configuration has it.
+    token_axis: size of the mesh axis `token` that the grown run is to have; by default the run's.
+    tokens: new `qkv_tokens`, `proj_tokens`, `ffn_tokens`; None for those that stay.
+
+  Raises:
+    ValueError: no whole checkpoint, `output` is there, counts that cannot be grown to or that the mesh does not
+      divide, a checkpoint of another model than the configuration beside it; nothing is written then.
+  """
+  source = Source(workdir, step)
+  config, model = source.config, source.model.grown(**{name: n for name, n in tokens.items() if n is not None})
+  growth = dataclasses.replace(config.growth, stages=source.stages_to_come(), **({"how": how} if how else {}))
+  plan = plan_growth(source.leaves, source.model, model, growth)
+  mesh = config.mesh if token_axis is None else dataclasses.replace(config.mesh, token=token_axis)
+  config = dataclasses.replace(config, model=model, growth=growth, mesh=mesh)
+  source.write(output, config, lambda path, leaf: grown(leaf, plan[path], config.training.seed, source.step))
+  return GrowthReport(tuple(plan.values()))
+
+
+class Source:
+  """A run's checkpoint, checked and open.
+
+  Attributes:
+    step: its step.
+    config: the run's configuration, as last given.
+    model: the model's at `step`.
+    leaves: its state, still on disk.
+  """
+
+  def __init__(self, workdir: str, step: int | None):
+    self._workdir = workdir
+    self._streams = CheckpointStreams(workdir)
+    self.step, self.record = self._streams.record(step)
+    self.config = stored_config(workdir)
+    self.model = check_same_model(self.record["model"], self.config, self.step, workdir)
+    check_same_tokenizer(self.record["tokenizer"], load_tokenizer(workdir).fingerprint, workdir)
+    self.leaves: TrainState = self._streams.open(self.step, _shapes(self.config, self.model))
+
+  def stages_to_come(self) -> tuple:
+    """Growths of the run's configuration that are not done at `step`."""
+    return tuple(stage for stage in self.config.growth.stages if stage.step >= self.step)
+
+  def write(self, output: str, config: Config, change: Callable[[str, LeafStream], LeafStream]) -> None:
+    """Makes the work folder `output`, for a run of `config` that begins with `change(path, leaf)` of all leaves."""
+    _check_divides(config)
+    folder, unfinished = _target(output, self._workdir)
+    state = jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), self.leaves)
+    if unfinished.exists():  # Left by one that was killed.
+      unfinished.rmtree()
+    keep_little_freed_memory()
+    try:
+      unfinished.mkdir(parents=True)
+      (unfinished / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
+      (absolute(self._workdir) / TOKENIZER).copy(unfinished / TOKENIZER)
+      with tqdm.tqdm(total=len(jax.tree.leaves(state)), unit="leaf", dynamic_ncols=True, file=sys.stderr) as progress:
+        target = CheckpointStreams(str(unfinished), lambda name: progress.update())
+        target.save(self.step, state, self.record | {"model": dataclasses.asdict(config.model),
+                                                     "config": config.to_dict()})
+        # Orbax would commit a checkpoint that lacks leaves.
+        target.open(self.step, _shapes(config, config.model))
+        target.close()
+      unfinished.rename(folder)
+    except BaseException:
+      shutil.rmtree(unfinished, ignore_errors=True)
+      raise
+
+
+def _shapes(config: Config, model: ModelConfig) -> TrainState:
+  one = dataclasses.replace(config.mesh, data=1, fsdp=1, token=1)
+  return make_program(config, model, make_mesh(one, jax.devices()[:1])).shapes
+
+
+def _check_divides(config: Config) -> None:
+  """Raises ValueError if the mesh of `config` does not divide the parameters; not all its devices need be here."""
+  sizes = [max(getattr(config.mesh, axis), 1) for axis in MESH_AXES]  # What is left to −1 is known in training.
+  abstract = abstract_model(config.model)
+  tree_shardings(AbstractMesh(tuple(sizes), MESH_AXES), logical_axes(abstract)[0], split(abstract)[1])
+
+
+def _target(output: str, workdir: str) -> tuple[epath.Path, epath.Path]:
+  """(the new folder, where it is written until it is whole)."""
+  folder, source = absolute(output), absolute(workdir)
+  if "://" in output:
+    raise ValueError(f"output={output}: a new folder must come into being at once; give one on a local disk.")
+  if folder.exists():
+    raise ValueError(f"output={output}: already there; choose another.")
+  if source in folder.parents:
+    raise ValueError(f"output={output}: lies in the run's own folder {workdir}; choose one outside.")
+  return folder, folder.with_name(folder.name + ".unfinished")
