@@ -37,7 +37,7 @@ setuptools.setup(
     ],
     extras_require={
         "colab": ["ipykernel", "nbclient", "nbformat"],
-        "eval": ["lm_eval>=0.4.9"],
+        "eval": ["lm_eval>=0.4.13"],
         "gpu": ["jax[cuda12]"],
         "test": ["ipykernel", "nbclient", "nbformat", "pytest>=8", "pytest-xdist>=3.6"],
         "tpu": ["jax[tpu]"],

@@ -31,12 +31,15 @@ class Perplexity(NamedTuple):
 def windows(ids: Sequence[int], end_of_document: int, length: int, stride: int) -> Iterator[Request]:
   """Requests that score every id of a document exactly once.
 
-  Each scores `stride` ids after the `length − stride + 1` before them; the first after the
-  end-of-document id. With stride = length these are disjoint blocks, as in EleutherAI's harness.
+  Each scores `stride` ids after as many ids before them as the model reads at once: `length` ids with all
+  but the last of the scored ones. The end-of-document id stands before the first. With stride = length
+  these are the windows of EleutherAI's harness: blocks that follow one another, the last, shorter one
+  after a full context.
   """
-  for start in range(0, len(ids), stride):
-    context = ids[max(start - (length - stride) - 1, 0):start] if start else [end_of_document]
-    yield Request(context, ids[start:start + stride])
+  ids = [end_of_document, *ids]
+  for start in range(1, len(ids), stride):
+    end = min(start + stride, len(ids))
+    yield Request(ids[max(end - length - 1, 0):start], ids[start:end])
 
 
 def perplexity(model: LanguageModel, tokenizer, corpus: Corpus, *, stride: int | None = None,
@@ -45,8 +48,8 @@ def perplexity(model: LanguageModel, tokenizer, corpus: Corpus, *, stride: int |
 
   Args:
     corpus: token ids, documents ended by the end-of-document id, which is not scored.
-    stride: ids scored at once. The model's `seq_length` (default) gives disjoint blocks; less slides the
-      window on by so many, so that every id but the first has at least `seq_length − stride` before it.
+    stride: ids scored at once. The model's `seq_length` (default) gives blocks, as in EleutherAI's harness;
+      less slides the window on by so many, so that every id has the `seq_length − stride` before it, or all.
 
   Raises:
     ValueError: a stride outside 1 … seq_length.

@@ -76,22 +76,30 @@ def read_task(name: str, folder: str | pathlib.Path, limit: int | None = None) -
   Raises:
     ValueError: an unknown task, no such file in `folder`, or a row that is not such a task's.
   """
+  questions = []
+  for part, number, line in read_rows(name, folder, limit):
+    try:
+      questions.append(TASKS[name][1](json.loads(line)))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+      raise ValueError(f"{part}, line {number}: not a row of {name} "
+                       f"({type(error).__name__}: {error}).") from None
+  return questions
+
+
+def read_rows(name: str, folder: str | pathlib.Path, limit: int | None = None) -> list[tuple[str, int, str]]:
+  """(file, line number, JSON text) of a task's rows, the first `limit` of each file."""
   if name not in TASKS:
     raise ValueError(f"task {name!r} is unknown: choose from {', '.join(TASKS)}.{nearest(name, TASKS)}")
-  place, question = TASKS[name]
+  place, _ = TASKS[name]
   path = pathlib.Path(folder) / place
   if not path.is_file():
-    raise ValueError(f"task {name}: no file {path}; give the folder that holds {place} (--data, or TOKENFORMER_DATA).")
-  questions = []
-  for part, lines in _files(path):
-    for number, line in enumerate(lines[:limit], start=1):
-      try:
-        questions.append(question(json.loads(line)))
-      except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{part}, line {number}: not a row of {name} ({type(error).__name__}: {error}).") from None
-  if not questions:
+    raise ValueError(f"task {name}: no file {path}; give the folder that holds {place} "
+                     "(--data, or TOKENFORMER_DATA).")
+  rows = [(part, number, line) for part, lines in _files(path)
+          for number, line in enumerate(lines[:limit], start=1)]
+  if not rows:
     raise ValueError(f"task {name}: {path} holds no questions.")
-  return questions
+  return rows
 
 
 def _files(path: pathlib.Path):
