@@ -55,7 +55,8 @@ def folder(tmp_path):
 
 
 MISTAKES = {
-    "no flags": ([], ["--config", "--workdir"]),
+    "no flags": ([], ["--workdir"]),
+    "neither a config nor a run to go on with": (["--workdir={0}/new"], ["{0}/new: no config.json there; give --config"]),
     "no workdir": (["--config={0}/good.py"], ["--workdir"]),
     "unknown flag": (["--config={0}/good.py", "--workdir={0}/run", "--work_dir=x"], ["'work_dir'", "workdir ?"]),
     "no such file": (["--config={0}/missing.py", "--workdir={0}/run"], ["--config={0}/missing.py: no such file"]),

@@ -31,11 +31,11 @@ def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir:
   return model
 
 
-def stored_config(workdir: str) -> Config:
+def stored_config(workdir: str, way_out: str = "give the work folder of a run") -> Config:
   """The configuration of the run in a work folder, as last given. Raises ValueError where there is none."""
   path = absolute(workdir) / CONFIG
   if not path.exists():
-    raise ValueError(f"{workdir}: no {CONFIG} there; give the work folder of a run.")
+    raise ValueError(f"{workdir}: no {CONFIG} there; {way_out}.")
   try:
     fields = json.loads(path.read_text())
   except ValueError:
