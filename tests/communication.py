@@ -1,0 +1,57 @@
+"""What one layer of the language model sends on a mesh, counted on paper."""
+
+from collections import Counter
+import math
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.distributed.collectives import Collective
+
+AXES = ("data", "fsdp", "sequence", "token")
+
+
+def of_layers(found: list[Collective], num_layers: int) -> Counter:
+  """How often a layer sends: {(backward, kind, axes, numbers in the whole array): count}."""
+  return Counter((c.backward, c.kind, c.axes, math.prod(c.shape)) for c in found if c.trips == num_layers)
+
+
+def on_paper(model: ModelConfig, rows: int, data: int = 1, fsdp: int = 1, sequence: int = 1, token: int = 1) -> Counter:
+  """The same from the design, for a batch [rows, T] and Θ = `l2_norm_gelu`, as the CPU compiles it.
+
+  The CPU writes a reduce-scatter as an all-reduce, and slices.
+  """
+  d = model.hidden_size
+  m = rows * model.seq_length // (data * fsdp * sequence)  # Positions on a device.
+  by_heads = token if model.num_heads % token == 0 else 1
+  tokens = 6 * [model.qkv_tokens] + 2 * [model.proj_tokens] + 2 * [model.ffn_tokens]  # Keys and values of five.
+  forward, recomputed, backward = Counter(), Counter(), Counter()
+  if token > 1:
+    norms, sums = ("all-reduce", ("token",), m), ("all-reduce", ("token",), m * d)
+    # Of the scores forward, of scores times gradient backward; and of the output, of the gradient of the input.
+    forward[norms] += 5
+    forward[sums] += 5
+    backward.update(forward)
+    recomputed[norms] += 5
+    recomputed[sums] += 4 if model.remat == "full" else 0  # The last output of a layer is no input of a gradient.
+  if by_heads > 1:
+    gather = ("all-gather", ("token",), m * d)
+    forward[gather] += 1  # What attention put out.
+    recomputed[gather] += 1
+    backward[gather] += 3  # The gradients of q, k and v.
+  if sequence > 1:
+    keys = rows // (data * fsdp) * model.seq_length * d // by_heads
+    forward["all-gather", ("sequence",), keys] += 2  # k and v.
+    recomputed["all-gather", ("sequence",), keys] += 2
+    backward["all-reduce", ("sequence",), keys] += 2
+  for count in tokens:
+    held = count // token * d
+    if fsdp > 1:
+      forward["all-gather", ("fsdp",), held] += 1
+      backward["all-gather", ("fsdp",), held] += 1
+      backward["all-reduce", ("fsdp",), held] += 1
+    for axis, size in (("data", data), ("sequence", sequence)):
+      if size > 1:
+        backward["all-reduce", (axis,), held // fsdp] += 1
+  if model.remat != "none":
+    backward.update(recomputed)
+  return Counter({(later, *sent): count for later, counts in ((False, forward), (True, backward))
+                  for sent, count in counts.items()})
