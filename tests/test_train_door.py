@@ -75,6 +75,8 @@ MISTAKES = {
     "text that is not UTF-8": (["--config={0}/good.py", "--workdir={0}/new", "--config.data.source=text:{0}/latin1.txt"],
                                ["{0}/latin1.txt is not UTF-8 at byte 1", "bad_text"]),
     "no text": (["--config={0}/good.py", "--workdir={0}/new", "--config.data.source=text:{0}/*.md"], ["{0}/*.md"]),
+    "half told of the other processes": (["--config={0}/good.py", "--workdir={0}/new", "--num_processes=2"],
+                                         ["num_processes=2", "coordinator_address", "Give all three"]),
     "a workdir that is a file": (["--config={0}/good.py", "--workdir={0}/text.txt"], ["{0}/text.txt: not a folder"]),
 }
 

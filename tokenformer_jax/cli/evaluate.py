@@ -11,7 +11,7 @@ import os
 
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import door, process_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run; by default the newest.")
@@ -25,6 +25,7 @@ _STRIDE = flags.DEFINE_integer("stride", None, "Ids scored a window; by default 
 _HARNESS = flags.DEFINE_bool("harness", False, "Run the tasks with lm-evaluation-harness.")
 _TASK_FILES = flags.DEFINE_string("task_files", None, "With --harness: a folder with further task files.")
 _OUTPUT = flags.DEFINE_string("output", None, "Also write all results to this JSON file.")
+process_flags.define()
 
 
 def main(argv):
@@ -32,13 +33,15 @@ def main(argv):
   from tokenformer_jax.evaluation.evaluate import evaluate, open_model
   from tokenformer_jax.evaluation.report import table, write_json
 
+  first = process_flags.start()
   model, tokenizer = open_model(_WORKDIR.value, _STEP.value, _PRETRAINED.value, _TOKENIZER.value)
   results = evaluate(
       model, tokenizer, tasks=_TASKS.value, data_folder=_DATA.value or os.environ.get("TOKENFORMER_DATA", "."),
       limit=_LIMIT.value, texts=_PERPLEXITY.value, stride=_STRIDE.value, harness=_HARNESS.value,
       task_files=_TASK_FILES.value)
-  print(table(results))
-  if _OUTPUT.value:
+  if first:
+    print(table(results))
+  if first and _OUTPUT.value:
     write_json(_OUTPUT.value, results)
 
 

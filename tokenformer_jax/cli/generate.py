@@ -9,7 +9,7 @@ import os
 
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import door, process_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; by default the newest.")
@@ -22,6 +22,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: 
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of this probability; 1: from all.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same text.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text before which to stop; repeat for several.")
+process_flags.define()
 
 
 def main(argv):
@@ -32,6 +33,7 @@ def main(argv):
 
   if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
     raise ValueError("give either --workdir or --pretrained.")
+  say = print if process_flags.start() else lambda *_, **__: None
   if _WORKDIR.value is not None:
     model, tokenizer = tf.load(_WORKDIR.value, step=_STEP.value), tf.load_tokenizer(_WORKDIR.value)
   else:
@@ -42,16 +44,16 @@ def main(argv):
   beginning = iter((prompts[0],))  # Printed with the first piece, after whatever may be wrong is told.
 
   def stream(row, piece):
-    print(next(beginning, "") + piece, end="", flush=True)
+    say(next(beginning, "") + piece, end="", flush=True)
 
   texts = tf.generate(
       model, tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
       top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value, stop=_STOP.value,
       stream=stream if len(prompts) == 1 else None)
   if len(prompts) == 1:
-    print(next(beginning, ""))
+    say(next(beginning, ""))
   else:
-    print("\n----\n".join(prompt + text for prompt, text in zip(prompts, texts)))
+    say("\n----\n".join(prompt + text for prompt, text in zip(prompts, texts)))
 
 
 if __name__ == "__main__":

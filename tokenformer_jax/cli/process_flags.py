@@ -15,8 +15,10 @@ def define() -> None:
                        lower_bound=0)
 
 
-def start(**options) -> None:
-  """`distributed.processes.start` with what the flags say."""
+def start(**options) -> bool:
+  """`distributed.processes.start` with what the flags say; whether this is the first process, which speaks."""
+  import jax
   from tokenformer_jax.distributed import processes
   values = flags.FLAGS
   processes.start(values.coordinator_address, values.num_processes, values.process_id, **options)
+  return jax.process_index() == 0

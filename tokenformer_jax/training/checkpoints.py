@@ -86,7 +86,8 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
   Args:
     workdir: a run's work folder.
     step: which checkpoint; by default the newest.
-    mesh: where the parameters go; by default the first device.
+    mesh: where the parameters go; by default the first device, or all devices of several processes, each
+      with a copy.
 
   Raises:
     ValueError: no checkpoint there, or none of that step.
@@ -94,7 +95,7 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
   with _open(workdir, ocp.StandardCheckpointHandler, create=False) as manager:
     step = _chosen_step(manager, workdir, step)
     abstract = abstract_model(ModelConfig(**_record(manager, step)["model"]))
-    mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    mesh = mesh or make_mesh(MeshConfig(), devices=None if jax.process_count() > 1 else jax.devices()[:1])
     graphdef, *shapes = split(abstract)
     target = dict(zip(("params", "tau"), (
         jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
