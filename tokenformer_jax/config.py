@@ -150,6 +150,8 @@ NAMED_SIZES = {
     "450m": (24, 1024, 16, 1024, 4096, 2048),
     "900m": (32, 1280, 16, 1280, 5120, 2048),
     "1.5b": (40, 1536, 16, 1536, 6144, 2048),
+    # Continues them; nobody has released one. Its counts divide by every mesh of 2^k chips.
+    "7b": (26, 4096, 32, 4096, 16384, 2048),
     # The paper's growth chain on OpenWebText (Table 9); it prints the last as 1.4B.
     "124m": (12, 768, 12, 576, 2304, 1024),
     "354m": (12, 768, 12, 2140, 8560, 1024),
