@@ -107,8 +107,7 @@ class Source:
 
 
 def _shapes(config: Config, model: ModelConfig) -> TrainState:
-  one = dataclasses.replace(config.mesh, data=1, fsdp=1, token=1)
-  return make_program(config, model, make_mesh(one, jax.devices()[:1])).shapes
+  return make_program(config, model, make_mesh(devices=jax.devices()[:1])).shapes
 
 
 def _check_divides(config: Config) -> None:
