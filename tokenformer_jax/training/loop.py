@@ -13,7 +13,7 @@ import tqdm
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config
-from tokenformer_jax.distributed.axes import batch_sharding
+from tokenformer_jax.distributed.axes import batch_sharding, whole_heads
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.distributed.processes import STOPPED_EXIT_CODE, check_agree, must_stop, share_of_rows
 from tokenformer_jax.growth.grow import grow_state
@@ -118,6 +118,8 @@ class _Run:
                     disable=jax.process_index() != 0, file=sys.stderr) as progress):
       _say(f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
            + (f"resumed at step {step}." if step else "from the beginning."))
+      if note := whole_heads(self.mesh, self.config.model.num_heads):
+        _say(note)
       for entry in self.data.report["train"]:
         _say(f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
              f"{entry['dropped_tokens']:,} tokens in no window.")
