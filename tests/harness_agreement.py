@@ -6,8 +6,8 @@ The harness reads the same files (in TOKENFORMER_DATA) through task files that h
 without a network. Printed are the requests, the largest difference of a log-likelihood, and of each task the
 items and the scores, ours / the harness's.
 
-With 5.5 million parameters (experiments/novels.py, step 600), lm_eval 0.4.13, jax 0.10.2, two CPU cores (64 s of
-CPU time):
+With 5.5 million parameters (experiments/novels.py, step 600), lm_eval 0.4.13, jax 0.10.2, two CPU cores (64 s
+of CPU time):
 
     680 requests of ours, 680 of the harness, the same: True; log-likelihoods down to -1157.3, largest
     difference 0.00e+00

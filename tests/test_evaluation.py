@@ -13,7 +13,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.data.corpus import tokenize
 from tokenformer_jax.data.documents import text_files
 from tokenformer_jax.evaluation.evaluate import evaluate, open_model
-from tokenformer_jax.evaluation.log_likelihood import Request, encode_pair, log_likelihoods
+from tokenformer_jax.evaluation.log_likelihood import Request, _score, encode_pair, log_likelihoods
 from tokenformer_jax.evaluation.multiple_choice import answer
 from tokenformer_jax.evaluation.perplexity import perplexity, windows
 from tokenformer_jax.evaluation.report import table, write_json
@@ -71,6 +71,13 @@ def test_padding_ids_take_no_part(model):
   score, = log_likelihoods(model, [Request([1], [2])], 257)
   wider, = log_likelihoods(model, [Request([1], [2])], 384)
   assert wider.log_likelihood < score.log_likelihood
+
+
+def test_one_program_is_compiled_for_each_rounded_length(model):
+  before = _score._cache_size()
+  requests = [Request([1], [2] * length) for length in (1, 3, 9, 16, 17, 20, 24) for _ in range(50)]
+  log_likelihoods(model, requests, 301)  # A vocabulary no other test has.
+  assert _score._cache_size() - before == 2  # 16 and 24.
 
 
 @pytest.mark.parametrize("request_, message", [
@@ -170,8 +177,8 @@ def test_evaluate_gathers_tasks_and_texts_in_a_table(model, tmp_path):
   assert list(results) == ["piqa", f"text:{tmp_path}/a.txt"]
   shown = table(results)
   assert "piqa" in shown and "token_perplexity" in shown
-  write_json(tmp_path / "scores.json", results)
-  assert json.loads((tmp_path / "scores.json").read_text())["piqa"]["questions"] == 1
+  write_json(tmp_path / "new" / "scores.json", results)
+  assert json.loads((tmp_path / "new" / "scores.json").read_text())["piqa"]["questions"] == 1
   with pytest.raises(ValueError, match="nothing to measure"):
     evaluate(model, TOKENIZER)
 

@@ -4,7 +4,8 @@
     python -m tokenformer_jax.cli.evaluate --pretrained=pytorch_model.bin --tokenizer=20B_tokenizer.json \\
         --perplexity=text:book.txt --stride=512 --output=scores.json
 
-Probabilities are over the tokenizer's own ids, without those that pad the vocabulary.
+Probabilities are over the tokenizer's own ids, without those that pad the vocabulary; the released evaluation code
+leaves these in (docs/released_models.md). --perplexity scores blocks of the model's length, or slides with --stride.
 """
 
 import os

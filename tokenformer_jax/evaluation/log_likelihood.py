@@ -56,7 +56,7 @@ def log_likelihoods(model: LanguageModel, requests: Sequence[Request], vocab_siz
 
   Probabilities are over the first `vocab_size` ids: those that only pad the vocabulary, which no text
   holds, take no part. The released code's adapter (eval_tasks/eval_adapter.py) leaves them in, 50,304
-  ids for a tokenizer of 50,277; a trained model gives them next to nothing. A request longer than the
+  ids for a tokenizer of 50,277; see docs/released_models.md. A request longer than the
   model's `seq_length` loses the beginning of its context. Requests are batched by length; one program is
   compiled for each rounded length.
 

@@ -21,13 +21,14 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def write_json(path: str | os.PathLike, results: dict) -> None:
-  """Writes the results whole or not at all; a number that is not finite becomes null."""
+  """Writes the results whole or not at all, making the folder; a number that is not finite becomes null."""
   def clean(node):
     if isinstance(node, dict):
       return {key: clean(value) for key, value in node.items()}
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
   path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(path.name + ".unfinished")
   unfinished.write_text(json.dumps(clean(results), indent=2) + "\n", encoding="utf-8")
   unfinished.replace(path)
