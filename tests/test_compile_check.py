@@ -1,0 +1,94 @@
+"""What a run's programs need on TPUs that are not there."""
+
+import math
+
+import pytest
+
+from tokenformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from tokenformer_jax.distributed.chips import CHIPS
+from tokenformer_jax.distributed.topologies import can_compile, parse_topology, slice_devices
+from tokenformer_jax.training import compile_check
+from tokenformer_jax.training.compile_check import check, report
+
+MODEL = ModelConfig(vocab_size=512, num_layers=2, hidden_size=256, num_heads=4, qkv_tokens=256, proj_tokens=128,
+                    ffn_tokens=512, seq_length=128, compute_dtype="bfloat16", remat="full")
+needs_libtpu = pytest.mark.skipif(bool(can_compile()), reason=can_compile())
+
+
+def config(batch_size: int = 16, **mesh) -> Config:
+  return Config(model=MODEL, data=DataConfig(batch_size=batch_size), mesh=MeshConfig(**mesh))
+
+
+@pytest.mark.parametrize("topology, message", [
+    ("v5e", "expected a chip and the sizes of a slice"), ("v5e:4x", "expected a chip"), ("4x4", "expected a chip"),
+    ("v5:4x4", "chip 'v5' is unknown: choose one of v4, v5e, v5p, v6e. Did you mean"),
+    ("v5e:4x4x4", "a slice of v5e has 2 sizes"), ("v5p:4x4", "a slice of v5p has 3 sizes"),
+    ("v5e:0x4", "a slice of v5e has 2 sizes, from 1 on")])
+def test_a_topology_that_is_none_is_refused(topology, message):
+  with pytest.raises(ValueError, match=f"topology='{topology}': {message}"):
+    parse_topology(topology)
+
+
+def test_a_topology_is_a_chip_and_sizes():
+  assert parse_topology("v5p:2x2x4") == (CHIPS["v5p"], (2, 2, 4))
+
+
+@pytest.fixture
+def no_libtpu(monkeypatch):
+  monkeypatch.setattr(compile_check, "can_compile", lambda: "no libtpu here")
+
+
+def test_without_libtpu_the_programs_are_lowered_and_their_arguments_counted(no_libtpu):
+  train, decode = check(config(data=2, fsdp=2, token=2), "v5e:2x4")
+  assert train.peak is None and train.sent is None and train.sent_seconds == {}
+  # The final norm is whole on each chip; so are a step count, the rows' ages and τ.
+  norm, matrices = 2 * 256, MODEL.num_parameters - 2 * 256
+  assert train.held["parameters"] == 4 * (matrices // 4 + norm)
+  assert 2 * train.held["parameters"] < train.held["optimizer state"] < 2.1 * train.held["parameters"]
+  # Backward is twice the forward; remat runs a layer again, but for its last product; attention's masked half
+  # is computed too.
+  tokens = 16 * 128
+  assert train.model_flops == 3 * MODEL.forward_flops_per_token * tokens / 8
+  blocks = MODEL.forward_flops_per_token - 2 * 512 * 256 + MODEL.num_layers * 2 * 128 * 256
+  assert train.flops == (4 * blocks - MODEL.num_layers * 2 * 512 * 256 + 3 * 2 * 512 * 256) * tokens / 8
+  assert train.step_seconds == (max(train.compute_seconds, train.memory_seconds),) * 2
+  assert train.compute_seconds == train.flops / 197e12 and train.tokens == tokens
+  assert decode.tokens == 16 and decode.memory_seconds == sum(decode.held.values()) / 819e9
+  assert "were nothing sent" in report(config(data=2, fsdp=2, token=2), "v5e:2x4", [train, decode])
+
+
+def test_what_the_mesh_cannot_split_is_refused_before_anything_is_compiled(no_libtpu):
+  with pytest.raises(ValueError, match="key/keys: param_token=256 cannot be split over the 3 devices"):
+    check(config(data=1, token=3), "v5e:1x3")
+  with pytest.raises(ValueError, match="mesh data=1, .* takes 2 devices, but there are 8"):
+    check(config(data=1, token=2), "v5e:2x4")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5e:1x1", "v5e:2x4", "v5e:16x16", "v5p:2x2x2", "v6e:4x4"])
+def test_a_chip_is_one_device(topology):
+  chip, sizes = parse_topology(topology)
+  devices = slice_devices(topology)
+  assert len(devices) == math.prod(sizes) and devices[0].device_kind.startswith(chip.kinds)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_compiled_for_a_slice_what_is_sent_and_held_is_known():
+  train, decode = check(config(data=1, fsdp=2, token=2), "v5e:2x2")
+  for one in (train, decode):
+    assert sum(one.held.values()) < one.peak < one.chip.memory
+    assert one.step_seconds[0] < one.step_seconds[1]
+  # Every layer's parameters are gathered along fsdp, forward and again for the remat, in bfloat16.
+  gathered = sum(c.trips * c.bytes for c in train.sent if c.kind == "all-gather" and c.axes == ("fsdp",))
+  assert gathered >= 2 * 2 * MODEL.num_non_embedding_parameters / 2
+  assert {axis for c in train.sent for axis in c.axes} == {"fsdp", "token"}
+  lines = report(config(data=1, fsdp=2, token=2), "v5e:2x2", [train, decode])
+  assert "mesh fsdp=2, token=2" in lines and "sent along fsdp" in lines and "nothing hidden" in lines
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_said():
+  with pytest.raises(ValueError, match=r"the train step does not fit: it needs .*GiB of a chip's 15.75GiB"):
+    check(config(batch_size=2**18), "v5e:2x2")
