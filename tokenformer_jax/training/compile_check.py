@@ -3,7 +3,6 @@
 from collections import Counter
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
@@ -127,11 +126,11 @@ def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, held: int
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
-    used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-    if not used:
+    if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise ValueError(f"the {name} does not fit: it needs {used[1]}iB of a chip's {used[2]}iB; take more "
-                     "chips along fsdp or token, a smaller data.batch_size, or model.remat=full.") from None
+    said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    raise ValueError(f"the {name} does not fit: {said} Take more chips along fsdp or token, a smaller "
+                     "data.batch_size, or model.remat=full.") from None
   memory = compiled.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes \
       + memory.temp_size_in_bytes
