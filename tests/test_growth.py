@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tokenformer_jax as tf
-from tests import small_run
+from tests import growth_table, small_run
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax.growth.grow import grow_leaf, grow_state, leaf_key
 from tokenformer_jax.growth.plan import NewRows, leaves_by_path, plan_growth
@@ -85,40 +85,8 @@ def test_a_state_of_another_model_is_refused(state):
     grow_state(state, MODEL.grown(proj_tokens=9), GROWN)
 
 
-# The function.
-
-def lively(config, dtype):
-  """A model with activations of order one, far from the initial ones, and τ as if it had grown before."""
-  graphdef, params, tau = split(abstract_model(config))
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), params)
-  return nnx.merge(graphdef, params, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(1, 4, leaf.shape)), tau))
-
-
-def logits(model):
-  graphdef, params, tau = split(model)
-  return np.asarray(jax.jit(lambda params, tau: nnx.merge(graphdef, params, tau)(TOKENS))(params, tau))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("theta, dtype, tolerance", [
-    ("l2_norm_gelu", "float64", 1e-12), ("l2_norm_gelu", "float32", 1e-6), ("gelu_l2_norm", "float64", 1e-12)])
-def test_logits_stay(theta, dtype, tolerance):
-  with jax.enable_x64(dtype == "float64"):
-    model = lively(dataclasses.replace(MODEL, theta=theta, compute_dtype=dtype), dtype)
-    bigger, _ = tf.grow(model, qkv_tokens=16, proj_tokens=24)
-    biggest, _ = tf.grow(bigger, qkv_tokens=20, ffn_tokens=32)
-    before = logits(model)
-    assert before.dtype == dtype
-    assert np.max(np.abs(logits(biggest) - before)) <= tolerance * np.max(np.abs(before))
-    # The new rows are in the function: with other keys they change it.
-    _, params, tau = split(biggest)
-    params["blocks"]["ffn"]["keys"] += params["blocks"]["ffn"]["values"]
-    assert np.max(np.abs(logits(nnx.merge(nnx.graphdef(biggest), params, tau)) - before)) > 0.1
-
-
 def test_grow_keeps_the_counts_not_given():
-  bigger, _ = tf.grow(lively(MODEL, "float32"), proj_tokens=11, seed=3)
+  bigger, _ = tf.grow(growth_table.lively(MODEL), proj_tokens=11, seed=3)
   assert bigger.config == MODEL.grown(proj_tokens=11)
   assert bigger.blocks.attention.proj.keys.shape == (2, 11, 16) and bigger.blocks.ffn.keys.shape == (2, 16, 16)
   new = np.asarray(bigger.blocks.attention.proj.values)[:, 8:]

@@ -146,3 +146,23 @@ def test_no_first_step_of_a_new_row_exceeds_the_learning_rate(beta2, birth):
   updates, _ = jax.jit(optimizer.update)(narrow(gradients), state, params, born=born(birth))
   new = np.abs(updates["keys"][:, OLD:])
   assert new.max() <= 1e-3 and new.max() > 0.999e-3
+
+
+@pytest.mark.parametrize("new_rate, old_rate", [(0.5, 0.0), (1.0, 0.25)])
+def test_rows_of_the_last_growth_and_those_before_have_rates_of_their_own(new_rate, old_rate):
+  config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.3)
+  plain, rated = (make_optimizer(config, 10, GrowthConfig(warmup_steps=0, new_rows_rate=new, old_rows_rate=old), AXES)
+                  for new, old in ((1.0, 1.0), (new_rate, old_rate)))
+
+  def of_step_9(state):
+    return (state[0], state[1]._replace(count=jnp.int32(9)), *state[2:])
+
+  params = narrow({name: np.random.default_rng(1).normal(size=shape) for name, shape in SHAPES.items()})
+  gradients = narrow(draws(1)[0])
+  for births, factors in ((np.zeros(6), np.ones(6)), ([0, 0, 3, 3, 5, 5], [old_rate] * 4 + [new_rate] * 2)):
+    ages = {**born(0), "keys": jnp.asarray(births, jnp.int32)}
+    one, other = (jax.jit(optimizer.update)(gradients, of_step_9(optimizer.init(params)), params, born=ages)[0]
+                  for optimizer in (plain, rated))
+    expected = {**one, "keys": np.asarray(one["keys"]) * np.float32(factors)[:, None]}
+    small_run.assert_close(other, expected, 1e-6)
+    assert np.all((np.asarray(other["keys"]) == 0) == (np.asarray(expected["keys"]) == 0))

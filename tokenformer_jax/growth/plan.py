@@ -13,7 +13,7 @@ from tokenformer_jax.nn.block import KEY_STD, value_std
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.parameter_tokens import initial_tau
 
-_TOKEN_FIELDS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
+TOKEN_FIELDS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
 
 
 class NewRows(enum.Enum):
@@ -90,11 +90,11 @@ def check_growth(config: ModelConfig, new_config: ModelConfig, growth: GrowthCon
   `exact` has no way for softmax; `duplicate` wants whole multiples.
   """
   if new_config == config:
-    raise ValueError("growth changes nothing: " + ", ".join(f"{f}={getattr(config, f)}" for f in _TOKEN_FIELDS)
+    raise ValueError("growth changes nothing: " + ", ".join(f"{f}={getattr(config, f)}" for f in TOKEN_FIELDS)
                      + " are the model's counts already; give at least one a larger value.")
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(config, field.name), getattr(new_config, field.name)
-    if field.name in _TOKEN_FIELDS:
+    if field.name in TOKEN_FIELDS:
       if new < old:
         raise ValueError(f"{field.name}: {old} -> {new}: growth cannot take rows away; choose at least {old}.")
       if growth.how == "duplicate" and new % old:
@@ -129,7 +129,7 @@ def _parameter_tokens(config: ModelConfig) -> tuple[dict[str, tuple], dict[str, 
 def _new_rows(path: str, config: ModelConfig, growth: GrowthConfig) -> tuple[NewRows, float]:
   root, leaf = path.split("/")[0], path.split("/")[-1]
   if growth.how == "duplicate":
-    # Copies share a key; a value's part has the whole value's gradient, and gives its key its part of the key's.
+    # A value's parts each have the whole value's gradient; its copies' keys share the key's.
     if root == "params":
       return (NewRows.REPEATED if leaf == "keys" else NewRows.PARTS), 0.0
     if leaf == "keys" and "/mu/" in path:
