@@ -1,4 +1,4 @@
-"""Several processes: the numbers of one, whatever their number; what each of them holds, and how they stop."""
+"""Several processes: the numbers of one, whatever their number; what each of them reads, how they stop."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_one_process_agrees_with_itself_and_has_all_of_an_array():
 # Real processes.
 
 def run(count, *command, **variables):
-  """`python COMMAND` in `count` processes that know each other; their Popen objects."""
+  """`python COMMAND` in `count` processes that know each other; {process} in it is the number of each."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -83,9 +83,10 @@ def run(count, *command, **variables):
                       # Compiled in half the time.
                       "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
   several = [f"--coordinator_address={address}", f"--num_processes={count}"] if count > 1 else []
-  return [subprocess.Popen([sys.executable, *command, *several, *([f"--process_id={i}"] if several else [])],
-                           cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-          for i in range(count)]
+  several += ["--process_id={process}"] if several else []
+  commands = [[word.replace("{process}", str(i)) for word in (*command, *several)] for i in range(count)]
+  return [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE) for command in commands]
 
 
 def outcome(processes, timeout=280):
@@ -163,7 +164,18 @@ def test_two_processes_write_as_one(config_file, together):
 
 
 @pytest.mark.slow
+def test_processes_that_do_not_agree_all_say_so_and_write_nothing(config_file, tmp_path):
+  codes, out, errors = outcome(run(2, "-m", "tokenformer_jax.cli.train", f"--config={config_file[1]}",
+                                   f"--workdir={tmp_path}/run", "--config.training.num_steps=1{process}"))
+  assert codes == [2, 2] and out == ["", ""] and not (tmp_path / "run").exists()
+  for said in errors:
+    assert said.startswith("error: configuration is not the same on all 2 processes: [1] have another than")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_a_proxy_is_not_asked_for_the_way_to_this_machine():
-  program = "from tokenformer_jax.distributed import processes; processes.start(); import jax; print(jax.devices())"
+  program = ("import jax; from tokenformer_jax.distributed import processes; processes.start(); "
+             "print(jax.devices())")
   codes, out, errors = outcome(run(1, "-c", program, http_proxy="http://127.0.0.1:9"), timeout=60)
   assert codes == [0] and "CpuDevice" in out[0] and errors == [""]
