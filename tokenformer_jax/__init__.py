@@ -4,6 +4,7 @@ import importlib
 
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.growth.shrink import shrink
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
@@ -17,7 +18,7 @@ _LATER = {
 }
 
 __all__ = ["Config", "LanguageModel", "ModelConfig", "ParameterTokens", "Pattention", "from_pretrained", "generate",
-           "grow", "load", "load_tokenizer", "pattention"]
+           "grow", "load", "load_tokenizer", "pattention", "shrink"]
 
 
 def __getattr__(name: str):

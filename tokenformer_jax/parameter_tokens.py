@@ -64,6 +64,14 @@ def pattention(
   Raises:
     ValueError: unknown `theta` or `gelu`, or shapes that do not fit.
   """
+  weights_MxN = token_weights(x, tokens, theta, gelu)
+  y_MxE = _product(weights_MxN.astype(x.dtype), tokens.values.astype(x.dtype))
+  return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], tokens.values.shape[1])
+
+
+def token_weights(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, theta: str = "l2_norm_gelu",
+                  gelu: str = "erf") -> Float[Array, "rows param_token"]:
+  """Θ(x Kᵀ), what `pattention` weighs the values with: a row for each of x's, in the dtype of its sums."""
   check_choices(theta, gelu)
   keys, values = tokens.keys, tokens.values
   if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
@@ -75,9 +83,7 @@ def pattention(
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
   x_MxD = x.reshape(-1, x.shape[-1])
   scores_MxN = _product(x_MxD, keys.astype(x.dtype).T)
-  weights_MxN = THETAS[theta](scores_MxN, jnp.asarray(tokens.tau, scores_MxN.dtype), GELUS[gelu])
-  y_MxE = _product(weights_MxN.astype(x.dtype), values.astype(x.dtype))
-  return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], values.shape[1])
+  return THETAS[theta](scores_MxN, jnp.asarray(tokens.tau, scores_MxN.dtype), GELUS[gelu])
 
 
 def check_choices(theta: str, gelu: str) -> None:

@@ -17,6 +17,7 @@ import tensorstore as ts
 
 from tokenformer_jax.growth.grow import grow_leaf, leaf_key
 from tokenformer_jax.growth.plan import LeafPlan, NewRows
+from tokenformer_jax.growth.shrink import Kept, rows_kept, shrink_leaf
 
 # Slices are as large as stay below, and as much may wait to be written.
 SLICE_BYTES = 2**23
@@ -62,6 +63,18 @@ def grown(leaf: LeafStream, plan: LeafPlan, seed: int, step: int) -> LeafStream:
   if plan.axis == 0:  # Rows' births, which have no layers.
     return LeafStream(plan.new_shape, leaf.dtype, plan.new_shape[0], lambda *_: grow(leaf.read(0, leaf.shape[0]), 0))
   return LeafStream(plan.new_shape, leaf.dtype, leaf.rows, lambda start, stop: grow(leaf.read(start, stop), start))
+
+
+def shrunk(path: str, leaf: LeafStream, kept: Kept) -> LeafStream:
+  """The leaf that `shrink_leaf` would make, a slice at a time."""
+  rows = rows_kept(path, kept)
+  if rows is None:
+    return leaf
+  count = rows.shape[1]
+  if len(leaf.shape) == 1:
+    return LeafStream((count,), leaf.dtype, count, lambda *_: shrink_leaf(path, leaf.read(0, leaf.shape[0]), kept))
+  return LeafStream((leaf.shape[0], count, *leaf.shape[2:]), leaf.dtype, leaf.rows,
+                    lambda start, stop: shrink_leaf(path, leaf.read(start, stop), kept, start))
 
 
 _grow_slice = jax.jit(grow_leaf, static_argnums=1)

@@ -1,5 +1,7 @@
 """The TokenFormer language model."""
 
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,12 @@ class LanguageModel(nnx.Module):
   def hidden(self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
              segments: Int[Array, "batch time"] | None = None) -> Float[Array, "batch time embed"]:
     """Outputs of the final norm, [B, T, d]."""
+    hidden, _ = self.through_layers(lambda block, *inputs: (block(*inputs), None), tokens, positions, segments)
+    return hidden
+
+  def through_layers(self, apply, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
+                     segments: Int[Array, "batch time"] | None = None) -> tuple[Float[Array, "batch time embed"], Any]:
+    """`hidden` with `apply(block, x, by, mask) -> (x, seen)` in the place of each block; and `seen`, [layer, …]."""
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None]
     by = rotation(positions, self.config.rotary_dims, self.config.rotary_base)
@@ -59,10 +67,10 @@ class LanguageModel(nnx.Module):
     def layer(x_BxTxD, leaves):
       # Else the partitioner splits fsdp's channels and gathers the batch.
       x_BxTxD = constrain(x_BxTxD, "batch", "time", None)
-      return nnx.merge(graphdef, *leaves)(x_BxTxD, by, mask), None
+      return apply(nnx.merge(graphdef, *leaves), x_BxTxD, by, mask)
 
-    x_BxTxD, _ = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
-    return self.final_norm(constrain(x_BxTxD, "batch", "time", None))
+    x_BxTxD, seen = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
+    return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), seen
 
   def extend(self, tokens: Int[Array, "batch time"], cache: KVCache
              ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -90,16 +98,17 @@ class LanguageModel(nnx.Module):
     if hidden.ndim > 2 and is_split("time"):
       return jax.vmap(self.logits)(hidden)
     hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
-    logits_MxV = jnp.matmul(hidden_MxD, self._table().astype(hidden.dtype).T,
+    logits_MxV = jnp.matmul(hidden_MxD, self.table().astype(hidden.dtype).T,
                             preferred_element_type=sum_dtype(hidden.dtype))
     return logits_MxV.reshape(*hidden.shape[:-1], -1)
 
-  def _embed(self, tokens):
-    return self._table()[tokens].astype(self.config.compute_dtype)
-
-  def _table(self):
+  def table(self) -> Float[Array, "vocab embed"]:
+    """The embedding, which is also the logits' matrix, with its channels whole."""
     # One gathering along fsdp serves the lookup and the logits.
     return constrain(self.embedding[...], "vocab", None)
+
+  def _embed(self, tokens):
+    return self.table()[tokens].astype(self.config.compute_dtype)
 
 
 def _same_segment(segments: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:

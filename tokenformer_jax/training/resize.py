@@ -5,6 +5,7 @@ folder's place, and moved there when it is whole.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -15,14 +16,16 @@ import jax
 from jax.sharding import AbstractMesh
 import tqdm
 
+from tokenformer_jax import data
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh
 from tokenformer_jax.growth.plan import path_name, plan_growth
 from tokenformer_jax.growth.report import GrowthReport
-from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory
+from tokenformer_jax.growth.shrink import ShrinkReport, check_shrink, least_used
+from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory, shrunk
 from tokenformer_jax.nn.parameters import logical_axes, split
-from tokenformer_jax.training.checkpoints import TOKENIZER, CheckpointStreams, load_tokenizer
+from tokenformer_jax.training.checkpoints import TOKENIZER, CheckpointStreams, load, load_tokenizer
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.resume import CONFIG, check_same_model, check_same_tokenizer, stored_config
 from tokenformer_jax.training.state import TrainState, abstract_model
@@ -49,13 +52,37 @@ def grow_run(workdir: str, output: str, *, step: int | None = None, how: str | N
       divide, a checkpoint of another model than the configuration beside it; nothing is written then.
   """
   source = Source(workdir, step)
-  config, model = source.config, source.model.grown(**{name: n for name, n in tokens.items() if n is not None})
+  config, model = source.config, source.resized(tokens)
   growth = dataclasses.replace(config.growth, stages=source.stages_to_come(), **({"how": how} if how else {}))
   plan = plan_growth(source.leaves, source.model, model, growth)
   mesh = config.mesh if token_axis is None else dataclasses.replace(config.mesh, token=token_axis)
   config = dataclasses.replace(config, model=model, growth=growth, mesh=mesh)
   source.write(output, config, lambda path, leaf: grown(leaf, plan[path], config.training.seed, source.step))
   return GrowthReport(tuple(plan.values()))
+
+
+def shrink_run(workdir: str, output: str, *, step: int | None = None, token_axis: int | None = None,
+               **tokens: int | None) -> ShrinkReport:
+  """A new work folder with a checkpoint of fewer parameter tokens, the least used removed; see `growth.shrink`.
+
+  Use is measured on `training.eval_batches` batches of the run's training data, the loss on as many of its
+  held-out data. Parameters have to fit into memory for that, moments do not.
+
+  Args and raises: as `grow_run`, with counts that are not above the model's; or the run's data cannot be read.
+  """
+  source = Source(workdir, step)
+  config, model = source.config, source.resized(tokens)
+  check_shrink(source.model, model)
+  mesh = config.mesh if token_axis is None else dataclasses.replace(config.mesh, token=token_axis)
+  config = dataclasses.replace(config, model=model, mesh=mesh,
+                               growth=dataclasses.replace(config.growth, stages=source.stages_to_come()))
+  check_target(output, workdir)
+  text = data.open_data(config.data, seq_length=model.seq_length)
+  count = config.training.eval_batches
+  usage_on, loss_on = itertools.islice(text.train_batches(), count), text.held_out_batches(count)
+  rows, report = least_used(load(workdir, source.step), model, usage_on, loss_on)
+  source.write(output, config, lambda path, leaf: shrunk(path, leaf, rows))
+  return report
 
 
 class Source:
@@ -69,6 +96,7 @@ class Source:
   """
 
   def __init__(self, workdir: str, step: int | None):
+    keep_little_freed_memory()  # First, before there are many threads.
     self._workdir = workdir
     self._streams = CheckpointStreams(workdir)
     self.step, self.record = self._streams.record(step)
@@ -77,6 +105,10 @@ class Source:
     check_same_tokenizer(self.record["tokenizer"], load_tokenizer(workdir).fingerprint, workdir)
     self.leaves: TrainState = self._streams.open(self.step, _shapes(self.config, self.model))
 
+  def resized(self, tokens: dict[str, int | None]) -> ModelConfig:
+    """The model with these counts; None for those that stay."""
+    return self.model.grown(**{name: count for name, count in tokens.items() if count is not None})
+
   def stages_to_come(self) -> tuple:
     """Growths of the run's configuration that are not done at `step`."""
     return tuple(stage for stage in self.config.growth.stages if stage.step >= self.step)
@@ -84,11 +116,11 @@ class Source:
   def write(self, output: str, config: Config, change: Callable[[str, LeafStream], LeafStream]) -> None:
     """Makes the work folder `output`, for a run of `config` that begins with `change(path, leaf)` of all leaves."""
     _check_divides(config)
-    folder, unfinished = _target(output, self._workdir)
+    folder = check_target(output, self._workdir)
+    unfinished = folder.with_name(folder.name + ".unfinished")
     state = jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), self.leaves)
     if unfinished.exists():  # Left by one that was killed.
       unfinished.rmtree()
-    keep_little_freed_memory()
     try:
       unfinished.mkdir(parents=True)
       (unfinished / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
@@ -117,8 +149,8 @@ def _check_divides(config: Config) -> None:
   tree_shardings(AbstractMesh(tuple(sizes), MESH_AXES), logical_axes(abstract)[0], split(abstract)[1])
 
 
-def _target(output: str, workdir: str) -> tuple[epath.Path, epath.Path]:
-  """(the new folder, where it is written until it is whole)."""
+def check_target(output: str, workdir: str) -> epath.Path:
+  """The new folder. Raises ValueError where it cannot be made."""
   folder, source = absolute(output), absolute(workdir)
   if "://" in output:
     raise ValueError(f"output={output}: a new folder must come into being at once; give one on a local disk.")
@@ -126,4 +158,4 @@ def _target(output: str, workdir: str) -> tuple[epath.Path, epath.Path]:
     raise ValueError(f"output={output}: already there; choose another.")
   if source in folder.parents:
     raise ValueError(f"output={output}: lies in the run's own folder {workdir}; choose one outside.")
-  return folder, folder.with_name(folder.name + ".unfinished")
+  return folder
