@@ -152,7 +152,6 @@ def test_value_scale_is_that_of_the_new_values(state):
 @pytest.mark.parametrize("fields, message", [
     (dict(how="zero"), "how='zero': choose one of exact, released, duplicate"),
     (dict(tau="grow"), "tau='grow': choose one of kept"),
-    (dict(how="duplicate", tau="moved"), "tau='moved': how='duplicate' sets τ itself"),
     (dict(value_scale=0.0), "value_scale=0.0: .* would never learn"),
     (dict(tau_steps=0), "tau_steps=0"), (dict(old_rows_rate=-1.0), "old_rows_rate=-1.0"),
     (dict(new_rows_rate=0.0), "new_rows_rate=0.0"),

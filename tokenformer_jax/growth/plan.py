@@ -138,9 +138,9 @@ def _new_rows(path: str, config: ModelConfig, growth: GrowthConfig) -> tuple[New
       return NewRows.SQUARED_PARTS, 0.0
     return NewRows.REPEATED, 0.0
   if root == "params":
-    if leaf == "values":
-      return NewRows.RANDOM, growth.value_scale * value_std(config)
-    return (NewRows.RANDOM, KEY_STD) if growth.how == "released" else (NewRows.ZERO, 0.0)
+    if growth.how == "released":
+      return NewRows.RANDOM, KEY_STD if leaf == "keys" else value_std(config)
+    return (NewRows.ZERO, 0.0) if leaf == "keys" else (NewRows.RANDOM, growth.value_scale * value_std(config))
   return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
 
 
