@@ -37,11 +37,13 @@ def shapes(config=CONFIG, model=MODEL):
   return make_program(config, model, small_run.mesh()).shapes
 
 
-def write_source(workdir, config=CONFIG, state=None):
+def write_source(workdir, config=CONFIG):
   tokenizer = data.open_tokenizer("bytes")
-  state = small_run.noise(shapes(config)) if state is None else state
+  # Noise, but for the counts of updates: a row cannot be younger than its optimizer.
+  state = jax.tree.map(lambda leaf: leaf if leaf.ndim or leaf.dtype.kind != "i" else jax.numpy.int32(STEP),
+                       small_run.noise(shapes(config)))
   checkpoints = Checkpoints(str(workdir))
-  checkpoints.save(STEP, dataclasses.replace(state, step=jax.numpy.int32(STEP)), {
+  checkpoints.save(STEP, state, {
       "model": dataclasses.asdict(MODEL), "config": config.to_dict(), "data": {"next_batch": 7},
       "fingerprint": {"a": 1}, "tokenizer": tokenizer.fingerprint})
   checkpoints.close()
