@@ -15,7 +15,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "The new work folder, on a local d
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to shrink; by default the newest.")
 _QKV = flags.DEFINE_integer("qkv_tokens", None, "Parameter tokens that stay in each of query, key and value.")
 _PROJ = flags.DEFINE_integer("proj_tokens", None, "Parameter tokens that stay in the attention's output projection.")
-_FFN = flags.DEFINE_integer("ffn_tokens", None, "Parameter tokens that stay in the feed-forward. Counts not given stay.")
+_FFN = flags.DEFINE_integer("ffn_tokens", None,
+                            "Parameter tokens that stay in the feed-forward. Counts not given stay.")
 _TOKEN_AXIS = flags.DEFINE_integer("mesh.token", None, "Devices that share the parameter tokens from now on.")
 flags.mark_flags_as_required(["workdir", "output"])
 

@@ -44,7 +44,8 @@ class ShrinkReport:
   def __str__(self) -> str:
     width = max(map(len, self.tokens))
     lines = [f"{'tokens of'.ljust(width)}  before  after  use that went"]
-    lines += [f"{path.ljust(width)}  {old:6}  {new:5}  {share:13.2%}" for path, (old, new, share) in self.tokens.items()]
+    for path, (old, new, share) in self.tokens.items():
+      lines.append(f"{path.ljust(width)}  {old:6}  {new:5}  {share:13.2%}")
     (old, new), (before, after) = self.num_parameters, self.losses
     return "\n".join([*lines, f"parameters: {old:,} -> {new:,}",
                       f"loss: {before:.4f} -> {after:.4f} nats a token ({after - before:+.4f})"])
