@@ -4,6 +4,7 @@ import types
 
 from flax import nnx
 import jax
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -50,3 +51,6 @@ def test_products_are_counted_as_often_as_they_run():
     return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
   x = jax.ShapeDtypeStruct((4, 4), "float32")
   assert product_flops(jax.make_jaxpr(program)(x)) == (5 + 2) * 2 * 4**3
+  rows = PartitionSpec("data")
+  per_device = jax.shard_map(lambda x: x @ x.T, mesh=small_run.mesh(data=8), in_specs=rows, out_specs=rows)
+  assert product_flops(jax.make_jaxpr(per_device)(np.ones((8, 3)))) == 8 * 2 * 3

@@ -111,7 +111,7 @@ def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, ch
   if shardings is not None:
     cache = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), cache, shardings[1])
   traced = decode_step.trace(program.graphdef, leaves, ids(rows), cache)
-  held = {"parameters": _bytes(leaves), "cache": _bytes(cache)}
+  held = {"parameters": _bytes(leaves), "cache" if shardings else "cache, were it whole": _bytes(cache)}
   peak, sent, _ = _compiled("decode step", traced, mesh, sum(held.values()))
   return Check("decode step", chip, held, peak, product_flops(traced.jaxpr) / mesh.size,
                config.model.forward_flops_per_token * rows / mesh.size, sent, rows)

@@ -30,7 +30,8 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
 def product_flops(jaxpr) -> int:
   """2 × rows × columns × depth of every product in a traced program, as often as its scans run it.
 
-  Of the branches of a condition the costliest counts; a `while` that is no scan counts once.
+  What is written per device (`jax.shard_map`) counts for all of them. Of the branches of a condition the
+  costliest counts; a `while` that is no scan counts once.
   """
   total = 0
   for equation in jaxpr.eqns:
@@ -39,7 +40,10 @@ def product_flops(jaxpr) -> int:
       depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
       total += 2 * depth * equation.outvars[0].aval.size
     inner = [value for value in equation.params.values() if hasattr(value, "eqns")]
-    total += equation.params.get("length", 1) * sum(map(product_flops, inner))
+    times = equation.params.get("length", 1)
+    if equation.primitive.name == "shard_map":
+      times = math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
+    total += times * sum(map(product_flops, inner))
     total += max(map(product_flops, equation.params.get("branches", ())), default=0)
   return total
 
