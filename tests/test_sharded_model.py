@@ -34,13 +34,13 @@ def mesh_of(sizes):
 class Case:
   """Loss and gradients of one small model: on one device, and compiled for a mesh."""
 
-  def __init__(self):
-    self.module = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+  def __init__(self, config: ModelConfig = CONFIG):
+    self.module = LanguageModel(config, rngs=nnx.Rngs(0))
     self.graphdef, parameters, tau = split(self.module)
     parameters = jax.tree_util.tree_map_with_path(
         lambda path, a: 2.0 * a if path[-1].key == "values" else a, parameters)
     rng = np.random.default_rng(0)
-    self.arguments = parameters, tau, rng.integers(0, 64, (2, ROWS, CONFIG.seq_length)).astype(np.int32)
+    self.arguments = parameters, tau, rng.integers(0, 64, (2, ROWS, config.seq_length)).astype(np.int32)
     self.alone = jax.jit(jax.value_and_grad(self.loss))(*self.arguments)
     self.compiled = {}
 

@@ -1,5 +1,6 @@
 """The TokenFormer language model."""
 
+import functools
 from typing import Any
 
 from flax import nnx
@@ -12,7 +13,7 @@ from tokenformer_jax.distributed.axes import constrain, is_split
 from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
-from tokenformer_jax.nn.parameters import parameter, split, stack_layers
+from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers
 from tokenformer_jax.nn.rotary import rotation
 from tokenformer_jax.parameter_tokens import sum_dtype
 
@@ -63,11 +64,18 @@ class LanguageModel(nnx.Module):
     by = rotation(positions, self.config.rotary_dims, self.config.rotary_base)
     mask = None if segments is None else _same_segment(segments)
     graphdef, *leaves = split(self.blocks)
+    axes, _ = logical_axes(self.blocks)
 
     def layer(x_BxTxD, leaves):
       # Else the partitioner splits fsdp's channels and gathers the batch.
       x_BxTxD = constrain(x_BxTxD, "batch", "time", None)
-      return apply(nnx.merge(graphdef, *leaves), x_BxTxD, by, mask)
+      parameters, tau = leaves
+      if self.config.remat != "none":
+        # Else it may gather them once for what is computed again and once for the gradient. Without remat this would
+        # keep the gathered parameters of all layers for the backward pass.
+        parameters = jax.tree.map(lambda a, axes: _gathered(a.astype(self.config.compute_dtype), axes[1:])
+                                  if "embed" in axes else a, parameters, axes)
+      return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, by, mask)
 
     x_BxTxD, seen = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
     return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), seen
@@ -109,6 +117,16 @@ class LanguageModel(nnx.Module):
 
   def _embed(self, tokens):
     return self.table()[tokens].astype(self.config.compute_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(parameter, axes):
+  """A parameter with all its channels. Its gradient is not: it is added up into the parts that devices keep."""
+  return constrain(parameter, *(None if axis == "embed" else axis for axis in axes))
+
+
+_gathered.defvjp(lambda parameter, axes: (_gathered(parameter, axes), None),
+                 lambda axes, _, gradient: (constrain(gradient, *axes),))
 
 
 def _same_segment(segments: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:
