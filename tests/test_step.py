@@ -23,14 +23,17 @@ VOCAB = small_run.MODEL.vocab_size
 
 
 class Bigram(nnx.Module):
-  """logits = table[token]: a model whose gradient is a formula."""
+  """logits = matrix[token]: a model whose gradient is a formula."""
 
   def __init__(self):
-    self.table = parameter(nnx.Rngs(0), (VOCAB, VOCAB), ("vocab", "vocab"), nnx.initializers.normal(1.0))
+    self.matrix = parameter(nnx.Rngs(0), (VOCAB, VOCAB), ("vocab", "vocab"), nnx.initializers.normal(1.0))
     self.tau = Tau(jnp.ones([]), axes=())
 
-  def __call__(self, tokens, positions, segments):
-    return self.table[...][tokens]
+  def hidden(self, tokens, positions, segments):
+    return jax.nn.one_hot(tokens, VOCAB)
+
+  def table(self):
+    return self.matrix[...].T
 
 
 def bigram_loss_and_gradient(table, batch, z_loss):
@@ -56,9 +59,9 @@ def test_micro_batches_are_one_batch(accumulation, weights, z_loss):
   step = make_train_step(graphdef, optimizer, make_tau_rule(CONFIG), optax.constant_schedule(1.0), z_loss,
                          accumulation)
   state = TrainState(jnp.int32(0), params, tau, optimizer.init(params), (), born=None)
-  loss, gradient = bigram_loss_and_gradient(params["table"], batch, z_loss)
+  loss, gradient = bigram_loss_and_gradient(params["matrix"], batch, z_loss)
   new, metrics = jax.jit(step)(state, batch)
-  np.testing.assert_allclose(params["table"] - new.params["table"], gradient, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(params["matrix"] - new.params["matrix"], gradient, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)  # Without the z-loss, to be compared with others.
   np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
   assert new.step == 1

@@ -115,6 +115,28 @@ def is_split(axis: str) -> bool:
   return mesh is not None and _parts(mesh, axis)[1] > 1
 
 
+def splits(axis: str, size: int) -> tuple[str, ...]:
+  """The mesh axes, of the mesh in context, that split a logical axis of this size; () where it stays whole."""
+  mesh = _mesh_in_context()
+  mesh_axes, parts = _parts(mesh, axis) if mesh is not None else ((), 1)
+  return mesh_axes if size % parts == 0 else ()
+
+
+def per_device(function: Callable, in_specs, out_specs) -> Callable:
+  """`jax.shard_map` of `function` on the mesh in context; without one, or on one device, `function` itself."""
+  mesh = _mesh_in_context()
+  if mesh is None or mesh.size == 1:
+    return function
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def platform() -> str:
+  """What the mesh in context consists of (it need not be here): cpu, gpu or tpu; without one, JAX's default."""
+  mesh = _mesh_in_context()
+  device = mesh.abstract_device if mesh is not None else None
+  return device.platform if device else jax.default_backend()
+
+
 def whole_heads(mesh: Mesh, num_heads: int) -> str:
   """What to tell of a number of heads that the mesh cannot split, '' if it can."""
   mesh_axes, parts = _parts(mesh, "heads")

@@ -11,8 +11,8 @@ import optax
 from tokenformer_jax.nn.parameters import Tree
 
 
-def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, warmup_steps: int
-                          ) -> optax.GradientTransformationExtraArgs:
+def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, warmup_steps: int,
+                          first_moment_dtype: str = "float32") -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam`, but rows added by growth have a bias correction of their own, and a warm-up.
 
   A new row gets the update of an Adam that began with it, times age / `warmup_steps` until that is 1.
@@ -24,7 +24,7 @@ def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, wa
   Args:
     axes: the parameters' logical axes.
   """
-  adam = optax.scale_by_adam(beta1, beta2, eps)
+  adam = optax.scale_by_adam(beta1, beta2, eps, mu_dtype=first_moment_dtype)
 
   def update(gradients, state, params=None, *, born):
     del params

@@ -18,8 +18,7 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, 
   `loss` (nats a token), `grad_norm` (before clipping), `learning_rate`.
   """
   def objective(params, tau, batch):
-    sums = _loss_sums(graphdef, params, tau, batch)
-    return sums.nats + z_loss * sums.z, sums
+    return _loss(graphdef, params, tau, batch, z_loss)
 
   trained = ("params", "tau") if tau_rule.learns else ("params",)
   gradients = jax.value_and_grad(objective, argnums=tuple(range(len(trained))), has_aux=True)
@@ -50,10 +49,11 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, 
 def make_eval_step(graphdef):
   """`(params, tau, batch) -> LossSums` over the batch."""
   def eval_step(params, tau, batch):
-    return _loss_sums(graphdef, params, tau, batch)
+    return _loss(graphdef, params, tau, batch, 0.0)[1]
   return eval_step
 
 
-def _loss_sums(graphdef, params, tau, batch) -> LossSums:
-  logits = nnx.merge(graphdef, params, tau)(batch.inputs, batch.positions, batch.segments)
-  return loss_sums(logits, batch.labels, batch.weights)
+def _loss(graphdef, params, tau, batch, z_loss) -> tuple[jax.Array, LossSums]:
+  model = nnx.merge(graphdef, params, tau)
+  hidden = model.hidden(batch.inputs, batch.positions, batch.segments)
+  return loss_sums(hidden, model.table(), batch.labels, batch.weights, z_loss)
