@@ -105,7 +105,7 @@ def token_usage(model: LanguageModel, batches: Iterable) -> Usage:
 
   @jax.jit
   def sums(params, tau, inputs, positions, segments):
-    def count(block, x, by, mask):
+    def count(block, x, by, segments):
       seen = {}
       for path, layer in list(nnx.iter_modules(block)):
         if isinstance(layer, Pattention):
@@ -114,7 +114,7 @@ def token_usage(model: LanguageModel, batches: Iterable) -> Usage:
             parent = getattr(parent, name)
           # Past NNX, which this throw-away block need not know of.
           object.__setattr__(parent, path[-1], _counting(layer, seen, "/".join(["blocks", *map(str, path)])))
-      return block(x, by, mask), seen
+      return block(x, by, segments), seen
     return nnx.merge(graphdef, params, tau).through_layers(count, inputs, positions, segments)[1]
 
   total, positions = None, 0

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import constrain, is_split
@@ -58,11 +58,10 @@ class LanguageModel(nnx.Module):
 
   def through_layers(self, apply, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
                      segments: Int[Array, "batch time"] | None = None) -> tuple[Float[Array, "batch time embed"], Any]:
-    """`hidden` with `apply(block, x, by, mask) -> (x, seen)` in the place of each block; and `seen`, [layer, …]."""
+    """`hidden` with `apply(block, x, by, segments) -> (x, seen)` in the place of each block; and `seen`, [layer, …]."""
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None]
     by = rotation(positions, self.config.rotary_dims, self.config.rotary_base)
-    mask = None if segments is None else _same_segment(segments)
     graphdef, *leaves = split(self.blocks)
     axes, _ = logical_axes(self.blocks)
 
@@ -75,7 +74,7 @@ class LanguageModel(nnx.Module):
         # keep the gathered parameters of all layers for the backward pass.
         parameters = jax.tree.map(lambda a, axes: _gathered(a.astype(self.config.compute_dtype), axes[1:])
                                   if "embed" in axes else a, parameters, axes)
-      return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, by, mask)
+      return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, by, segments)
 
     x_BxTxD, seen = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
     return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), seen
@@ -127,7 +126,3 @@ def _gathered(parameter, axes):
 
 _gathered.defvjp(lambda parameter, axes: (_gathered(parameter, axes), None),
                  lambda axes, _, gradient: (constrain(gradient, *axes),))
-
-
-def _same_segment(segments: Int[Array, "batch time"]) -> Bool[Array, "batch 1 time time"]:
-  return (segments[:, None, :, None] == segments[:, None, None, :])

@@ -2,13 +2,14 @@
 
 from flax import nnx
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.nn.rotary import Rotation, rotate
+from tokenformer_jax.nn.token_attention import causal_attention
 
 
 class Attention(nnx.Module):
@@ -26,11 +27,11 @@ class Attention(nnx.Module):
     self.proj = projection(config.proj_tokens, rngs=rngs)
 
   def __call__(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
-               mask: Bool[Array, "batch 1 time time"] | None = None) -> Float[Array, "batch time embed"]:
-    """Every token attends to itself and those before it, where `mask` (True = may see) allows."""
+               segments: Int[Array, "batch time"] | None = None) -> Float[Array, "batch time embed"]:
+    """Every token attends to itself and those before it in its segment, of which there is one by default."""
     q, k, v = self._qkv(x_BxTxD, by)
     k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-    y_BxTxD = _merge_heads(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True))
+    y_BxTxD = _merge_heads(causal_attention(q, k, v, segments))
     return self.proj(constrain(y_BxTxD, "batch", "time", None))
 
   def extend(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,

@@ -24,8 +24,8 @@ class Block(nnx.Module):
     self.attention = Attention(config, projection, rngs=rngs)
     self.ffn = projection(config.ffn_tokens, rngs=rngs)
 
-  def __call__(self, x_BxTxD, by, mask=None):
-    x_BxTxD += self.attention(layer_norm(x_BxTxD), by, mask)
+  def __call__(self, x_BxTxD, by, segments=None):
+    x_BxTxD += self.attention(layer_norm(x_BxTxD), by, segments)
     return x_BxTxD + self.ffn(layer_norm(x_BxTxD))
 
   def extend(self, x_BxTxD, by, mask, cache, layer):

@@ -1,0 +1,67 @@
+"""Causal softmax attention between tokens, computed as the device does it best."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from tokenformer_jax.distributed.axes import is_split, per_device, platform, splits
+
+# Splash attention's rows come in tiles of 128; tiles of 512 keep a TPU's matrix unit busy.
+_TILE, _LARGEST_TILE = 128, 512
+
+
+def causal_attention(q: Float[Array, "batch time head channel"], k: Float[Array, "batch time head channel"],
+                     v: Float[Array, "batch time head channel"], segments: Int[Array, "batch time"] | None = None,
+                     how: str | None = None) -> Float[Array, "batch time head channel"]:
+  """softmax(q kᵀ / √C) v of every token over itself and those before it, in its own segment.
+
+  Args:
+    q, k, v: [B, T, H, C].
+    segments: document of each token; by default one.
+    how: `cudnn`, `splash` or `xla`; by default `kernel_for` this device, dtype and shape.
+  """
+  how = how or kernel_for(platform(), q.dtype, q.shape)
+  if how == "splash":
+    return _splash(q, k, v, segments)
+  mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=how)
+
+
+def kernel_for(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]) -> str:
+  """`cudnn` on a GPU and `splash` on a TPU, where they take arrays of that dtype and shape [B, T, H, C]; else `xla`."""
+  _, time, _, channels = shape
+  if platform == "gpu" and dtype == jnp.bfloat16 and channels % 8 == 0 and channels <= 128:
+    return "cudnn"
+  # Where positions are split, which keys a query may see depends on the device, and splash's mask cannot.
+  if platform == "tpu" and time % _TILE == 0 and not is_split("time"):
+    return "splash"
+  return "xla"
+
+
+def _splash(q, k, v, segments, interpret=False):
+  """Splash attention, for T a multiple of 128; on a mesh of each device's rows and heads."""
+  # Here, for Pallas takes longer to import than the rest of us.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+  by_heads = PartitionSpec(splits("batch", q.shape[0]) or None, None, splits("heads", q.shape[2]) or None, None)
+  by_rows = PartitionSpec(by_heads[0], None)
+
+  def local(q, k, v, segments):
+    time, heads, channels = q.shape[1:]
+    tile = math.gcd(time, _LARGEST_TILE)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((time, time))] * heads),
+        block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    ids = None if segments is None else splash_attention_kernel.SegmentIds(segments, segments)
+    q, k, v = (a.swapaxes(1, 2) for a in (q * channels**-0.5, k, v))
+    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2).astype(v.dtype)
+
+  if segments is None:
+    return per_device(functools.partial(local, segments=None), (by_heads,) * 3, by_heads)(q, k, v)
+  return per_device(local, (by_heads,) * 3 + (by_rows,), by_heads)(q, k, v, segments)
