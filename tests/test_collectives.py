@@ -108,6 +108,18 @@ def test_a_collective_that_the_tpu_compiler_spread_over_computations_counts_once
   assert {c.operation: c.trips for c in collectives(text, MESH())} == {"g1": 1, "g2": 12}
 
 
+def test_a_reduce_scatter_of_the_tpu_compiler_is_a_fusion_with_the_name_of_its_origin():
+  body = ("%all-reduce-scatter.1 (i: f32[4]) -> f32[2] {\n  %i = f32[4]{0} parameter(0)\n"
+          "  %a = f32[4]{0} all-reduce(%i), replica_groups=[4,2]<=[8], to_apply=%add\n"
+          "  ROOT %s = f32[2]{0} slice(%a), slice={[0:2]}\n}\n")
+  add = "%add (a: f32[], b: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n"
+  fusion = ('  ROOT %f = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, '
+            'metadata={op_name="transpose(jvp())/dot"}\n}\n')
+  found, = collectives(add + body + HEAD + fusion, MESH())
+  assert (found.kind, found.backward, found.axes, found.bytes, found.argument) == (
+      "reduce-scatter", True, ("token",), 16, "x")
+
+
 def test_what_cannot_be_read_is_said():
   with pytest.raises(ValueError, match="r: its groups of devices are not understood"):
     collectives(HEAD + "  ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=?\n}\n", MESH())

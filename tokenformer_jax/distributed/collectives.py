@@ -70,6 +70,7 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
       continue
+    op_name = module.op_name(computation, instruction)
     axes, group_size = _axes(instruction, mesh)
     if group_size == 1:
       continue
@@ -87,8 +88,8 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
     for name, (dtype, shape, size) in _arrays(kind, instruction, module.computations[computation], group_size):
       found.append(Collective(
           kind=kind, axes=axes, dtype=dtype, shape=shape, bytes=size, group_size=group_size, trips=trips,
-          backward="transpose(" in instruction.op_name, argument=module.source(computation, name),
-          operation=instruction.name, op_name=instruction.op_name))
+          backward="transpose(" in op_name, argument=module.source(computation, name),
+          operation=instruction.name, op_name=op_name))
     if chain:
       chains[chain.group(1)] = list(range(before, len(found)))
   return found

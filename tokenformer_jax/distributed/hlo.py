@@ -68,6 +68,11 @@ class Module:
       raise ValueError(f"loop {loop.name} in {computation}: its number of trips is not a constant of the program.")
     return counts[0]
 
+  def op_name(self, computation: str, instruction: Instruction) -> str:
+    """The instruction's `op_name`, or where it is part of a fusion without one, the fusion's."""
+    _, fusion = self._callers.get(computation, (None, None))
+    return instruction.op_name or (fusion.op_name if fusion and fusion.opcode == "fusion" else "")
+
   def source(self, computation: str, name: str) -> str | None:
     """The argument of the program that value `name` is, or a part or cast of; None if it was computed."""
     place = computation, name, ()
