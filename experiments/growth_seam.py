@@ -1,0 +1,123 @@
+"""Growth in the midst of a run, beside no growth, growth as released, and the big model from scratch.
+
+    python -m experiments.growth_seam --workdir=runs/growth_seam
+
+RECORD
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import matplotlib.figure
+import numpy as np
+from absl import flags
+
+from experiments.runs import held_out_losses
+from tokenformer_jax.cli import door
+from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from tokenformer_jax.training.resize import grow_run
+
+SEAM, STEPS, DECAY, EVERY = 2000, 3000, 400, 50
+SEEDS = (0, 1, 2)
+FACTORS = (2, 4)
+CONTROLS = {"control": "no growth", "slower": "no growth, half the rate"}
+RUNS = {"exact": "exact growth (default)", "released": "released growth, restarted", "scratch": "from scratch"}
+
+
+def small_run(seed: int) -> Config:
+  """The run without growth: 90,240 parameters, 64 bytes of Python a row."""
+  return Config(
+      model=ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, qkv_tokens=32, proj_tokens=32,
+                        ffn_tokens=128, seq_length=64),
+      data=DataConfig(batch_size=16, seed=seed),
+      optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=DECAY),
+      training=TrainingConfig(num_steps=STEPS, seed=seed, log_every=EVERY, eval_every=EVERY, eval_batches=20,
+                              checkpoint_every=SEAM, checkpoints_kept=3, sample_tokens=0))
+
+
+def run_seed(seed: int, folder: pathlib.Path) -> dict[str, dict[int, float]]:
+  """Held-out losses by step of all runs of a seed; steps count from the small model's first."""
+  base = small_run(seed)
+  losses = {"control": held_out_losses(base, folder / "control")}
+
+  slower = folder / "slower"
+  if not slower.exists():
+    shutil.copytree(folder / "control", slower, ignore=shutil.ignore_patterns(str(STEPS), "done.json"))
+  losses["slower"] = held_out_losses(
+      dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3)), slower)
+
+  for factor in FACTORS:
+    tokens = {name: factor * getattr(base.model, name) for name in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
+    big = dataclasses.replace(base, model=base.model.grown(**tokens))
+
+    grown = folder / f"exact_{factor}"
+    if not grown.exists():
+      grow_run(str(folder / "control"), str(grown), step=SEAM, **tokens)
+    losses[f"exact_{factor}"] = held_out_losses(big, grown)
+
+    weights = folder / f"released_{factor}_weights"
+    if not weights.exists():
+      grow_run(str(folder / "control"), str(weights), step=SEAM, how="released", **tokens)
+    # The released configuration: the weights alone, and a schedule from its beginning.
+    restarted = dataclasses.replace(
+        big, init_from=str(weights), data=dataclasses.replace(big.data, seed=seed + 100),
+        optimizer=dataclasses.replace(big.optimizer, schedule="warmup_cosine"),
+        training=dataclasses.replace(big.training, num_steps=STEPS - SEAM))
+    after = held_out_losses(restarted, folder / f"released_{factor}")
+    losses[f"released_{factor}"] = {SEAM + step: loss for step, loss in after.items()}
+
+    losses[f"scratch_{factor}"] = held_out_losses(big, folder / f"scratch_{factor}")
+  return losses
+
+
+def main(argv):
+  del argv
+  folder = pathlib.Path(flags.FLAGS.workdir).absolute()
+  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+  seeds = [run_seed(seed, folder / f"seed_{seed}") for seed in SEEDS]
+  (folder / "losses.json").write_text(json.dumps(seeds))
+
+  steps = sorted(step for step in seeds[0]["control"] if step > SEAM)
+  print(f"\nHeld-out loss over that of the run without growth at the same step, mean of {len(SEEDS)} seeds, per cent:\n\n"
+        "| factor | run | +50 | +100 | +200 | +400 | +600 | +1000 | largest | last loss (by seed) |\n" + "|---" * 10 + "|")
+  control = mean([losses["control"] for losses in seeds], steps)
+  rows = [(1, title, name) for name, title in CONTROLS.items()]
+  rows += [(factor, title, f"{name}_{factor}") for factor in FACTORS for name, title in RUNS.items()]
+  for factor, title, name in rows:
+    curve = mean([losses[name] for losses in seeds], steps)
+    over = 100 * (curve / control - 1)
+    shown = " | ".join(f"{over[steps.index(SEAM + k)]:+.2f}" for k in (50, 100, 200, 400, 600, 1000))
+    print(f"| {factor} | {title} | {shown} | {over.max():+.2f} | {curve[-1]:.4f} ({by_seed(seeds, name)}) |")
+  print(f"\n{plot(seeds, folder / 'growth_seam.png')}")
+
+
+def mean(curves: list[dict[int, float]], steps: list[int]) -> np.ndarray:
+  return np.mean([[curve[step] for step in steps] for curve in curves], axis=0)
+
+
+def by_seed(seeds, name: str) -> str:
+  return ", ".join(f"{losses[name][STEPS]:.4f}" for losses in seeds)
+
+
+def plot(seeds, path: pathlib.Path) -> pathlib.Path:
+  """Mean curves from a little before the seam on, a panel for each factor."""
+  figure = matplotlib.figure.Figure(figsize=(12, 4.5), layout="constrained")
+  for axes, factor in zip(figure.subplots(1, len(FACTORS), sharey=True), FACTORS):
+    for name, title in (CONTROLS | {f"{name}_{factor}": title for name, title in RUNS.items()}).items():
+      steps = sorted(step for step in seeds[0][name] if step >= SEAM - 500)
+      axes.plot(steps, mean([losses[name] for losses in seeds], steps), label=title)
+    axes.axvline(SEAM, color="grey", linestyle="--")
+    axes.set_title(f"{factor} × the parameter tokens at step {SEAM}")
+    axes.set_xlabel("step")
+    axes.legend()
+  figure.axes[0].set_ylabel("held-out loss (nats a byte)")
+  figure.savefig(path, dpi=120)
+  return path
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "runs/growth_seam", "Folder of the runs; run again to go on with them.")
+  door.run(main)

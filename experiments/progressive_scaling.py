@@ -1,0 +1,130 @@
+"""A chain of three sizes, each grown from the last, beside each size from scratch (the paper's figure 3, very small).
+
+    export TOKENFORMER_DATA=FOLDER
+    python -m experiments.progressive_scaling.py --workdir=runs/progressive_scaling
+
+FOLDER holds `english_novels/{train,valid}.txt.gz`, books parted by lines that are <|endoftext|>.
+
+RECORD
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import matplotlib.figure
+import numpy as np
+from absl import flags
+
+from experiments.runs import held_out_losses, training_flops
+from tokenformer_jax.cli import door
+from tokenformer_jax.config import (
+    Config, DataConfig, GrowthConfig, GrowthStage, ModelConfig, OptimizerConfig, TrainingConfig)
+
+MARKER = "<|endoftext|>"
+SEEDS = (0, 1)
+SIZES = (64, 128, 256)  # Tokens in each of q, k, v and proj; four times as many in the feed-forward.
+GROWN_AT = (1200, 2000)  # Steps at which the chain takes the next size.
+STAGE_ENDS = (1200, 2000, 2800)
+DECAY = 300  # Every model's rate falls to 0 in this many steps after its stage; the chain itself goes on without.
+
+
+def tokens(size: int) -> dict[str, int]:
+  return dict(qkv_tokens=size, proj_tokens=size, ffn_tokens=4 * size)
+
+
+def base(seed: int) -> Config:
+  folder = os.environ.get("TOKENFORMER_DATA")
+  if not folder:
+    raise ValueError("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
+  return Config(
+      model=ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, seq_length=64, **tokens(SIZES[0])),
+      data=DataConfig(source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
+                      held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}", batch_size=16, seed=seed),
+      optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=DECAY),
+      training=TrainingConfig(num_steps=STAGE_ENDS[0] + DECAY, seed=seed, log_every=100, eval_every=100,
+                              eval_batches=40, checkpoint_every=500, sample_tokens=0))
+
+
+def chained(seed: int, index: int) -> Config:
+  """The chain up to size `index`, and that size's decay."""
+  config = base(seed)
+  stages = tuple(GrowthStage(step, **tokens(size)) for step, size in zip(GROWN_AT[:index], SIZES[1:]))
+  return dataclasses.replace(
+      config, growth=GrowthConfig(stages=stages),
+      training=dataclasses.replace(config.training, num_steps=STAGE_ENDS[index] + DECAY))
+
+
+def from_scratch(seed: int, index: int) -> Config:
+  """Size `index` for as many steps, on the same data in the same order."""
+  config = chained(seed, index)
+  return dataclasses.replace(config, growth=GrowthConfig(), model=config.model.grown(**tokens(SIZES[index])))
+
+
+def run_seed(seed: int, folder: pathlib.Path) -> list[dict[str, dict[int, float]]]:
+  """Held-out losses by step, for each size of its chain and of its own run from scratch."""
+  results = []
+  for index, size in enumerate(SIZES):
+    scratch = held_out_losses(from_scratch(seed, index), folder / f"scratch_{size}")
+    chain = held_out_losses(chained(seed, index), folder / f"chain_{size}") if index else scratch
+    results.append({"chain": chain, "scratch": scratch})
+  return results
+
+
+def chain_flops(index: int) -> float:
+  """What size `index` costs where the sizes before it are there: its stage and its decay."""
+  config = chained(0, index)
+  return training_flops(config, STAGE_ENDS[index - 1] if index else 0, config.training.num_steps)
+
+
+def main(argv):
+  del argv
+  folder = pathlib.Path(flags.FLAGS.workdir).absolute()
+  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+  seeds = [run_seed(seed, folder / f"seed_{seed}") for seed in SEEDS]
+  (folder / "losses.json").write_text(json.dumps(seeds))
+
+  print("\n| parameters | last loss, grown (by seed) | from scratch (by seed) | PFLOPs, from the size before "
+        "| with all before it | from scratch |\n|---|---|---|---|---|---|")
+  for index, size in enumerate(SIZES):
+    config = chained(0, index)
+    steps = config.training.num_steps
+    grown, scratch = ([losses[index][name][steps] for losses in seeds] for name in ("chain", "scratch"))
+    costs = [chain_flops(index), training_flops(config, 0, steps), training_flops(from_scratch(0, index), 0, steps)]
+    print(f"| {from_scratch(0, index).model.num_parameters:,} | {shown(grown)} | {shown(scratch)} | "
+          + " | ".join(f"{cost / 1e15:.2f}" for cost in costs) + " |")
+  total = sum(map(chain_flops, range(len(SIZES))))
+  alone = sum(training_flops(from_scratch(0, i), 0, chained(0, i).training.num_steps) for i in range(len(SIZES)))
+  print(f"\nAll three models: {total / 1e15:.2f} PFLOPs as a chain, {alone / 1e15:.2f} from scratch "
+        f"({total / alone:.0%}).\n{plot(seeds, folder / 'progressive_scaling.png')}")
+
+
+def shown(losses: list[float]) -> str:
+  return f"{np.mean(losses):.4f} ({', '.join(f'{loss:.4f}' for loss in losses)})"
+
+
+def plot(seeds, path: pathlib.Path) -> pathlib.Path:
+  """Held-out loss against training FLOPs, first seed: the chain, and each size from scratch."""
+  figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+  axes = figure.subplots()
+  for index, size in enumerate(SIZES):
+    for name, config in (("scratch", from_scratch(0, index)), ("chain", chained(0, index))):
+      if name == "chain" and index == 0:
+        continue
+      points = [(training_flops(config, 0, step) / 1e15, loss) for step, loss in sorted(seeds[0][index][name].items())]
+      parameters = f"{config.model_at(config.training.num_steps).num_parameters:,} parameters"
+      axes.plot(*zip(*points), "-" if name == "chain" else "--", color=f"C{index}",
+                label=f"{parameters}, {'grown' if name == 'chain' else 'from scratch'}")
+  axes.set_xlabel("training PFLOPs, all stages")
+  axes.set_ylabel("held-out loss (nats a byte)")
+  axes.set_ylim(top=np.percentile([loss for sizes in seeds for runs in sizes for loss in runs["scratch"].values()], 90))
+  axes.legend()
+  figure.savefig(path, dpi=120)
+  return path
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "runs/progressive_scaling", "Folder of the runs; run again to go on with them.")
+  door.run(main)
