@@ -59,6 +59,7 @@ def loss_and_logits(parameters, tokens, labels, **changes):
 @pytest.fixture(scope="module")
 def logits():
   """Logits of one lively model."""
+  lively_parameters()  # Made here, and not while something is traced.
   return jax.jit(lambda tokens, positions, segments=None: lively_model()(tokens, positions, segments))
 
 
