@@ -14,6 +14,7 @@ import ml_collections
 
 THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 GELUS = ("erf", "tanh")
+KERNELS = ("auto", "reference", "fused")
 REMAT_POLICIES = ("none", "dots", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -61,6 +62,10 @@ class ModelConfig(_Checked):
 
   `qkv_tokens` parameter tokens in each of query, key and value; `proj_tokens` in the attention's
   output projection; `ffn_tokens` in the feed-forward. These three are what growth changes.
+
+  `remat`: what the backward pass computes again instead of keeping it: `none`; `dots`, all but products with
+  parameters; `full`, a layer from its input. `kernel` of pattention: the `reference`; `fused`
+  (`kernels/fused_pattention.py`), on TPUs; `auto`, the fastest, which no measurement has yet shown `fused` to be.
   """
 
   vocab_size: int
@@ -77,6 +82,7 @@ class ModelConfig(_Checked):
   rotary_base: float = 10_000.0
   compute_dtype: str = "float32"
   remat: str = "none"
+  kernel: str = "auto"
 
   def validate(self):
     for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "proj_tokens",
@@ -92,6 +98,9 @@ class ModelConfig(_Checked):
     _require_choice("gelu", self.gelu, GELUS)
     _require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
     _require_choice("remat", self.remat, REMAT_POLICIES)
+    _require_choice("kernel", self.kernel, KERNELS)
+    _require(self.kernel != "fused" or self.theta != "softmax", "kernel", self.kernel,
+             f"theta={self.theta!r} has none; choose reference.")
 
   @property
   def head_dim(self) -> int:

@@ -108,18 +108,20 @@ def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m 
   return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype))
 
 
-def _l2_norm_gelu(s, tau, gelu):
-  return gelu.value(tau * _unit_rows(s, jnp.asarray(_SQUARE_SCALE, s.dtype), _ZERO_NORM))
+# A Θ is a function of scores [m, n], τ and a GELU; the L2 variants also of `over`, mesh axes along which the sums over
+# tokens go on, where each device has some of them.
+def _l2_norm_gelu(s, tau, gelu, over=()):
+  return gelu.value(tau * _unit_rows(s, jnp.asarray(_SQUARE_SCALE, s.dtype), _ZERO_NORM, over))
 
 
-def _gelu_l2_norm(s, tau, gelu):
-  top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+def _gelu_l2_norm(s, tau, gelu, over=()):
+  top = _largest(jax.lax.stop_gradient(s), over)
   tail = gelu.tail(*(jnp.clip(a, -1e18, _GELU_TAIL) for a in (s, top)))
   g = jnp.where(top < _GELU_TAIL, tail, gelu.value(s))
-  g = jnp.where(_norm(s, _SQUARE_SCALE) < _ZERO_NORM * _SQUARE_SCALE, 0.0, g)
+  g = jnp.where(_norm(s, _SQUARE_SCALE, over) < _ZERO_NORM * _SQUARE_SCALE, 0.0, g)
   # GeLU's range is too wide for one fixed scale: take each row's own.
-  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(g), axis=-1, keepdims=True))
-  return tau * _unit_rows(g, 1.0 / jnp.clip(largest, 1e-37, 1e37), 1e-37)
+  largest = _largest(jnp.abs(jax.lax.stop_gradient(g)), over)
+  return tau * _unit_rows(g, 1.0 / jnp.clip(largest, 1e-37, 1e37), 1e-37, over)
 
 
 def _softmax(s, tau, gelu):
@@ -130,33 +132,43 @@ def _softmax(s, tau, gelu):
 THETAS = {"l2_norm_gelu": _l2_norm_gelu, "gelu_l2_norm": _gelu_l2_norm, "softmax": _softmax}
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _unit_rows(s: Float[Array, "m n"], scale: Float[Array, "..."], zero_norm: float) -> Float[Array, "m n"]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _unit_rows(s: Float[Array, "m n"], scale: Float[Array, "..."], zero_norm: float, over=()) -> Float[Array, "m n"]:
   """s / ‖s‖₂ along the last axis; 0, with zero gradient, where ‖s‖₂ < `zero_norm`.
 
   The squares are taken of s · `scale` (a scalar or [m, 1]), to keep their sum within float32.
   """
-  return s * _inverse_norm(s, scale, zero_norm)
+  return s * _inverse_norm(s, scale, zero_norm, over)
 
 
 @_unit_rows.defjvp
-def _unit_rows_jvp(zero_norm, primals, tangents):
+def _unit_rows_jvp(zero_norm, over, primals, tangents):
   # Written out, for ∂(s/‖s‖) by the chain rule passes through ‖s‖³, which leaves float32's range.
   s, scale = primals
   ds, _ = tangents
-  inverse = _inverse_norm(s, scale, zero_norm)
+  inverse = _inverse_norm(s, scale, zero_norm, over)
   unit = s * inverse
-  return unit, inverse * ds - unit * jnp.sum(unit * (inverse * ds), axis=-1, keepdims=True)
+  return unit, inverse * ds - unit * _sum(unit * (inverse * ds), over)
 
 
-def _inverse_norm(s, scale, zero_norm):
-  norm_Mx1 = _norm(s, scale)
+def _inverse_norm(s, scale, zero_norm, over):
+  norm_Mx1 = _norm(s, scale, over)
   live = norm_Mx1 >= zero_norm * scale
   return jnp.where(live, scale / jnp.where(live, norm_Mx1, 1.0), 0.0)
 
 
-def _norm(s, scale):
-  return jnp.sqrt(jnp.sum(jnp.square(s * scale), axis=-1, keepdims=True))
+def _norm(s, scale, over):
+  return jnp.sqrt(_sum(jnp.square(s * scale), over))
+
+
+def _sum(s, over):
+  sum_Mx1 = jnp.sum(s, axis=-1, keepdims=True)
+  return jax.lax.psum(sum_Mx1, over) if over else sum_Mx1
+
+
+def _largest(s, over):
+  largest_Mx1 = jnp.max(s, axis=-1, keepdims=True)
+  return jax.lax.pmax(largest_Mx1, over) if over else largest_Mx1
 
 
 @jax.custom_jvp

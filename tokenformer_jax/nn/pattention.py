@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tokenformer_jax.distributed.axes import is_split
+from tokenformer_jax.distributed.axes import is_split, platform
 from tokenformer_jax.nn.parameters import Tau, parameter
 from tokenformer_jax.parameter_tokens import ParameterTokens, check_choices, initial_tau, pattention
 
@@ -22,12 +22,13 @@ class Pattention(nnx.Module):
     gelu: `erf` or `tanh`.
     key_init: keys' initialiser. The default's scale cancels in Θ's norm: it sets only the pace of learning.
     value_init: values' initialiser; by default N(0, 1/N), which keeps the size of normalised inputs.
+    kernel: `reference` (also `auto`), or `fused`, on TPUs and for sizes that are multiples of 128.
     rngs: parameters are drawn from `rngs.params()`.
   """
 
   def __init__(self, d_in: int, d_out: int, num_tokens: int, *, theta: str = "l2_norm_gelu", gelu: str = "erf",
                key_init: nnx.Initializer = nnx.initializers.normal(0.02),
-               value_init: nnx.Initializer | None = None, rngs: nnx.Rngs):
+               value_init: nnx.Initializer | None = None, kernel: str = "auto", rngs: nnx.Rngs):
     check_choices(theta, gelu)
     for name, size in (("d_in", d_in), ("d_out", d_out), ("num_tokens", num_tokens)):
       if size < 1:
@@ -35,12 +36,19 @@ class Pattention(nnx.Module):
     value_init = value_init or nnx.initializers.normal(1.0 / math.sqrt(num_tokens))
     self.theta = theta
     self.gelu = gelu
+    self.kernel = kernel
     self.keys = parameter(rngs, (num_tokens, d_in), ("param_token", "embed"), key_init)
     self.values = parameter(rngs, (num_tokens, d_out), ("param_token", "embed"), value_init)
     self.tau = Tau(jnp.float32(initial_tau(theta, num_tokens)), axes=())
 
   def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
     tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...])
+    if self.kernel == "fused":
+      # Here, for Pallas takes longer to import than the rest of us.
+      from tokenformer_jax.kernels.fused_pattention import fused_pattention
+      if platform() != "tpu":
+        raise ValueError(f"kernel='fused': it is for TPUs, and this is {platform()}; choose kernel='reference'.")
+      return fused_pattention(x, tokens, self.theta, self.gelu)
     def apply(x):
       return pattention(x, tokens, self.theta, self.gelu)
     # Rows [B·T] cannot be split along both B and T: where T is, each row of the batch goes for itself.

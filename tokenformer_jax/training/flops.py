@@ -30,8 +30,9 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
 def product_flops(jaxpr) -> int:
   """2 × rows × columns × depth of every product in a traced program, as often as its scans run it.
 
-  What is written per device (`jax.shard_map`) counts for all of them. Of the branches of a condition the
-  costliest counts; a `while` that is no scan counts once.
+  What is written per device (`jax.shard_map`) counts for all of them. A Pallas kernel counts what it says of itself,
+  or as often as it has blocks. Of the branches of a condition the costliest counts; a `while` that is no scan
+  counts once.
   """
   total = 0
   for equation in jaxpr.eqns:
@@ -39,6 +40,10 @@ def product_flops(jaxpr) -> int:
       (contracted, _), _ = equation.params["dimension_numbers"]
       depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
       total += 2 * depth * equation.outvars[0].aval.size
+    if equation.primitive.name == "pallas_call":
+      estimate, grid = equation.params["cost_estimate"], equation.params["grid_mapping"].grid
+      total += estimate.flops if estimate else math.prod(grid) * product_flops(equation.params["jaxpr"])
+      continue
     inner = [value for value in equation.params.values() if hasattr(value, "eqns")]
     times = equation.params.get("length", 1)
     if equation.primitive.name == "shard_map":

@@ -9,7 +9,7 @@ from tokenformer_jax.training.work_folder import absolute
 
 CONFIG = "config.json"
 # What changes how fast a model runs and not what it is.
-_FREE_MODEL_FIELDS = ("remat",)
+_FREE_MODEL_FIELDS = ("remat", "kernel")
 
 
 def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir: str) -> ModelConfig:
