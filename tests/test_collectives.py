@@ -120,6 +120,22 @@ def test_a_reduce_scatter_of_the_tpu_compiler_is_a_fusion_with_the_name_of_its_o
       "reduce-scatter", True, ("token",), 16, "x")
 
 
+@pytest.mark.parametrize("limit, stride, trips", [(8, 1, 8), (8, 2, 4), (7, 2, 4)])
+def test_a_loop_that_counts_by_more_than_one(limit, stride, trips):
+  """As the TPU compiler writes a product that it cut into windows."""
+  text = (f"%body (b: (u32[], f32[4])) -> (u32[], f32[4]) {{\n  %b = (u32[], f32[4]) parameter(0)\n"
+          f"  %n = u32[] get-tuple-element(%b), index=0\n  %s = u32[] constant({stride})\n"
+          "  %m = u32[] add(%n, %s)\n  %x = f32[4]{0} get-tuple-element(%b), index=1\n"
+          "  %r = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}\n"
+          "  ROOT %t = (u32[], f32[4]) tuple(%m, %r)\n}\n"
+          "%cond (c: (u32[], f32[4])) -> pred[] {\n  %c = (u32[], f32[4]) parameter(0)\n"
+          f"  %k = u32[] get-tuple-element(%c), index=0\n  %l = u32[] constant({limit})\n"
+          "  ROOT %lt = pred[] compare(%k, %l), direction=LT\n}\n"
+          "ENTRY %main (p: (u32[], f32[4])) -> (u32[], f32[4]) {\n  %p = (u32[], f32[4]) parameter(0)\n"
+          "  ROOT %w = (u32[], f32[4]) while(%p), condition=%cond, body=%body\n}\n")
+  assert [c.trips for c in collectives(text, MESH())] == [trips]
+
+
 def test_what_cannot_be_read_is_said():
   with pytest.raises(ValueError, match="r: its groups of devices are not understood"):
     collectives(HEAD + "  ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=?\n}\n", MESH())

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 _MOVES = frozenset({"bitcast", "convert", "copy", "copy-done", "copy-start", "dynamic-slice", "optimization-barrier",
                     "reshape", "slice", "transpose"})
 _BITS = {"pred": 8, "bf16": 16}
+_COUNTS = ("s32[]", "u32[]")
 _NAME = re.compile(r"%?([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
@@ -60,13 +61,25 @@ class Module:
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
       return int(known.group(1))
-    # A scan counts from 0 by 1 up to a constant, which the condition compares with.
+    # A loop counts from 0 up to a constant, which the condition compares with: a scan by 1, a product that the TPU
+    # compiler cut to overlap it with what it sends (a "windowed" one) also by 2.
     condition = self.computations[loop.attribute("condition")]
-    counts = [int(i.literal) for i in condition.values() if i.opcode == "constant" and i.type.startswith("s32[]")]
+    counts = [int(i.literal) for i in condition.values() if i.opcode == "constant" and i.type[:5] in _COUNTS]
     compared = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.attributes]
     if len(counts) != 1 or len(compared) != 1:
       raise ValueError(f"loop {loop.name} in {computation}: its number of trips is not a constant of the program.")
-    return counts[0]
+    return -(-counts[0] // self._stride(loop, condition[compared[0].operands[0]]))
+
+  def _stride(self, loop: Instruction, counter: Instruction) -> int:
+    """What a trip adds to the loop's counter, which the condition reads; 1 where it is not written as a sum."""
+    body = loop.attribute("body")
+    if counter.opcode != "get-tuple-element" or self._root(body).opcode != "tuple":
+      return 1
+    instructions = self.computations[body]
+    following = instructions[self._root(body).operands[int(counter.attribute("index"))]]
+    added = [int(i.literal) for i in map(instructions.get, following.operands)
+             if following.opcode == "add" and i.opcode == "constant"]
+    return added[0] if added else 1
 
   def op_name(self, computation: str, instruction: Instruction) -> str:
     """The instruction's `op_name`, or where it is part of a fusion without one, the fusion's."""
