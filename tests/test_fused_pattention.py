@@ -125,7 +125,7 @@ def test_elsewhere_than_on_tpus_it_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh, kernels", [
     (dict(data=2), {"splash_mha", "pattention_gelu_l2_norm", "pattention_gelu_l2_norm_gradient"}),
-    (dict(data=1, token=2), {"splash_mha"})], ids=str)
+    (dict(data=1, token=2), {"splash_mha"})], ids=["rows", "tokens"])
 def test_a_train_step_compiles_for_tpus_with_its_kernels(mesh, kernels):
   model = ModelConfig(vocab_size=512, num_layers=2, hidden_size=128, num_heads=2, qkv_tokens=128, proj_tokens=128,
                       ffn_tokens=256, seq_length=128, compute_dtype="bfloat16", theta="gelu_l2_norm", kernel="fused")
