@@ -8,7 +8,7 @@ state, on the same batches, so differences between recipes are theirs.
 
 Two CPU cores, November 2026, Python 3.11.7, jax 0.10.2, float32; about 25 minutes of CPU time for either. The table of
 τ's rules is in docs/growth.md. The search, one seed, 4 ×: per cent over the loss without growth, at the worst evaluation
-and at the end. The steps to a new τ and the size of new values set both; the old rows' rate moves the first alone.
+and at the end (docs/growth_tradeoff.png). The steps to a new τ and the size of new values set both; the old rows' rate moves the first alone.
 
 | recipe | worst | end |
 |---|---|---|
@@ -34,6 +34,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import tqdm
 from absl import flags
@@ -126,6 +127,7 @@ def main(argv):
   search = flags.FLAGS.search
   folder = pathlib.Path(flags.FLAGS.workdir).absolute()
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+  folder.mkdir(parents=True, exist_ok=True)
   recipes, seeds, factors = (SEARCH, SEEDS[:1], FACTORS[1:]) if search else (TAU_RULES, SEEDS, FACTORS)
   curves = {}
   for seed in seeds:
@@ -147,6 +149,24 @@ def main(argv):
     over = {step: 100 * (loss / mean[1, "no growth"][step] - 1) for step, loss in losses.items()}
     print(f"| {factor} | {name} | " + " | ".join(f"{over[step]:+.2f}" for step in shown)
           + f" | {max(over.values()):+.2f} |")
+  plot({name: losses for (factor, name), losses in mean.items() if factor != 1}, mean[1, "no growth"],
+       folder / "growth_tradeoff.png")
+
+
+def plot(curves: dict[str, dict[int, float]], control: dict[int, float], path: pathlib.Path) -> None:
+  """Each recipe's loss at the end against that at its worst evaluation, per cent over `control`."""
+  figure = matplotlib.figure.Figure(figsize=(10, 4.5), layout="constrained")
+  axes = figure.subplots()
+  for number, (name, losses) in enumerate(curves.items()):
+    over = {step: 100 * (loss / control[step] - 1) for step, loss in losses.items()}
+    point = (max(over.values()), over[STEPS])
+    axes.plot(*point, "o", color=f"C{number % 10}", label=f"{number + 1}: {name}")
+    axes.annotate(f" {number + 1}", point)
+  axes.axvline(0.5, color="grey", linestyle="--")
+  axes.set_xlabel("worst evaluation, % over no growth")
+  axes.set_ylabel(f"after {STEPS - SEAM} steps, % over no growth")
+  figure.legend(loc="outside right", fontsize="small")
+  figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
