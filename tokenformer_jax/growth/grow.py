@@ -74,7 +74,8 @@ def grow_leaf(leaf: jax.Array, plan: LeafPlan, key: jax.Array, step: jax.Array, 
   shape = list(leaf.shape)
   shape[plan.axis] = plan.new_shape[plan.axis] - plan.old_shape[plan.axis]
   if plan.new_rows is NewRows.RANDOM:
-    rows = _random_rows(tuple(shape), key, first_layer) * plan.number
+    # The barrier keeps the product one of its own: the same bits in every program.
+    rows = jax.lax.optimization_barrier(_random_rows(tuple(shape), key, first_layer)) * plan.number
   else:
     rows = jnp.full(shape, step if plan.new_rows is NewRows.STEP else 0)
   return jnp.concatenate([leaf, rows.astype(leaf.dtype)], axis=plan.axis)
