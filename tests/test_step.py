@@ -56,8 +56,8 @@ def test_micro_batches_are_one_batch(accumulation, weights, z_loss):
   batch = small_run.batch(weights=weights)
   graphdef, params, tau = split(Bigram())
   optimizer = optax.with_extra_args_support(optax.sgd(1.0))  # Updates are gradients.
-  step = make_train_step(graphdef, optimizer, make_tau_rule(CONFIG), optax.constant_schedule(1.0), z_loss,
-                         accumulation)
+  kept = make_tau_rule(small_run.replace(CONFIG, growth=dict(tau="kept")))
+  step = make_train_step(graphdef, optimizer, kept, optax.constant_schedule(1.0), z_loss, accumulation)
   state = TrainState(jnp.int32(0), params, tau, optimizer.init(params), (), born=None)
   loss, gradient = bigram_loss_and_gradient(params["matrix"], batch, z_loss)
   new, metrics = jax.jit(step)(state, batch)
