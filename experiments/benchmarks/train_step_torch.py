@@ -179,7 +179,8 @@ def main(argv):
   for name, side in sides.items():
     seconds = _seconds(lambda: losses.update({name: side.run(range(_STEPS_THAT_AGREE))}))
     apart = max(abs(a - b) for a, b in zip(losses["ours"], losses[name]))
-    print(f"{name}: losses {losses[name][0]:.4f} … {losses[name][-1]:.4f}, at most {apart:.1e} from ours; "
+    print(f"{name}: losses {losses[name][0]:.4f} … {losses[name][-1]:.4f}"
+          + (f", at most {apart:.1e} from ours" if name != "ours" else "") + "; "
           f"compiled and trained in {seconds[0]:.0f} s, of the processor {seconds[1]:.0f} s", flush=True)
     if not apart <= _TOLERANCE:
       raise SystemExit(f"{name}: losses {apart:.1e} apart, more than {_TOLERANCE}; no times of unequal work.")
