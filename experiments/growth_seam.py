@@ -24,16 +24,14 @@ lower. New rows that are livelier end lower and disturb more: growth_recipes.py.
 """
 
 import dataclasses
-import json
 import pathlib
 import shutil
 
-import jax
 import matplotlib.figure
 import numpy as np
 from absl import flags
 
-from experiments.runs import held_out_losses
+from experiments.runs import every_seed, held_out_losses
 from tokenformer_jax.cli import door
 from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tokenformer_jax.training.resize import grow_run
@@ -93,10 +91,7 @@ def run_seed(seed: int, folder: pathlib.Path) -> dict[str, dict[int, float]]:
 
 def main(argv):
   del argv
-  folder = pathlib.Path(flags.FLAGS.workdir).absolute()
-  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-  seeds = [run_seed(seed, folder / f"seed_{seed}") for seed in SEEDS]
-  (folder / "losses.json").write_text(json.dumps(seeds))
+  folder, seeds = every_seed(run_seed, SEEDS, flags.FLAGS.workdir)
 
   steps = sorted(step for step in seeds[0]["control"] if step > SEAM)
   print(f"\nHeld-out loss over that of the run without growth at the same step, mean of {len(SEEDS)} seeds, per cent:\n\n"

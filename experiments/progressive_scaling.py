@@ -20,16 +20,14 @@ far below (1.61 against 1.80 at 6.4 TFLOPs, though the latter's rate has not fal
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 
-import jax
 import matplotlib.figure
 import numpy as np
 from absl import flags
 
-from experiments.runs import held_out_losses, training_flops
+from experiments.runs import every_seed, held_out_losses, training_flops
 from tokenformer_jax.cli import door
 from tokenformer_jax.config import (
     Config, DataConfig, GrowthConfig, GrowthStage, ModelConfig, OptimizerConfig, TrainingConfig)
@@ -49,7 +47,7 @@ def tokens(size: int) -> dict[str, int]:
 def base(seed: int) -> Config:
   folder = os.environ.get("TOKENFORMER_DATA")
   if not folder:
-    raise ValueError("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
+    door.fail("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
   return Config(
       model=ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, seq_length=64, **tokens(SIZES[0])),
       data=DataConfig(source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
@@ -92,10 +90,7 @@ def chain_flops(index: int) -> float:
 
 def main(argv):
   del argv
-  folder = pathlib.Path(flags.FLAGS.workdir).absolute()
-  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-  seeds = [run_seed(seed, folder / f"seed_{seed}") for seed in SEEDS]
-  (folder / "losses.json").write_text(json.dumps(seeds))
+  folder, seeds = every_seed(run_seed, SEEDS, flags.FLAGS.workdir)
 
   print("\n| parameters | last loss, grown (by seed) | from scratch (by seed) | TFLOPs, from the size before "
         "| with all before it | from scratch |\n|---|---|---|---|---|---|")

@@ -3,9 +3,20 @@
 import json
 import pathlib
 
+import jax
+
 from tokenformer_jax.config import Config
 from tokenformer_jax.training.loop import train
 from tokenformer_jax.training.run_log import read_metrics
+
+
+def every_seed(run_seed, seeds, workdir: str) -> tuple[pathlib.Path, list]:
+  """(the folder `workdir`, `run_seed(seed, its folder)` of each seed), the results also in losses.json."""
+  folder = pathlib.Path(workdir).absolute()
+  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+  results = [run_seed(seed, folder / f"seed_{seed}") for seed in seeds]
+  (folder / "losses.json").write_text(json.dumps(results))
+  return folder, results
 
 
 def held_out_losses(config: Config, workdir: pathlib.Path) -> dict[int, float]:

@@ -25,6 +25,13 @@ def strict_dtypes():
 
 
 @pytest.fixture
+def users_precision():
+  """The precision of products that users have; at the tests' own, splash attention takes no bfloat16."""
+  with jax.default_matmul_precision("default"):
+    yield
+
+
+@pytest.fixture
 def data_folder() -> pathlib.Path:
   """The folder of real data that TOKENFORMER_DATA names; without it the test is skipped."""
   folder = os.environ.get("TOKENFORMER_DATA", "")

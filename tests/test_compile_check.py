@@ -74,6 +74,7 @@ def test_a_chip_is_one_device(topology):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.usefixtures("users_precision")
 def test_compiled_for_a_slice_what_is_sent_and_held_is_known():
   train, decode = check(config(data=1, fsdp=2, token=2), "v5e:2x2")
   for one in (train, decode):
@@ -89,6 +90,7 @@ def test_compiled_for_a_slice_what_is_sent_and_held_is_known():
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.usefixtures("users_precision")
 def test_what_does_not_fit_is_said():
   with pytest.raises(ValueError, match=r"the train step does not fit: Ran out of memory .*15.75G.* Take more chips"):
     check(config(batch_size=2**18), "v5e:2x2")

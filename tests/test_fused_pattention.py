@@ -12,8 +12,8 @@ from tests import small_run
 from tokenformer_jax import data
 from tokenformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import batch_sharding, replicated, traced_on
-from tokenformer_jax.distributed.topologies import can_compile, slice_mesh
-from tokenformer_jax.kernels import fused_pattention as kernel
+from tokenformer_jax.distributed.topologies import can_compile, kept_out_of_the_cache, slice_mesh
+from tokenformer_jax.kernels import fused_pattention as kernel, gelu
 from tokenformer_jax.kernels.fused_pattention import fused_pattention
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
@@ -112,7 +112,7 @@ def test_what_it_does_not_take_is_refused():
 
 def test_erfc_keeps_its_precision():
   x = np.linspace(-5.0, 9.0, 3001, dtype=np.float32)
-  np.testing.assert_allclose(kernel._erfc(jnp.asarray(x)), jax.lax.erfc(jnp.asarray(x)), rtol=3e-6)
+  np.testing.assert_allclose(gelu._erfc(jnp.asarray(x)), jax.lax.erfc(jnp.asarray(x)), rtol=3e-6)
 
 
 def test_elsewhere_than_on_tpus_it_is_refused():
@@ -123,6 +123,7 @@ def test_elsewhere_than_on_tpus_it_is_refused():
 
 @pytest.mark.skipif(bool(can_compile()), reason=can_compile())
 @pytest.mark.slow
+@pytest.mark.usefixtures("users_precision")
 @pytest.mark.parametrize("mesh, kernels", [
     (dict(data=4), {"splash_mha", "pattention_gelu_l2_norm", "pattention_gelu_l2_norm_gradient"}),
     (dict(data=2, token=2), {"splash_mha"})], ids=["rows", "tokens"])
@@ -132,7 +133,7 @@ def test_a_train_step_compiles_for_tpus_with_its_kernels(mesh, kernels):
   mesh = slice_mesh(MeshConfig(**mesh), "v5e:2x2")
   program = make_program(Config(model=model, data=DataConfig(batch_size=4)), model, mesh)
   ids = jax.ShapeDtypeStruct((4, 128), jnp.int32, sharding=batch_sharding(mesh, (4, 128)))
-  with jax.default_matmul_precision("default"):  # As users have it; the tests' is that of float32.
+  with kept_out_of_the_cache():
     text = program.train_step.lower(program.shapes, data.Batch(ids, ids)).compile().as_text()
   found = set(re.findall(r"(splash_mha|pattention_\w+)", text))
   assert "tpu_custom_call" in text and found & {"splash_mha", *kernels} == kernels, found

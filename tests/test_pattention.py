@@ -71,7 +71,7 @@ def test_empty_layers_are_refused(size):
     tf.Pattention(**sizes, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("choice", [{"theta": "l2"}, {"gelu": "relu"}])
+@pytest.mark.parametrize("choice", [{"theta": "l2"}, {"gelu": "relu"}, {"kernel": "fuse"}])
 def test_unknown_choices_are_refused_where_they_are_made(choice):
   with pytest.raises(ValueError, match="choose one of"):
     tf.Pattention(2, 2, 2, **choice, rngs=nnx.Rngs(0))

@@ -6,11 +6,11 @@ the result back into the validated, frozen form with `Config.from_dict`.
 """
 
 import dataclasses
-import difflib
-import typing
 from typing import Any
 
 import ml_collections
+
+from tokenformer_jax.checked import Checked, build, nearest, require, require_choice
 
 THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 GELUS = ("erf", "tanh")
@@ -25,39 +25,8 @@ WAYS_OF_GROWING = ("exact", "released", "duplicate")
 TAUS_AFTER_GROWTH = ("kept", "recomputed", "moved", "learned")
 
 
-def _require(condition: bool, field: str, value: Any, way_out: str) -> None:
-  if not condition:
-    raise ValueError(f"{field}={value!r}: {way_out}")
-
-
-def _require_choice(field: str, value: str, choices) -> None:
-  _require(value in choices, field, value, f"choose one of {', '.join(choices)}.{nearest(value, choices)}")
-
-
-def nearest(word: str, known) -> str:
-  """' Did you mean 'x'?' for the closest of `known`, or an empty string."""
-  close = difflib.get_close_matches(str(word), list(known), n=1)
-  return f" Did you mean {close[0]!r}?" if close else ""
-
-
-class _Checked:
-  """Checks the type of every field, so that a float for an int is found where it is written."""
-
-  def __post_init__(self):
-    for field, kind in typing.get_type_hints(type(self)).items():
-      value = getattr(self, field)
-      if kind is float and type(value) is int:
-        object.__setattr__(self, field, float(value))
-      elif kind in (int, float, str, bool) and type(value) is not kind:
-        raise ValueError(f"{field}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
-    self.validate()
-
-  def validate(self) -> None:
-    """Raises ValueError naming the field, its value and the way out."""
-
-
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
   """A TokenFormer language model (arXiv 2410.23168, section 3).
 
   `qkv_tokens` parameter tokens in each of query, key and value; `proj_tokens` in the attention's
@@ -87,19 +56,19 @@ class ModelConfig(_Checked):
   def validate(self):
     for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "proj_tokens",
                   "ffn_tokens", "seq_length"):
-      _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
-    _require(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads,
+      require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+    require(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads,
              f"must divide hidden_size={self.hidden_size}.")
-    _require(0.0 <= self.rotary_fraction <= 1.0, "rotary_fraction", self.rotary_fraction, "must be in [0, 1].")
-    _require(self.rotary_dims % 2 == 0, "rotary_fraction", self.rotary_fraction,
+    require(0.0 <= self.rotary_fraction <= 1.0, "rotary_fraction", self.rotary_fraction, "must be in [0, 1].")
+    require(self.rotary_dims % 2 == 0, "rotary_fraction", self.rotary_fraction,
              f"rotates {self.rotary_dims} of {self.head_dim} channels a head; the number must be even.")
-    _require(self.rotary_base > 0, "rotary_base", self.rotary_base, "must be positive.")
-    _require_choice("theta", self.theta, THETAS)
-    _require_choice("gelu", self.gelu, GELUS)
-    _require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-    _require_choice("remat", self.remat, REMAT_POLICIES)
-    _require_choice("kernel", self.kernel, KERNELS)
-    _require(self.kernel != "fused" or self.theta != "softmax", "kernel", self.kernel,
+    require(self.rotary_base > 0, "rotary_base", self.rotary_base, "must be positive.")
+    require_choice("theta", self.theta, THETAS)
+    require_choice("gelu", self.gelu, GELUS)
+    require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+    require_choice("remat", self.remat, REMAT_POLICIES)
+    require_choice("kernel", self.kernel, KERNELS)
+    require(self.kernel != "fused" or self.theta != "softmax", "kernel", self.kernel,
              f"theta={self.theta!r} has none; choose reference.")
 
   @property
@@ -174,7 +143,7 @@ NAMED_SIZES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Checked):
+class DataConfig(Checked):
   """What the model reads.
 
   `source` is one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, …
@@ -195,17 +164,17 @@ class DataConfig(_Checked):
   seed: int = 0
 
   def validate(self):
-    _require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
-    _require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction,
+    require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
+    require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction,
              "must be between 0 and 1.")
-    _require_choice("packing", self.packing, PACKINGS)
-    _require_choice("bad_text", self.bad_text, BAD_TEXTS)
-    _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
-    _require(self.seed >= 0, "seed", self.seed, "must not be negative.")
+    require_choice("packing", self.packing, PACKINGS)
+    require_choice("bad_text", self.bad_text, BAD_TEXTS)
+    require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
+    require(self.seed >= 0, "seed", self.seed, "must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig(_Checked):
+class OptimizerConfig(Checked):
   """AdamW with global-norm clipping and a learning-rate schedule.
 
   `warmup_cosine`: linear from 0, then cosine to `min_learning_rate` at the last step.
@@ -228,21 +197,21 @@ class OptimizerConfig(_Checked):
   first_moment_dtype: str = "float32"
 
   def validate(self):
-    _require_choice("schedule", self.schedule, SCHEDULES)
-    _require_choice("first_moment_dtype", self.first_moment_dtype, MOMENT_DTYPES)
-    _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive.")
-    _require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate",
+    require_choice("schedule", self.schedule, SCHEDULES)
+    require_choice("first_moment_dtype", self.first_moment_dtype, MOMENT_DTYPES)
+    require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive.")
+    require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate",
              self.min_learning_rate, f"must be in [0, learning_rate={self.learning_rate}].")
     for field in ("warmup_steps", "decay_steps", "weight_decay", "z_loss"):
-      _require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
+      require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
     for field in ("beta1", "beta2"):
-      _require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
+      require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
     for field in ("eps", "clip_norm"):
-      _require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
+      require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowthStage(_Checked):
+class GrowthStage(Checked):
   """At `step` (after that many updates) the model gets these token counts."""
 
   step: int
@@ -256,7 +225,7 @@ class GrowthStage(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowthConfig(_Checked):
+class GrowthConfig(Checked):
   """Growth: when, and how new rows and old ones go on. The defaults are the best seen in experiments/growth_seam.py.
 
   `how` the new rows begin (`growth.grow`):
@@ -282,21 +251,21 @@ class GrowthConfig(_Checked):
   old_rows_rate: float = 0.5
 
   def validate(self):
-    _require_choice("how", self.how, WAYS_OF_GROWING)
-    _require_choice("tau", self.tau, TAUS_AFTER_GROWTH)
-    _require(self.tau_steps >= 1, "tau_steps", self.tau_steps, "must be at least 1.")
-    _require(self.value_scale > 0, "value_scale", self.value_scale,
+    require_choice("how", self.how, WAYS_OF_GROWING)
+    require_choice("tau", self.tau, TAUS_AFTER_GROWTH)
+    require(self.tau_steps >= 1, "tau_steps", self.tau_steps, "must be at least 1.")
+    require(self.value_scale > 0, "value_scale", self.value_scale,
              "must be positive: new rows with zero keys and zero values would never learn.")
-    _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative.")
-    _require(self.new_rows_rate > 0, "new_rows_rate", self.new_rows_rate, "must be positive.")
-    _require(self.old_rows_rate >= 0, "old_rows_rate", self.old_rows_rate, "must not be negative.")
+    require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative.")
+    require(self.new_rows_rate > 0, "new_rows_rate", self.new_rows_rate, "must be positive.")
+    require(self.old_rows_rate >= 0, "old_rows_rate", self.old_rows_rate, "must not be negative.")
     steps = [stage.step for stage in self.stages]
-    _require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps,
+    require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps,
              "the steps must be at least 1 and rise.")
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig(_Checked):
+class MeshConfig(Checked):
   """Devices along each mesh axis; −1 takes what the others leave.
 
   `data` splits the batch; `fsdp` the batch and the parameters' channels; `token` parameter tokens, heads and
@@ -311,12 +280,12 @@ class MeshConfig(_Checked):
   def validate(self):
     sizes = dataclasses.asdict(self)
     for axis, size in sizes.items():
-      _require(size >= 1 or size == -1, f"{axis}", size, "must be at least 1, or −1 for the rest.")
-    _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be −1.")
+      require(size >= 1 or size == -1, f"{axis}", size, "must be at least 1, or −1 for the rest.")
+    require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be −1.")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig(_Checked):
+class TrainingConfig(Checked):
   """Length of the run, and how often it reports, evaluates and saves (all in optimizer steps)."""
 
   num_steps: int = 1000
@@ -333,13 +302,13 @@ class TrainingConfig(_Checked):
   def validate(self):
     for field in ("num_steps", "gradient_accumulation", "log_every", "eval_every", "eval_batches",
                   "checkpoint_every", "checkpoints_kept"):
-      _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+      require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
     for field in ("seed", "sample_tokens"):
-      _require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
+      require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_Checked):
+class Config(Checked):
   """One run. `init_from` names a work folder whose weights this run starts from, optimizer fresh."""
 
   model: ModelConfig
@@ -354,11 +323,11 @@ class Config(_Checked):
     model = self.model
     for stage in self.growth.stages:
       for field, count in stage.tokens.items():
-        _require(count >= getattr(model, field), f"stages: {field} at step {stage.step}", count,
+        require(count >= getattr(model, field), f"stages: {field} at step {stage.step}", count,
                  f"growth cannot take rows away; the model has {getattr(model, field)}.")
       model = model.grown(**stage.tokens)
     accumulation = self.training.gradient_accumulation
-    _require(self.data.batch_size % accumulation == 0, "gradient_accumulation", accumulation,
+    require(self.data.batch_size % accumulation == 0, "gradient_accumulation", accumulation,
              f"must divide data.batch_size={self.data.batch_size}.")
 
   def model_at(self, step: int) -> ModelConfig:
@@ -382,32 +351,4 @@ class Config(_Checked):
     """The validated form of `to_dict()`; unknown keys are refused with the nearest match."""
     if isinstance(fields, ml_collections.ConfigDict):
       fields = fields.to_dict()
-    return _build(cls, fields, "config")
-
-
-def _build(cls, fields, path: str):
-  """Builds dataclass `cls` from nested dicts, naming the path of whatever does not fit."""
-  if not isinstance(fields, typing.Mapping):
-    raise ValueError(f"{path}={fields!r}: expected the fields of {cls.__name__}.")
-  hints = typing.get_type_hints(cls)
-  values = {}
-  for key, value in fields.items():
-    if key not in hints:
-      raise ValueError(f"{path}.{key} is unknown.{nearest(key, hints)} Known: {', '.join(hints)}.")
-    kind = hints[key]
-    if dataclasses.is_dataclass(kind):
-      value = _build(kind, value, f"{path}.{key}")
-    elif typing.get_origin(kind) is tuple:
-      element = typing.get_args(kind)[0]
-      if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{path}.{key}={value!r}: expected a sequence of {element.__name__}.")
-      value = tuple(_build(element, v, f"{path}.{key}[{i}]") for i, v in enumerate(value))
-    values[key] = value
-  missing = [f.name for f in dataclasses.fields(cls)
-             if f.name not in values and f.default is dataclasses.MISSING]
-  if missing:
-    raise ValueError(f"{path}.{missing[0]} is missing: give {cls.__name__} its {', '.join(missing)}.")
-  try:
-    return cls(**values)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from None
+    return build(cls, fields, "config")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tokenformer_jax.config import nearest
+from tokenformer_jax.checked import nearest
 from tokenformer_jax.distributed.mesh import MESH_AXES
 
 # Logical axis -> mesh axes that split it.

@@ -1,6 +1,7 @@
 """Devices of TPU slices that are not there, to compile for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import importlib.util
 import math
 import os
@@ -10,7 +11,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from tokenformer_jax.config import MeshConfig, nearest
+from tokenformer_jax.checked import nearest
+from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.distributed.chips import CHIPS, Chip
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh, mesh_sizes
 
@@ -64,6 +66,17 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"topology={topology!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def kept_out_of_the_cache() -> Iterator[None]:
+  """Programs for devices that are not there can be written into the compilation cache, but not read back: not here."""
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def slice_mesh(config: MeshConfig, topology: str) -> Mesh:

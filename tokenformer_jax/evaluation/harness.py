@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 import numpy as np
 import tqdm
 
-from tokenformer_jax.config import nearest
+from tokenformer_jax.checked import nearest
 from tokenformer_jax.evaluation.log_likelihood import Request, log_likelihoods
 from tokenformer_jax.evaluation.perplexity import windows
 from tokenformer_jax.inference.generate import generate

@@ -9,7 +9,7 @@ import pathlib
 from typing import NamedTuple
 import zipfile
 
-from tokenformer_jax.config import nearest
+from tokenformer_jax.checked import nearest
 
 
 class Question(NamedTuple):

@@ -13,7 +13,8 @@ from flax import nnx, traverse_util
 import jax
 import numpy as np
 
-from tokenformer_jax.config import ModelConfig, nearest
+from tokenformer_jax.checked import nearest
+from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.interop.stored_array import quoted
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split

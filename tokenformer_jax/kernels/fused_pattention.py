@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from tokenformer_jax.distributed.axes import per_device, splits
+from tokenformer_jax.kernels.gelu import IN_KERNEL
 from tokenformer_jax.parameter_tokens import GELUS, THETAS, ParameterTokens, check_choices
 
 # A TPU's lanes: tokens and channels come in multiples.
@@ -103,7 +104,7 @@ def _forward(x, keys, values, tau, *, theta, gelu, interpret):
   last = num_tokens // tokens - 1
   x = _padded(x, rows)
   y = pl.pallas_call(
-      functools.partial(_forward_kernel, theta=functools.partial(THETAS[theta], gelu=_IN_KERNEL[gelu])),
+      functools.partial(_forward_kernel, theta=functools.partial(THETAS[theta], gelu=IN_KERNEL[gelu])),
       grid=(x.shape[0] // rows, 2, num_tokens // tokens),
       in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM),
                 pl.BlockSpec((rows, d_in), lambda i, phase, j: (i, 0)),
@@ -199,7 +200,7 @@ def _backward_call(x, keys, values, tau, by_y, *, theta, gelu, interpret):
   by_row = lambda i, phase, j: (i, 0)
   by_token = lambda i, phase, j: (i, jnp.where(phase == 0, 0, j))
   *gradients, by_tau = pl.pallas_call(
-      functools.partial(_backward_kernel, theta=functools.partial(THETAS[theta], gelu=_IN_KERNEL[gelu])),
+      functools.partial(_backward_kernel, theta=functools.partial(THETAS[theta], gelu=IN_KERNEL[gelu])),
       grid=(blocks, 2, num_tokens // tokens),
       in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM),
                 pl.BlockSpec((rows, d_in), by_row),
@@ -295,37 +296,3 @@ def _power_of_2(number):
 def _padded(a, multiple):
   """More rows, of zeros: they get weights and gradients of 0."""
   return jnp.pad(a, ((0, -a.shape[0] % multiple), (0, 0)))
-
-
-# Mosaic has no erfc. Cephes' erfcf: 1 − erf(x) below 1, exp(−x²) times a polynomial in 1/x² above.
-_ERFC_TO_2 = (2.326819970068386e-2, -1.387039388740657e-1, 3.687424674597105e-1, -5.824733027278666e-1,
-              6.210004621745983e-1, -4.944515323274145e-1, 3.404879937665872e-1, -2.741127028184656e-1,
-              5.638259427386472e-1)
-_ERFC_FROM_2 = (-1.047766399936249e1, 1.297719955372516e1, -7.495518717768503, 2.921019019210786,
-                -1.015265279202700, 4.218463358204948e-1, -2.820767439740514e-1, 5.641895067754075e-1)
-
-
-def _erfc(x):
-  size = jnp.minimum(jnp.maximum(jnp.abs(x), 1.0), 14.0)
-  inverse = 1.0 / size
-  square = inverse * inverse
-  near, far = (functools.reduce(lambda sum, c: sum * square + c, coefficients[1:], jnp.full_like(x, coefficients[0]))
-               for coefficients in (_ERFC_TO_2, _ERFC_FROM_2))
-  tail = jnp.exp(-size * size) * inverse * jnp.where(size < 2.0, near, far)
-  return jnp.where(jnp.abs(x) < 1.0, 1.0 - jax.lax.erf(jnp.clip(x, -1.0, 1.0)), jnp.where(x > 0, tail, 2.0 - tail))
-
-
-@jax.custom_jvp
-def _gelu_erf(x):
-  return x * 0.5 * _erfc(x * -math.sqrt(0.5))
-
-
-@_gelu_erf.defjvp
-def _gelu_erf_jvp(primals, tangents):
-  (x,), (dx,) = primals, tangents
-  cdf = 0.5 * _erfc(x * -math.sqrt(0.5))
-  density = jnp.exp(-0.5 * jnp.square(x)) * (1.0 / math.sqrt(2.0 * math.pi))
-  return x * cdf, (cdf + x * density) * dx
-
-
-_IN_KERNEL = GELUS | {"erf": GELUS["erf"]._replace(value=_gelu_erf)}

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tokenformer_jax.checked import require_choice
+from tokenformer_jax.config import KERNELS
 from tokenformer_jax.distributed.axes import is_split, platform
 from tokenformer_jax.nn.parameters import Tau, parameter
 from tokenformer_jax.parameter_tokens import ParameterTokens, check_choices, initial_tau, pattention
@@ -30,6 +32,7 @@ class Pattention(nnx.Module):
                key_init: nnx.Initializer = nnx.initializers.normal(0.02),
                value_init: nnx.Initializer | None = None, kernel: str = "auto", rngs: nnx.Rngs):
     check_choices(theta, gelu)
+    require_choice("kernel", kernel, KERNELS)
     for name, size in (("d_in", d_in), ("d_out", d_out), ("num_tokens", num_tokens)):
       if size < 1:
         raise ValueError(f"{name}={size}: must be at least 1.")

@@ -15,7 +15,8 @@ from tokenformer_jax.distributed.axes import batch_sharding, replicated
 from tokenformer_jax.distributed.chips import Chip
 from tokenformer_jax.distributed.collectives import Collective, collectives
 from tokenformer_jax.distributed.mesh import MESH_AXES, mesh_sizes
-from tokenformer_jax.distributed.topologies import abstract_mesh, can_compile, parse_topology, slice_mesh
+from tokenformer_jax.distributed.topologies import (
+    abstract_mesh, can_compile, kept_out_of_the_cache, parse_topology, slice_mesh)
 from tokenformer_jax.inference.generate import bucket, decode_step, prefill
 from tokenformer_jax.training.flops import product_flops
 from tokenformer_jax.training.program import Program, make_program
@@ -124,7 +125,8 @@ def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, held: int
     traced.lower(lowering_platforms=("tpu",))
     return None, None, None
   try:
-    compiled = traced.lower().compile()
+    with kept_out_of_the_cache():
+      compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

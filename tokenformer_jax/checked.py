@@ -1,0 +1,71 @@
+"""Frozen dataclasses that check what they are given, and their way back from nested dicts. Imports nothing of ours."""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+
+def require(condition: bool, field: str, value: Any, way_out: str) -> None:
+  """Raises ValueError "field=value: way_out" unless `condition`."""
+  if not condition:
+    raise ValueError(f"{field}={value!r}: {way_out}")
+
+
+def require_choice(field: str, value: str, choices) -> None:
+  """Raises ValueError, with the choices and the nearest of them, unless `value` is one."""
+  require(value in choices, field, value, f"choose one of {', '.join(choices)}.{nearest(value, choices)}")
+
+
+def nearest(word: str, known) -> str:
+  """' Did you mean 'x'?' for the closest of `known`, or an empty string."""
+  close = difflib.get_close_matches(str(word), list(known), n=1)
+  return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Checked:
+  """Checks the type of every field, so that a float for an int is found where it is written."""
+
+  def __post_init__(self):
+    for field, kind in typing.get_type_hints(type(self)).items():
+      value = getattr(self, field)
+      if kind is float and type(value) is int:
+        object.__setattr__(self, field, float(value))
+      elif kind in (int, float, str, bool) and type(value) is not kind:
+        raise ValueError(f"{field}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
+    self.validate()
+
+  def validate(self) -> None:
+    """Raises ValueError naming the field, its value and the way out."""
+
+
+def build(cls, fields, path: str):
+  """Builds dataclass `cls` from nested dicts, `path` naming them in messages.
+
+  Raises:
+    ValueError: the path of an unknown key, a missing one, or a value that `cls` refuses.
+  """
+  if not isinstance(fields, typing.Mapping):
+    raise ValueError(f"{path}={fields!r}: expected the fields of {cls.__name__}.")
+  hints = typing.get_type_hints(cls)
+  values = {}
+  for key, value in fields.items():
+    if key not in hints:
+      raise ValueError(f"{path}.{key} is unknown.{nearest(key, hints)} Known: {', '.join(hints)}.")
+    kind = hints[key]
+    if dataclasses.is_dataclass(kind):
+      value = build(kind, value, f"{path}.{key}")
+    elif typing.get_origin(kind) is tuple:
+      element = typing.get_args(kind)[0]
+      if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{path}.{key}={value!r}: expected a sequence of {element.__name__}.")
+      value = tuple(build(element, v, f"{path}.{key}[{i}]") for i, v in enumerate(value))
+    values[key] = value
+  missing = [f.name for f in dataclasses.fields(cls)
+             if f.name not in values and f.default is dataclasses.MISSING]
+  if missing:
+    raise ValueError(f"{path}.{missing[0]} is missing: give {cls.__name__} its {', '.join(missing)}.")
+  try:
+    return cls(**values)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
