@@ -45,12 +45,13 @@ def test_without_libtpu_the_programs_are_lowered_and_their_arguments_counted(no_
   norm, matrices = 2 * 256, MODEL.num_parameters - 2 * 256
   assert train.held["parameters"] == 4 * (matrices // 4 + norm)
   assert 2 * train.held["parameters"] < train.held["optimizer state"] < 2.1 * train.held["parameters"]
-  # Backward is twice the forward; remat runs a layer again, but for its last product; attention's masked half
-  # is computed too.
-  tokens = 16 * 128
+  # Backward is twice the forward; remat runs a layer again, but for its last product, and attention's scores once
+  # more; of them three in four are computed, where half are seen.
+  tokens, seen = 16 * 128, MODEL.num_layers * 2 * 128 * 256
   assert train.model_flops == 3 * MODEL.forward_flops_per_token * tokens / 8
-  blocks = MODEL.forward_flops_per_token - 2 * 512 * 256 + MODEL.num_layers * 2 * 128 * 256
-  assert train.flops == (4 * blocks - MODEL.num_layers * 2 * 512 * 256 + 3 * 2 * 512 * 256) * tokens / 8
+  pattentions = MODEL.forward_flops_per_token - 2 * 512 * 256 - seen
+  assert train.flops == (4 * pattentions - MODEL.num_layers * 2 * 512 * 256 + 9 * 0.75 * seen
+                         + 3 * 2 * 512 * 256) * tokens / 8
   assert train.step_seconds == (max(train.compute_seconds, train.memory_seconds),) * 2
   assert train.compute_seconds == train.flops / 197e12 and train.tokens == tokens
   assert decode.tokens == 16 and decode.memory_seconds == sum(decode.held.values()) / 819e9

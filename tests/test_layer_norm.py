@@ -1,6 +1,7 @@
 """Layer norm against the oracle, and in bfloat16."""
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,11 @@ def test_bfloat16_is_rounded_once():
   norm = LayerNorm(32, rngs=nnx.Rngs(0))
   norm.scale[...], norm.bias[...] = jnp.linspace(0.5, 2.0, 32), jnp.linspace(-1.0, 1.0, 32)
   np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_for_the_gradient_only_the_input_is_kept():
+  _, pull = jax.vjp(layer_norm, random_inputs(jnp.bfloat16))
+  assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(pull)] == [((4, 3, 32), jnp.bfloat16)]
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
+from tokenformer_jax.parameter_tokens import THETAS, ParameterTokens, initial_tau, pattention
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -225,6 +225,16 @@ def test_derivatives_against_finite_differences(theta, gelu):
     wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (x[:2], tokens))
     order = 2 if (theta, gelu) == ("l2_norm_gelu", "erf") else 1
     check_grads(lambda x, tokens: apply(x, tokens, theta, gelu), wide, order, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("theta", THETAS)
+def test_for_the_gradient_only_scores_are_kept(theta):
+  """And numbers for each row; all else of a scan's layers is computed again."""
+  x, tokens = random_layer(theta=theta, n=7, d_in=3, d_out=2)
+  _, pull = jax.vjp(lambda x, tokens: pattention(x, tokens, theta), x[:5], tokens)
+  kept = [leaf.shape for leaf in jax.tree.leaves(pull)]
+  assert kept.count((5, 7)) == 1
+  assert set(kept) <= {(5, 7), (5, 3), (7, 3), (7, 2), (5,), (5, 1), ()}
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3)])

@@ -17,7 +17,7 @@ SEGMENTS = np.stack([np.sort(np.random.default_rng(i).integers(0, 4, 256)) for i
 def in_float64(q, k, v, segments):
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
   scores = np.einsum("bthc,bshc->bhts", q, k) / np.sqrt(SHAPE[-1])
-  seen = np.tril(np.ones((256, 256), bool))[None] & (segments[:, :, None] == segments[:, None, :])
+  seen = np.tril(np.ones(scores.shape[-2:], bool))[None] & (segments[:, :, None] == segments[:, None, :])
   weights = np.where(seen[:, None], np.exp(scores), 0.0)
   return np.einsum("bhts,bshc->bthc", weights / weights.sum(-1, keepdims=True), v)
 
@@ -44,6 +44,16 @@ def test_splash_is_xla_is_float64(splash, mesh):
   ours = jax.jit(traced_on(mesh, both("splash")))(q, k, v, SEGMENTS)
   np.testing.assert_allclose(ours[0], in_float64(q, k, v, SEGMENTS), atol=1e-6)
   small_run.assert_close(dict(enumerate(ours)), dict(enumerate(xla)), 1e-5)
+
+
+@pytest.mark.parametrize("time", [1, 66, 128, 200, 256])
+def test_blocks_of_queries_are_the_whole(time):
+  """Also where the queries cannot be split; and for the gradient no scores are kept."""
+  rng = np.random.default_rng(1)
+  q, k, v = rng.normal(size=(3, 2, time, 2, 8)).astype(np.float32)
+  y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, how="xla"), q, k, v)
+  np.testing.assert_allclose(y, in_float64(q, k, v, np.zeros((2, time), np.int32)), atol=1e-6)
+  assert {leaf.shape for leaf in jax.tree.leaves(pull)} == {q.shape}
 
 
 def test_each_device_has_its_kernel():

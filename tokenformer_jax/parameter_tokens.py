@@ -52,6 +52,9 @@ def pattention(
 ) -> Float[Array, "*batch d_out"]:
   """Θ(x Kᵀ) V in x's dtype, with scores, Θ and both sums in float32 (float64 for a float64 x).
 
+  For the gradient scores are kept, and Θ is computed again: its parts are up to sixteen arrays of their size. Within a
+  scan, that is; outside of one XLA may keep the parts.
+
   Args:
     x: inputs [..., d_in], float32 or bfloat16. The products run in this dtype.
     tokens: keys [N, d_in], values [N, d_out], tau []; `initial_tau` gives a new layer's τ.
@@ -64,14 +67,22 @@ def pattention(
   Raises:
     ValueError: unknown `theta` or `gelu`, or shapes that do not fit.
   """
-  weights_MxN = token_weights(x, tokens, theta, gelu)
-  y_MxE = _product(weights_MxN.astype(x.dtype), tokens.values.astype(x.dtype))
+  @functools.partial(jax.checkpoint, policy=_is_of_a_row, prevent_cse=False)
+  def weighted_sum(scores_MxN, values_NxE, tau):
+    weights_MxN = _weights(scores_MxN, tau, theta, gelu)
+    return _einsum("mn,ne->me", weights_MxN.astype(x.dtype), values_NxE)
+
+  y_MxE = weighted_sum(_scores(x, tokens, theta, gelu), tokens.values.astype(x.dtype), tokens.tau)
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], tokens.values.shape[1])
 
 
 def token_weights(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, theta: str = "l2_norm_gelu",
                   gelu: str = "erf") -> Float[Array, "rows param_token"]:
   """Θ(x Kᵀ), what `pattention` weighs the values with: a row for each of x's, in the dtype of its sums."""
+  return _weights(_scores(x, tokens, theta, gelu), tokens.tau, theta, gelu)
+
+
+def _scores(x, tokens, theta, gelu):
   check_choices(theta, gelu)
   keys, values = tokens.keys, tokens.values
   if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
@@ -81,9 +92,16 @@ def token_weights(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, theta
   if x.shape[-1] != keys.shape[1]:
     raise ValueError(f"x {x.shape} and keys {keys.shape}: the last axes must be equal.")
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
-  x_MxD = x.reshape(-1, x.shape[-1])
-  scores_MxN = _product(x_MxD, keys.astype(x.dtype).T)
-  return THETAS[theta](scores_MxN, jnp.asarray(tokens.tau, scores_MxN.dtype), GELUS[gelu])
+  return _einsum("md,nd->mn", x.reshape(-1, x.shape[-1]), keys.astype(x.dtype))
+
+
+def _weights(scores_MxN, tau, theta, gelu):
+  return THETAS[theta](scores_MxN, jnp.asarray(tau, scores_MxN.dtype), GELUS[gelu])
+
+
+def _is_of_a_row(primitive, *_, **__):
+  # A number for each row costs no memory, but over tokens on several devices it is sent.
+  return primitive in (jax.lax.reduce_sum_p, jax.lax.reduce_max_p)
 
 
 def check_choices(theta: str, gelu: str) -> None:
@@ -104,8 +122,8 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
   return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
-  return jnp.matmul(a, b, preferred_element_type=sum_dtype(a.dtype))
+def _einsum(equation, a, b):
+  return jnp.einsum(equation, a, b, preferred_element_type=sum_dtype(a.dtype))
 
 
 # A Θ is a function of scores [m, n], τ and a GELU; the L2 variants also of `over`, mesh axes along which the sums over

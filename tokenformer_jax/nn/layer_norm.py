@@ -1,5 +1,7 @@
 """Layer normalisation: without parameters inside the blocks, with them once at the end."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,8 @@ class LayerNorm(nnx.Module):
     return (normalised * scale + bias).astype(x.dtype)
 
 
+# Else the gradient keeps its parts in float32 beside x.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _normalised(x):
   wide = x.astype(sum_dtype(x.dtype))
   centred = wide - jnp.mean(wide, axis=-1, keepdims=True)

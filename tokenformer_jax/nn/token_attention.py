@@ -9,9 +9,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tokenformer_jax.distributed.axes import is_split, per_device, platform, splits
+from tokenformer_jax.parameter_tokens import sum_dtype
 
 # Splash attention's rows come in tiles of 128; tiles of 512 keep a TPU's matrix unit busy.
 _TILE, _LARGEST_TILE = 128, 512
+# Plain attention takes its queries in this many blocks where each has at least so many.
+_BLOCKS, _LEAST_BLOCK = 4, 64
 
 
 def causal_attention(q: Float[Array, "batch time head channel"], k: Float[Array, "batch time head channel"],
@@ -27,6 +30,8 @@ def causal_attention(q: Float[Array, "batch time head channel"], k: Float[Array,
   how = how or kernel_for(platform(), q.dtype, q.shape)
   if how == "splash":
     return _splash(q, k, v, segments)
+  if how == "xla":
+    return _plain(q, k, v, segments)
   mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=how)
 
@@ -40,6 +45,29 @@ def kernel_for(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]
   if platform == "tpu" and time % _TILE == 0 and not is_split("time"):
     return "splash"
   return "xla"
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _plain(q, k, v, segments):
+  """Each block of queries has the keys up to its end, so three of eight scores are never computed.
+
+  The gradient computes scores again: kept, they would be the largest arrays of a layer.
+  """
+  time, channels = q.shape[1], q.shape[-1]
+  size = time // (1 if is_split("time") else math.gcd(time, min(_BLOCKS, max(1, time // _LEAST_BLOCK))))
+  q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+
+  def block(first):
+    end = first + size
+    scores_BxHxTxS = jnp.einsum("bhtc,bhsc->bhts", q[:, :, first:end], k[:, :, :end],
+                                preferred_element_type=sum_dtype(q.dtype)) * channels**-0.5
+    seen = (jnp.arange(first, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
+    if segments is not None:
+      seen &= segments[:, None, first:end, None] == segments[:, None, None, :end]
+    weights_BxHxTxS = jax.nn.softmax(jnp.where(seen, scores_BxHxTxS, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bhsc->bhtc", weights_BxHxTxS, v[:, :, :end])
+
+  return jnp.concatenate([block(first) for first in range(0, time, size)], axis=2).swapaxes(1, 2)
 
 
 def _splash(q, k, v, segments, interpret=False):
