@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tokenformer_jax.parameter_tokens import GELUS
+from tokenformer_jax.parameter_tokens import GELUS, gelu_by
 
 # Mosaic has no erfc. Cephes' erfcf: 1 − erf(x) below 1, exp(−x²) times a polynomial in 1/x² above.
 _ERFC_TO_2 = (2.326819970068386e-2, -1.387039388740657e-1, 3.687424674597105e-1, -5.824733027278666e-1,
@@ -26,18 +26,5 @@ def _erfc(x):
   return jnp.where(jnp.abs(x) < 1.0, 1.0 - jax.lax.erf(jnp.clip(x, -1.0, 1.0)), jnp.where(x > 0, tail, 2.0 - tail))
 
 
-@jax.custom_jvp
-def _gelu_erf(x):
-  return x * 0.5 * _erfc(x * -math.sqrt(0.5))
-
-
-@_gelu_erf.defjvp
-def _gelu_erf_jvp(primals, tangents):
-  (x,), (dx,) = primals, tangents
-  cdf = 0.5 * _erfc(x * -math.sqrt(0.5))
-  density = jnp.exp(-0.5 * jnp.square(x)) * (1.0 / math.sqrt(2.0 * math.pi))
-  return x * cdf, (cdf + x * density) * dx
-
-
 # As `parameter_tokens.GELUS`.
-IN_KERNEL = GELUS | {"erf": GELUS["erf"]._replace(value=_gelu_erf)}
+IN_KERNEL = GELUS | {"erf": GELUS["erf"]._replace(precise=gelu_by(lambda x: 0.5 * _erfc(x * -math.sqrt(0.5))))}
