@@ -1,5 +1,7 @@
 """Decoding with the cache is the full forward, however the tokens arrive."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -84,10 +86,28 @@ def test_neither_padding_nor_empty_slots_are_seen(model, extend, sequences):
   step = jnp.full((3, 1), 5)
   expected, _ = extend(step, cache)
   empty = jnp.arange(20) > cache.length
-  empty = empty[None, None, :, None, None]
-  rubbish = [jnp.where(empty, 1e3, buffer) for buffer in (cache.keys, cache.values)]
+  empty = empty[None, None, :, None]
+  rubbish = [tuple(jnp.where(empty, 1e3, buffer) for buffer in buffers) for buffers in (cache.keys, cache.values)]
   seen, _ = extend(step, KVCache(*rubbish, cache.start, cache.length))
   np.testing.assert_array_equal(seen, expected)
+
+
+def test_for_decoding_the_model_is_the_same_and_left_as_it_was(model, sequences):
+  config = dataclasses.replace(model.config, compute_dtype="bfloat16")
+  graphdef, *leaves = split(LanguageModel(config, rngs=nnx.Rngs(0)))
+  model = nnx.merge(graphdef, *leaves)
+  decoding = model.for_decoding()
+  assert decoding.for_decoding() is decoding
+  assert {leaf.dtype for leaf in jax.tree.leaves(split(model))} == {jnp.dtype("float32")}
+  # The final norm alone is computed in float32.
+  wide = [leaf.shape for leaf in jax.tree.leaves(split(decoding)[1]) if leaf.dtype != jnp.bfloat16]
+  assert wide == [(config.hidden_size,)] * 2
+
+  run = jax.jit(lambda graphdef, leaves, tokens, cache: nnx.merge(graphdef, *leaves).extend(tokens, cache),
+                static_argnums=0)
+  given = jnp.asarray(sequences[0])[None], KVCache.empty(config, jnp.zeros(1, jnp.int32), 20)
+  (expected, _), (hidden, _) = (run(graphdef, leaves, *given) for graphdef, *leaves in map(split, (model, decoding)))
+  np.testing.assert_array_equal(hidden, expected)
 
 
 def test_positions_count_from_the_first_real_token():
@@ -104,14 +124,14 @@ def test_the_cache_has_the_compute_dtype():
   graphdef, *leaves = split(model)
   hidden, cache = jax.eval_shape(lambda leaves, cache: nnx.merge(graphdef, *leaves).extend(
       jnp.ones((2, 3), jnp.int32), cache), leaves, cache)
-  assert hidden.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+  assert hidden.dtype == jnp.bfloat16 and {a.dtype for a in (*cache.keys, *cache.values)} == {jnp.dtype("bfloat16")}
 
 
 def test_a_full_cache_is_refused_and_left_as_it_was(model):
   cache = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), 4).advanced(3)
-  before = np.asarray(cache.keys)
+  before = np.asarray(cache.keys[0])
   with pytest.raises(ValueError, match="cache of 4 slots, 3 of them filled: no room for 2 more"):
     model.extend(jnp.ones((1, 2), jnp.int32), cache)
-  np.testing.assert_array_equal(cache.keys, before)
+  np.testing.assert_array_equal(cache.keys[0], before)
   with pytest.raises(ValueError, match="no room for 5 more"):
     jax.eval_shape(lambda cache: model.extend(jnp.ones((1, 5), jnp.int32), cache), cache)

@@ -47,7 +47,7 @@ def main(argv):
     say(next(beginning, "") + piece, end="", flush=True)
 
   texts = tf.generate(
-      model, tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
+      model.for_decoding(), tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
       top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value, stop=_STOP.value,
       stream=stream if len(prompts) == 1 else None)
   if len(prompts) == 1:

@@ -33,7 +33,8 @@ def generate(
   """Continues each prompt, all at once, and returns the continuations without their prompts.
 
   A continuation ends before the first stop string, at an end of document, or after
-  `max_new_tokens`. Programs are compiled per number of prompts and per length rounded up to 16, 32,
+  `max_new_tokens`. Each call begins with `model.for_decoding()`; whoever calls often makes that once and gives it in the
+  place of the model. Programs are compiled per number of prompts and per length rounded up to 16, 32,
   64 or a multiple of 128, so that most calls compile nothing.
 
   Args:
@@ -85,7 +86,7 @@ def _decode(model, prompts, max_new_tokens, sampling):
     tokens_BxT[row, length - len(ids):] = ids
   start_B = np.array([length - len(ids) for ids in prompts], np.int32)
 
-  graphdef, *leaves = split(model)
+  graphdef, *leaves = split(model.for_decoding())
   num_slots = bucket(length + max_new_tokens)
   logits_BxV, cache = prefill(graphdef, leaves, tokens_BxT, start_B, num_slots=num_slots)
   for index in range(max_new_tokens):

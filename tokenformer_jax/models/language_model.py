@@ -13,7 +13,7 @@ from tokenformer_jax.distributed.axes import constrain, is_split
 from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
-from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers
+from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers, unstack_layers
 from tokenformer_jax.nn.rotary import rotation
 from tokenformer_jax.parameter_tokens import sum_dtype
 
@@ -89,16 +89,25 @@ class LanguageModel(nnx.Module):
     cache.check_room(tokens.shape[1])
     by = rotation(cache.positions(tokens.shape[1]), self.config.rotary_dims, self.config.rotary_base)
     mask = cache.mask(tokens.shape[1])
-    graphdef, *leaves = split(self.blocks)
-
-    def layer(carry, xs):
-      x_BxTxD, cache = carry
-      index, leaves = xs
-      return nnx.merge(graphdef, *leaves).extend(x_BxTxD, by, mask, cache, index), None
-
-    layers = jnp.arange(self.config.num_layers)
-    (x_BxTxD, cache), _ = jax.lax.scan(layer, (self._embed(tokens), cache), (layers, leaves))
+    x_BxTxD = self._embed(tokens)
+    for layer, block in enumerate(self.for_decoding().blocks):
+      x_BxTxD, cache = block.extend(x_BxTxD, by, mask, cache, layer)
     return self.final_norm(x_BxTxD), cache.advanced(tokens.shape[1])
+
+  def for_decoding(self) -> "LanguageModel":
+    """The model for `extend` alone: each layer with leaves of its own, in the dtype of products.
+
+    Decoding reads each parameter once a token, and a scan would copy every layer's out of the stack before.
+    """
+    if isinstance(self.blocks, nnx.List):
+      return self
+    graphdef, parameters, tau = split(self)
+    axes, _ = logical_axes(self)
+    parameters = jax.tree.map(lambda a, axes: a.astype(self.config.compute_dtype) if "embed" in axes else a,
+                              parameters, axes)
+    model = nnx.merge(graphdef, parameters, tau)
+    model.blocks = unstack_layers(model.blocks, self.config.num_layers)
+    return model
 
   def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
     """Float32 scores of every vocabulary entry, hidden · Eᵀ."""

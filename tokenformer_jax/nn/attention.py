@@ -1,7 +1,6 @@
 """Causal attention between tokens, its four projections being pattention layers."""
 
 from flax import nnx
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
@@ -9,7 +8,7 @@ from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.nn.rotary import Rotation, rotate
-from tokenformer_jax.nn.token_attention import causal_attention
+from tokenformer_jax.nn.token_attention import causal_attention, masked_attention
 
 
 class Attention(nnx.Module):
@@ -35,12 +34,12 @@ class Attention(nnx.Module):
     return self.proj(constrain(y_BxTxD, "batch", "time", None))
 
   def extend(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
-             mask: Bool[Array, "batch 1 time slot"], cache: KVCache, layer) -> tuple[Array, KVCache]:
+             mask: Bool[Array, "batch 1 time slot"], cache: KVCache, layer: int) -> tuple[Array, KVCache]:
     """The same for tokens that follow those in `cache`; returns the output and the cache with them."""
-    q, k, v = self._qkv(x_BxTxD, by)
+    q, k, v = (a.swapaxes(1, 2) for a in self._qkv(x_BxTxD, by))
     cache = cache.write(layer, k, v)
-    keys, values = cache.layer(layer)
-    return self.proj(_merge_heads(jax.nn.dot_product_attention(q, keys, values, mask=mask))), cache
+    y_BxHxTxC = masked_attention(q, cache.keys[layer], cache.values[layer], mask)
+    return self.proj(_merge_heads(y_BxHxTxC.swapaxes(1, 2))), cache
 
   def _qkv(self, x_BxTxD, by):
     q, k, v = (self._by_heads(projection(x_BxTxD)) for projection in (self.query, self.key, self.value))

@@ -1,4 +1,4 @@
-"""The cache of keys and values for decoding: one buffer for all layers, written in place."""
+"""The cache of keys and values for decoding: buffers of each layer, written in place."""
 
 import dataclasses
 import functools
@@ -18,32 +18,35 @@ class KVCache:
   real slot. All rows write the same slots next, `length` onwards.
 
   Attributes:
-    keys, values: [layer, batch, slot, head, channel].
+    keys, values: of each layer, [batch, head, slot, channel].
     start: [batch], the first real slot of each row.
     length: [], slots filled so far. Inside `jax.jit` the caller keeps it within the number of slots.
   """
 
-  keys: Float[Array, "layer batch slot head channel"]
-  values: Float[Array, "layer batch slot head channel"]
+  keys: tuple[Float[Array, "batch head slot channel"], ...]
+  values: tuple[Float[Array, "batch head slot channel"], ...]
   start: Int[Array, "batch"]
   length: Int[Array, ""]
 
   @classmethod
   def empty(cls, config, start: Int[Array, "batch"], num_slots: int) -> "KVCache":
     """A cache for `config` (a ModelConfig) with room for `num_slots` tokens a row."""
-    shape = (config.num_layers, start.shape[0], num_slots, config.num_heads, config.head_dim)
-    zeros = functools.partial(jnp.zeros, shape, config.compute_dtype)
-    return cls(zeros(), zeros(), start, jnp.int32(0))
+    shape = (start.shape[0], config.num_heads, num_slots, config.head_dim)
+    keys, values = (tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers)) for _ in range(2))
+    return cls(keys, values, start, jnp.int32(0))
+
+  @property
+  def num_slots(self) -> int:
+    return self.keys[0].shape[2]
 
   def check_room(self, num_new: int) -> None:
     """Raises ValueError if `num_new` more tokens do not fit.
 
     Inside `jax.jit` `length` is unknown and taken as 0.
     """
-    num_slots = self.keys.shape[2]
     filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
-    if filled + num_new > num_slots:
-      raise ValueError(f"cache of {num_slots} slots, {filled} of them filled: no room for {num_new} more "
+    if filled + num_new > self.num_slots:
+      raise ValueError(f"cache of {self.num_slots} slots, {filled} of them filled: no room for {num_new} more "
                        "tokens; make it with more slots.")
 
   def positions(self, num_new: int) -> Int[Array, "batch time"]:
@@ -53,23 +56,18 @@ class KVCache:
 
   def mask(self, num_new: int) -> Bool[Array, "batch 1 time slot"]:
     """Which slots each of the next `num_new` tokens may see: real ones up to its own."""
-    key_slots = jnp.arange(self.keys.shape[2])
+    key_slots = jnp.arange(self.num_slots)
     query_slots = self.length + jnp.arange(num_new)
     causal = key_slots[None, None, :] <= query_slots[None, :, None]
     real = key_slots[None, None, :] >= self.start[:, None, None]
     return (causal & real)[:, None]
 
-  def write(self, layer: Int[Array, ""], keys, values) -> "KVCache":
-    """The cache with one layer's new keys and values, [batch, time, head, channel] each."""
-    def at(buffer, new):
-      new = new.astype(buffer.dtype)[None]
-      return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, self.length, 0, 0))
-    return dataclasses.replace(self, keys=at(self.keys, keys), values=at(self.values, values))
-
-  def layer(self, layer: Int[Array, ""]):
-    """(keys, values) of one layer, [batch, slot, head, channel] each."""
-    buffers = (self.keys, self.values)
-    return tuple(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False) for buffer in buffers)
+  def write(self, layer: int, keys, values) -> "KVCache":
+    """The cache with one layer's new keys and values, [batch, head, time, channel] each."""
+    def written(buffers, new):
+      buffer = jax.lax.dynamic_update_slice_in_dim(buffers[layer], new.astype(buffers[layer].dtype), self.length, axis=2)
+      return (*buffers[:layer], buffer, *buffers[layer + 1:])
+    return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
   def advanced(self, num_new: int) -> "KVCache":
     """The cache after all layers have written `num_new` tokens."""

@@ -36,6 +36,21 @@ def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
   return nnx.merge(graphdef, jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(make_layer(nnx.Rngs(key)))))(keys))
 
 
+def unstack_layers(stacked: nnx.Module, num_layers: int) -> nnx.List:
+  """The modules that `stack_layers` made one of, each with leaves of its own."""
+  graphdef, *trees = split(stacked)
+
+  @jax.jit
+  def unstack(trees):
+    return [jax.tree.map(lambda leaf: leaf[index], trees) for index in range(num_layers)]
+
+  layers = [nnx.merge(graphdef, *layer) for layer in unstack(trees)]
+  for layer in layers:
+    for _, variable in nnx.to_flat_state(nnx.state(layer)):
+      variable.set_metadata(axes=variable.axes[1:])
+  return nnx.List(layers)
+
+
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
   """(graph definition, parameters, τ) with both trees as plain nested dicts of arrays.
 

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.distributed.axes import is_split, per_device, platform, splits
 from tokenformer_jax.parameter_tokens import sum_dtype
@@ -53,21 +53,28 @@ def _plain(q, k, v, segments):
 
   The gradient computes scores again: kept, they would be the largest arrays of a layer.
   """
-  time, channels = q.shape[1], q.shape[-1]
+  time = q.shape[1]
   size = time // (1 if is_split("time") else math.gcd(time, min(_BLOCKS, max(1, time // _LEAST_BLOCK))))
   q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
 
   def block(first):
     end = first + size
-    scores_BxHxTxS = jnp.einsum("bhtc,bhsc->bhts", q[:, :, first:end], k[:, :, :end],
-                                preferred_element_type=sum_dtype(q.dtype)) * channels**-0.5
     seen = (jnp.arange(first, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
     if segments is not None:
       seen &= segments[:, None, first:end, None] == segments[:, None, None, :end]
-    weights_BxHxTxS = jax.nn.softmax(jnp.where(seen, scores_BxHxTxS, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bhsc->bhtc", weights_BxHxTxS, v[:, :, :end])
+    return masked_attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end], seen)
 
   return jnp.concatenate([block(first) for first in range(0, time, size)], axis=2).swapaxes(1, 2)
+
+
+def masked_attention(q: Float[Array, "batch head time channel"], k: Float[Array, "batch head slot channel"],
+                     v: Float[Array, "batch head slot channel"], seen: Bool[Array, "#batch 1 time slot"]
+                     ) -> Float[Array, "batch head time channel"]:
+  """softmax(q kᵀ / √C) v of each query over the slots that it has `seen`; over all of them equally if it has none."""
+  scores_BxHxTxS = jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=sum_dtype(q.dtype)) * q.shape[-1]**-0.5
+  seen_BxHxTxS = jnp.where(seen, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
+  weights_BxHxTxS = jax.nn.softmax(seen_BxHxTxS, axis=-1).astype(v.dtype)
+  return jnp.einsum("bhts,bhsc->bhtc", weights_BxHxTxS, v)
 
 
 def _splash(q, k, v, segments, interpret=False):

@@ -5,9 +5,10 @@ import dataclasses
 import math
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config
@@ -18,6 +19,7 @@ from tokenformer_jax.distributed.mesh import MESH_AXES, mesh_sizes
 from tokenformer_jax.distributed.topologies import (
     abstract_mesh, can_compile, kept_out_of_the_cache, parse_topology, slice_mesh)
 from tokenformer_jax.inference.generate import bucket, decode_step, prefill
+from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.flops import product_flops
 from tokenformer_jax.training.program import Program, make_program
 
@@ -100,22 +102,36 @@ def _train_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chi
 
 def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip) -> Check:
   """One token for every row of a batch; the cache lies where reading the prompts has left it."""
-  rows, leaves = config.data.batch_size, [program.shapes.params, program.shapes.tau]
+  rows, (graphdef, leaves) = config.data.batch_size, _for_decoding(program)
 
   def ids(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
 
-  prompts = prefill.trace(program.graphdef, leaves, ids(rows, _PROMPT), ids(rows),
+  prompts = prefill.trace(graphdef, leaves, ids(rows, _PROMPT), ids(rows),
                           num_slots=bucket(config.model.seq_length))
   _, _, shardings = _compiled("reading of prompts", prompts, mesh, 0)
   _, cache = prompts.out_info
   if shardings is not None:
     cache = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), cache, shardings[1])
-  traced = decode_step.trace(program.graphdef, leaves, ids(rows), cache)
+  traced = decode_step.trace(graphdef, leaves, ids(rows), cache)
   held = {"parameters": _bytes(leaves), "cache" if shardings else "cache, were it whole": _bytes(cache)}
   peak, sent, _ = _compiled("decode step", traced, mesh, sum(held.values()))
   return Check("decode step", chip, held, peak, product_flops(traced.jaxpr) / mesh.size,
                config.model.forward_flops_per_token * rows / mesh.size, sent, rows)
+
+
+def _for_decoding(program: Program):
+  """(graph definition, leaves) of the model's form for decoding, its layers split as they were in the stack."""
+  stacked = [program.shapes.params, program.shapes.tau]
+  graphdef, *shapes = split(nnx.eval_shape(lambda leaves: nnx.merge(program.graphdef, *leaves).for_decoding(), stacked))
+
+  sources = [{**tree, "blocks": dict.fromkeys(range(program.model.num_layers), tree["blocks"])} for tree in stacked]
+
+  def placed(shape, source):
+    spec = PartitionSpec(*source.sharding.spec[source.ndim - shape.ndim:])
+    return shape.update(sharding=NamedSharding(source.sharding.mesh, spec))
+
+  return graphdef, jax.tree.map(placed, shapes, sources)
 
 
 def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, held: int
