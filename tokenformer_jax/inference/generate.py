@@ -87,12 +87,13 @@ def _decode(model, prompts, max_new_tokens, sampling):
   start_B = np.array([length - len(ids) for ids in prompts], np.int32)
 
   graphdef, *leaves = split(model.for_decoding())
+  prefill, decode_step = decoding_programs(graphdef)
   num_slots = bucket(length + max_new_tokens)
-  logits_BxV, cache = prefill(graphdef, leaves, tokens_BxT, start_B, num_slots=num_slots)
+  logits_BxV, cache = prefill(leaves, tokens_BxT, start_B, num_slots=num_slots)
   for index in range(max_new_tokens):
     tokens_B = _draw(logits_BxV, sampling, np.int32(index))
     if index + 1 < max_new_tokens:
-      logits_BxV, cache = decode_step(graphdef, leaves, tokens_B, cache)
+      logits_BxV, cache = decode_step(leaves, tokens_B, cache)
     yield whole(tokens_B)
 
 
@@ -100,20 +101,27 @@ def _decode(model, prompts, max_new_tokens, sampling):
 _draw = jax.jit(sample)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_slots"))
-def prefill(graphdef, leaves, tokens_BxT, start_B, *, num_slots):
-  """Reads the left-padded prompts [B, T]; returns the logits [B, V] of what follows and the cache."""
-  model = nnx.merge(graphdef, *leaves)
-  hidden_BxTxD, cache = model.extend(tokens_BxT, KVCache.empty(model.config, start_B, num_slots))
-  return model.logits(hidden_BxTxD[:, -1]), cache
+@functools.lru_cache
+def decoding_programs(graphdef: nnx.GraphDef) -> tuple[Callable, Callable]:
+  """(prefill, decode_step), jitted; both take the leaves of `model.for_decoding()` first.
 
+  `prefill(leaves, tokens_BxT, start_B, num_slots=…)` reads left-padded prompts and `decode_step(leaves, tokens_B, cache)`
+  one token a row; the cache is donated. They return the logits [B, V] of what follows and the cache.
+  """
+  # Not static arguments of a jitted function: to hash a graph definition at each step would take a millisecond.
+  @functools.partial(jax.jit, static_argnames="num_slots")
+  def prefill(leaves, tokens_BxT, start_B, *, num_slots):
+    model = nnx.merge(graphdef, *leaves)
+    hidden_BxTxD, cache = model.extend(tokens_BxT, KVCache.empty(model.config, start_B, num_slots))
+    return model.logits(hidden_BxTxD[:, -1]), cache
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def decode_step(graphdef, leaves, tokens_B, cache):
-  """Reads one token a row, [B]; returns the logits [B, V] of what follows and the cache."""
-  model = nnx.merge(graphdef, *leaves)
-  hidden_Bx1xD, cache = model.extend(tokens_B[:, None], cache)
-  return model.logits(hidden_Bx1xD[:, 0]), cache
+  @functools.partial(jax.jit, donate_argnames="cache")
+  def decode_step(leaves, tokens_B, cache):
+    model = nnx.merge(graphdef, *leaves)
+    hidden_Bx1xD, cache = model.extend(tokens_B[:, None], cache)
+    return model.logits(hidden_Bx1xD[:, 0]), cache
+
+  return prefill, decode_step
 
 
 def bucket(length: int) -> int:

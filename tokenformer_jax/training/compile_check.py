@@ -18,7 +18,7 @@ from tokenformer_jax.distributed.collectives import Collective, collectives
 from tokenformer_jax.distributed.mesh import MESH_AXES, mesh_sizes
 from tokenformer_jax.distributed.topologies import (
     abstract_mesh, can_compile, kept_out_of_the_cache, parse_topology, slice_mesh)
-from tokenformer_jax.inference.generate import bucket, decode_step, prefill
+from tokenformer_jax.inference.generate import bucket, decoding_programs
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.flops import product_flops
 from tokenformer_jax.training.program import Program, make_program
@@ -103,17 +103,17 @@ def _train_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chi
 def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip) -> Check:
   """One token for every row of a batch; the cache lies where reading the prompts has left it."""
   rows, (graphdef, leaves) = config.data.batch_size, _for_decoding(program)
+  prefill, decode_step = decoding_programs(graphdef)
 
   def ids(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
 
-  prompts = prefill.trace(graphdef, leaves, ids(rows, _PROMPT), ids(rows),
-                          num_slots=bucket(config.model.seq_length))
+  prompts = prefill.trace(leaves, ids(rows, _PROMPT), ids(rows), num_slots=bucket(config.model.seq_length))
   _, _, shardings = _compiled("reading of prompts", prompts, mesh, 0)
   _, cache = prompts.out_info
   if shardings is not None:
     cache = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), cache, shardings[1])
-  traced = decode_step.trace(graphdef, leaves, ids(rows), cache)
+  traced = decode_step.trace(leaves, ids(rows), cache)
   held = {"parameters": _bytes(leaves), "cache" if shardings else "cache, were it whole": _bytes(cache)}
   peak, sent, _ = _compiled("decode step", traced, mesh, sum(held.values()))
   return Check("decode step", chip, held, peak, product_flops(traced.jaxpr) / mesh.size,

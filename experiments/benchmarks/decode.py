@@ -1,0 +1,130 @@
+"""Decoding of the 150M model beside the time to read its weights once, and beside Hugging Face's GPT-NeoX of that size.
+
+    python experiments/benchmarks/decode.py --batch_size=1 [--rounds=5] [--huggingface]
+
+Random weights, float32 by default; prompts of 128 tokens, then 128 new ones, greedy. The *limit* is the time of one
+jitted sum over the same weights and cache leaves: what a step cannot do without. Rounds are in turn; the figures are
+medians. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the same matrices: 12
+layers of 12 · 768² parameters) with its own cache.
+"""
+
+import os
+
+# PyTorch's threads would else spin where they wait, and slow whoever shares the cores.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import statistics
+import time
+
+from absl import app, flags
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tokenformer_jax as tf
+from tokenformer_jax.inference.generate import bucket, decoding_programs
+from tokenformer_jax.nn.parameters import split
+
+_BATCH = flags.DEFINE_integer("batch_size", 1, "Rows.")
+_PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of each prompt.")
+_NEW = flags.DEFINE_integer("new", 128, "Tokens written after each.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, of which the median is told.")
+_DTYPE = flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of products and cache.")
+_HUGGINGFACE = flags.DEFINE_bool("huggingface", False, "Also GPTNeoXForCausalLM.")
+
+
+class Ours:
+  """Prompts read once, then the compiled step for every token; the limit after each round."""
+
+  def __init__(self, prompts):
+    config = tf.ModelConfig.named("150m", compute_dtype=_DTYPE.value)
+    graphdef, *self._leaves = split(tf.LanguageModel(config, rngs=nnx.Rngs(0)).for_decoding())
+    self._prefill, self._decode_step = decoding_programs(graphdef)
+    self._prompts, self._start = prompts, np.zeros(len(prompts), np.int32)
+    self._greedy = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    self._read = jax.jit(lambda leaves: sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(leaves)))
+
+  def run(self):
+    """Seconds (of the prompts, of all new tokens)."""
+    begin = time.perf_counter()
+    logits, cache = self._prefill(self._leaves, self._prompts, self._start,
+                                  num_slots=bucket(_PROMPT.value + _NEW.value))
+    tokens = self._greedy(logits).block_until_ready()
+    read = time.perf_counter()
+    for _ in range(_NEW.value):
+      logits, cache = self._decode_step(self._leaves, tokens, cache)
+      tokens = self._greedy(logits)
+      tokens.block_until_ready()  # As `generate`, which shows each token.
+    self._cache = cache
+    return read - begin, time.perf_counter() - read
+
+  def limit(self):
+    """Seconds to read the weights and the cache `new` times, and their bytes."""
+    leaves = self._leaves, self._cache.keys, self._cache.values
+    self._read(leaves).block_until_ready()
+    begin = time.perf_counter()
+    for _ in range(_NEW.value // 4):
+      self._read(leaves).block_until_ready()
+    return 4 * (time.perf_counter() - begin), sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
+
+
+  def num_programs(self):
+    return self._prefill._cache_size(), self._decode_step._cache_size()
+
+
+class HuggingFace:
+  """`generate` of Pythia 160M's shape, greedy, with no end."""
+
+  def __init__(self, prompts):
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                           intermediate_size=3072, max_position_embeddings=2048, rotary_pct=0.25)
+    self._model = GPTNeoXForCausalLM(config).eval().to(getattr(torch, _DTYPE.value))
+    self._prompts, self._torch = torch.from_numpy(prompts.astype(np.int64)), torch
+
+  def run(self):
+    def seconds(new):
+      begin = time.perf_counter()
+      self._model.generate(self._prompts, attention_mask=self._torch.ones_like(self._prompts), do_sample=False,
+                           max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+      return time.perf_counter() - begin
+    with self._torch.inference_mode():
+      first = seconds(1)
+      return first, seconds(1 + _NEW.value) - first
+
+
+def main(argv):
+  del argv
+  prompts = np.random.default_rng(0).integers(0, 50000, (_BATCH.value, _PROMPT.value)).astype(np.int32)
+  sides = {"ours": Ours(prompts)}
+  if _HUGGINGFACE.value:
+    sides["GPTNeoXForCausalLM"] = HuggingFace(prompts)
+  for side in sides.values():
+    side.run()
+  programs = sides["ours"].num_programs()
+  taken, limits = {name: [] for name in sides}, []
+  print(f"batch {_BATCH.value}, {_PROMPT.value} + {_NEW.value} tokens, {_DTYPE.value}; {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
+  for _ in range(_ROUNDS.value):
+    for name, side in sides.items():
+      taken[name].append(side.run())
+    limits.append(sides["ours"].limit())
+  if sides["ours"].num_programs() != programs:
+    raise SystemExit("something was compiled again.")
+  limit, size = statistics.median(limit for limit, _ in limits), limits[0][1]
+  print(f"limit: {1e3 * limit / _NEW.value:.1f} ms a step, {size * _NEW.value / limit / 1e9:.1f} GB/s of "
+        f"{size / 1e9:.2f} GB\n\n| | prompts, ms | ms a step (least – most) | new tokens/s | share of the limit "
+        "| ours is faster |\n|---|---|---|---|---|---|")
+  step = {name: statistics.median(new for _, new in rounds) / _NEW.value for name, rounds in taken.items()}
+  for name, rounds in taken.items():
+    new = [1e3 * seconds / _NEW.value for _, seconds in rounds]
+    print(f"| {name} | {1e3 * statistics.median(read for read, _ in rounds):.0f} "
+          f"| {1e3 * step[name]:.1f} ({min(new):.1f} – {max(new):.1f}) | {_BATCH.value / step[name]:.1f} "
+          f"| {100 * limit / _NEW.value / step[name]:.0f} % | {step[name] / step['ours']:.2f} |")
+
+
+if __name__ == "__main__":
+  app.run(main)
