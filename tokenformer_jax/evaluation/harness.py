@@ -73,11 +73,12 @@ class HarnessModel(TemplateLM):
     Raises:
       ValueError: a task asks for as many new tokens as the model reads, or for a setting that is not here.
     """
+    model = self._model.for_decoding()
     # Each its own seed: a task that asks for the same text several times wants several.
-    return [self._continue(*request.args, seed=number) for number, request in enumerate(
+    return [self._continue(model, *request.args, seed=number) for number, request in enumerate(
         tqdm.tqdm(requests, desc="texts", disable=disable_tqdm, dynamic_ncols=True, file=sys.stderr))]
 
-  def _continue(self, context: str, settings: dict, seed: int) -> str:
+  def _continue(self, model: LanguageModel, context: str, settings: dict, seed: int) -> str:
     settings = normalize_gen_kwargs(settings, self.max_gen_toks)
     if unknown := sorted(set(settings) - _GENERATION_SETTINGS):
       raise ValueError(f"generation_kwargs: {', '.join(unknown)} unknown: leave them out of the task "
@@ -87,7 +88,7 @@ class HarnessModel(TemplateLM):
       raise ValueError(f"max_gen_toks={new} leaves no room for a context in the model's seq_length="
                        f"{self.max_length}; ask for fewer in the task's generation_kwargs.")
     prompt = self.tok_encode(context)[-(self.max_length - new):] or [self.eot_token_id]
-    text, = generate(self._model, self._tokens, [prompt], max_new_tokens=new, seed=seed,
+    text, = generate(model, self._tokens, [prompt], max_new_tokens=new, seed=seed,
                      temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
                      top_k=settings.get("top_k", 0), top_p=settings.get("top_p", 1.0),
                      stop=[stop for stop in settings["until"] if stop])
