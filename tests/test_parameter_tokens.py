@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from tokenformer_jax.parameter_tokens import THETAS, ParameterTokens, initial_tau, pattention
+from tokenformer_jax.parameter_tokens import GELUS, THETAS, ParameterTokens, initial_tau, pattention
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -82,6 +82,16 @@ def test_weights_and_slopes_are_the_formula(theta, gelu):
     tolerance = 1e-5 * np.max(np.abs(expected_slopes[i])) + 2e-6 * tau * pace(scores[i], theta)
     close(slopes[i], expected_slopes[i], tolerance, f"slopes, {name}")
     close(pulled_along[i], np.dot(cotangent[i], expected_slopes[i]), N * tolerance, f"reverse slopes, {name}")
+
+
+@pytest.mark.parametrize("gelu", GELUS)
+def test_gelus_are_as_exact_as_they_say(gelu):
+  x = np.linspace(-8.0, 8.0, 4001, dtype=np.float32)
+  exact = x * np.exp(oracle.log_cdf(x.astype(np.float64), gelu))
+  rounding = np.finfo(np.float32).eps * np.abs(exact)
+  assert np.all(np.abs(GELUS[gelu].value(x) - exact) <= np.maximum(1e-6, 2 * rounding))
+  # A rounded exponent far below 0 is a relative error of x² roundings.
+  assert np.all(np.abs(GELUS[gelu].precise(x) - exact) <= (8 + 2 * x**2) * rounding)
 
 
 @l2_variants

@@ -232,7 +232,7 @@ class _Gelu(NamedTuple):
   """Ways to compute a GeLU.
 
   Attributes:
-    value: GeLU(x) to 2e-7 or its own rounding; a third of the time of `precise`.
+    value: GeLU(x) to 1e-6 or its own rounding; a third of the time of `precise`.
     precise: GeLU(x) to its own rounding, down to x = −8.
     tail: (x, top), for x ≤ top ≤ −8, is GeLU(x) times a factor of `top` alone.
   """

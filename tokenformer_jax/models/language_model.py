@@ -95,7 +95,7 @@ class LanguageModel(nnx.Module):
     return self.final_norm(x_BxTxD), cache.advanced(tokens.shape[1])
 
   def for_decoding(self) -> "LanguageModel":
-    """The model for `extend` alone: each layer with leaves of its own, in the dtype of products.
+    """The model for `extend` alone: a copy, each layer with leaves of its own, in the dtype of products.
 
     Decoding reads each parameter once a token, and a scan would copy every layer's out of the stack before.
     """
