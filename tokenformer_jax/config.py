@@ -58,10 +58,10 @@ class ModelConfig(Checked):
                   "ffn_tokens", "seq_length"):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
     require(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads,
-             f"must divide hidden_size={self.hidden_size}.")
+            f"must divide hidden_size={self.hidden_size}.")
     require(0.0 <= self.rotary_fraction <= 1.0, "rotary_fraction", self.rotary_fraction, "must be in [0, 1].")
     require(self.rotary_dims % 2 == 0, "rotary_fraction", self.rotary_fraction,
-             f"rotates {self.rotary_dims} of {self.head_dim} channels a head; the number must be even.")
+            f"rotates {self.rotary_dims} of {self.head_dim} channels a head; the number must be even.")
     require(self.rotary_base > 0, "rotary_base", self.rotary_base, "must be positive.")
     require_choice("theta", self.theta, THETAS)
     require_choice("gelu", self.gelu, GELUS)
@@ -69,7 +69,7 @@ class ModelConfig(Checked):
     require_choice("remat", self.remat, REMAT_POLICIES)
     require_choice("kernel", self.kernel, KERNELS)
     require(self.kernel != "fused" or self.theta != "softmax", "kernel", self.kernel,
-             f"theta={self.theta!r} has none; choose reference.")
+            f"theta={self.theta!r} has none; choose reference.")
 
   @property
   def head_dim(self) -> int:
@@ -166,7 +166,7 @@ class DataConfig(Checked):
   def validate(self):
     require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
     require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction,
-             "must be between 0 and 1.")
+            "must be between 0 and 1.")
     require_choice("packing", self.packing, PACKINGS)
     require_choice("bad_text", self.bad_text, BAD_TEXTS)
     require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
@@ -201,7 +201,7 @@ class OptimizerConfig(Checked):
     require_choice("first_moment_dtype", self.first_moment_dtype, MOMENT_DTYPES)
     require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive.")
     require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate",
-             self.min_learning_rate, f"must be in [0, learning_rate={self.learning_rate}].")
+            self.min_learning_rate, f"must be in [0, learning_rate={self.learning_rate}].")
     for field in ("warmup_steps", "decay_steps", "weight_decay", "z_loss"):
       require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
     for field in ("beta1", "beta2"):
@@ -255,13 +255,13 @@ class GrowthConfig(Checked):
     require_choice("tau", self.tau, TAUS_AFTER_GROWTH)
     require(self.tau_steps >= 1, "tau_steps", self.tau_steps, "must be at least 1.")
     require(self.value_scale > 0, "value_scale", self.value_scale,
-             "must be positive: new rows with zero keys and zero values would never learn.")
+            "must be positive: new rows with zero keys and zero values would never learn.")
     require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative.")
     require(self.new_rows_rate > 0, "new_rows_rate", self.new_rows_rate, "must be positive.")
     require(self.old_rows_rate >= 0, "old_rows_rate", self.old_rows_rate, "must not be negative.")
     steps = [stage.step for stage in self.stages]
     require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps,
-             "the steps must be at least 1 and rise.")
+            "the steps must be at least 1 and rise.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +328,7 @@ class Config(Checked):
       model = model.grown(**stage.tokens)
     accumulation = self.training.gradient_accumulation
     require(self.data.batch_size % accumulation == 0, "gradient_accumulation", accumulation,
-             f"must divide data.batch_size={self.data.batch_size}.")
+            f"must divide data.batch_size={self.data.batch_size}.")
 
   def model_at(self, step: int) -> ModelConfig:
     """The model's configuration after `step` updates and the growths due by then."""

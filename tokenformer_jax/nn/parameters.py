@@ -3,6 +3,7 @@
 Everything that needs one of the three (shardings, growth, decay masks, counts) reads it from here.
 """
 
+import functools
 from typing import Any
 
 from flax import nnx
@@ -39,16 +40,16 @@ def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
 def unstack_layers(stacked: nnx.Module, num_layers: int) -> nnx.List:
   """The modules that `stack_layers` made one of, each with leaves of its own."""
   graphdef, *trees = split(stacked)
-
-  @jax.jit
-  def unstack(trees):
-    return [jax.tree.map(lambda leaf: leaf[index], trees) for index in range(num_layers)]
-
-  layers = [nnx.merge(graphdef, *layer) for layer in unstack(trees)]
+  layers = [nnx.merge(graphdef, *layer) for layer in _unstacked(trees, num_layers)]
   for layer in layers:
     for _, variable in nnx.to_flat_state(nnx.state(layer)):
       variable.set_metadata(axes=variable.axes[1:])
   return nnx.List(layers)
+
+
+@functools.partial(jax.jit, static_argnames="num_layers")
+def _unstacked(trees: list[Tree], num_layers: int) -> list[list[Tree]]:
+  return [jax.tree.map(lambda leaf: leaf[index], trees) for index in range(num_layers)]
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:

@@ -49,7 +49,7 @@ def kernel_for(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _plain(q, k, v, segments):
-  """Each block of queries has the keys up to its end, so three of eight scores are never computed.
+  """Each block of queries has the keys up to its end, so up to three of eight scores are never computed.
 
   The gradient computes scores again: kept, they would be the largest arrays of a layer.
   """
