@@ -14,6 +14,8 @@ from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
 
 LENGTHS = (9, 4, 1)
+# One row goes its own way.
+rows = pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[:1]], ids=["three rows", "one row"])
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +42,27 @@ def sequences():
 
 def left_padded(sequences, lengths):
   longest = max(lengths)
-  tokens = np.zeros((len(sequences), longest), np.int32)
+  tokens = np.zeros((len(lengths), longest), np.int32)
   for row, (ids, length) in enumerate(zip(sequences, lengths)):
     tokens[row, longest - length:] = ids[:length]
   return jnp.asarray(tokens), jnp.asarray([longest - length for length in lengths])
 
 
-def test_prefill_and_steps_equal_the_full_forward(model, extend, sequences):
-  tokens, start = left_padded(sequences, LENGTHS)
+@rows
+def test_prefill_and_steps_equal_the_full_forward(model, extend, sequences, lengths):
+  tokens, start = left_padded(sequences, lengths)
   cache = KVCache.empty(model.config, start, 20)
   hidden, cache = extend(tokens, cache)
   logits = [model.logits(hidden)]
   for index in range(6):
-    step = jnp.asarray([ids[length + index] for ids, length in zip(sequences, LENGTHS)])[:, None]
+    step = jnp.asarray([ids[length + index] for ids, length in zip(sequences, lengths)])[:, None]
     hidden, cache = extend(step, cache)
     logits.append(model.logits(hidden))
   logits = np.concatenate(logits, axis=1)
-  assert int(cache.length) == max(LENGTHS) + 6
+  assert int(cache.length) == max(lengths) + 6
   # Padded on the right, where no token before it looks.
   whole = np.asarray(jax.jit(model)(jnp.asarray([np.resize(ids, 15) for ids in sequences])))
-  for row, ids in enumerate(sequences):
+  for row, ids in enumerate(sequences[:len(lengths)]):
     expected = whole[row, :len(ids)]
     error = np.abs(logits[row, start[row]:] - expected).max()
     assert error <= 1e-5 * np.abs(expected).max(), (row, error)
@@ -76,16 +79,18 @@ def test_a_chunk_of_tokens_is_causal_within_itself(model, extend, sequences):
   np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_neither_padding_nor_empty_slots_are_seen(model, extend, sequences):
-  tokens, start = left_padded(sequences, LENGTHS)
+@rows
+def test_neither_padding_nor_empty_slots_are_seen(model, extend, sequences, lengths):
+  tokens, start = left_padded(sequences, lengths)
+  start, tokens = start + 2, jnp.pad(tokens, ((0, 0), (2, 0)))
   hidden, cache = extend(tokens, KVCache.empty(model.config, start, 20))
-  padding = jnp.arange(max(LENGTHS))[None] < start[:, None]
+  padding = jnp.arange(tokens.shape[1])[None] < start[:, None]
   other_hidden, _ = extend(jnp.where(padding, 7, tokens), KVCache.empty(model.config, start, 20))
   np.testing.assert_array_equal(other_hidden[:, -1], hidden[:, -1])
 
-  step = jnp.full((3, 1), 5)
+  step = jnp.full((len(lengths), 1), 5)
   expected, _ = extend(step, cache)
-  empty = jnp.arange(20) > cache.length
+  empty = jnp.arange(20) >= cache.length
   empty = empty[None, None, :, None]
   rubbish = [tuple(jnp.where(empty, 1e3, buffer) for buffer in buffers) for buffers in (cache.keys, cache.values)]
   seen, _ = extend(step, KVCache(*rubbish, cache.start, cache.length))

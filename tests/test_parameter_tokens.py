@@ -255,6 +255,15 @@ def test_any_leading_axes(lead):
   np.testing.assert_allclose(apply(x, tokens), flat.reshape(*lead, 6), rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_tokens", [7, 12, 32])
+def test_a_row_alone_is_what_it_is_among_others(num_tokens):
+  """On a CPU it is summed by blocks: here of all, of 3 and of 2 tokens."""
+  x, tokens = random_layer(n=num_tokens)
+  expected = apply(x, tokens)
+  for row in range(3):
+    np.testing.assert_allclose(apply(x[row], tokens), expected[row], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tau", [3, 3.0, np.float64(3.0), jnp.bfloat16(3.0)])
 def test_tau_is_any_scalar(tau):
   x, tokens = random_layer()

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tokenformer_jax.distributed.axes import platform
+
 # ‖s‖₂ below this counts as a row of zeros.
 _ZERO_NORM = 1e-12
 # Where the largest score of a row is below this, its GeLUs are near the end of float32's range, or past it.
@@ -69,8 +71,9 @@ def pattention(
   """
   @functools.partial(jax.checkpoint, policy=_is_of_a_row, prevent_cse=False)
   def weighted_sum(scores_MxN, values_NxE, tau):
-    weights_MxN = _weights(scores_MxN, tau, theta, gelu)
-    return _einsum("mn,ne->me", weights_MxN.astype(x.dtype), values_NxE)
+    weights_MxN = _weights(scores_MxN, tau, theta, gelu).astype(x.dtype)
+    weigh = _sum_by_blocks if len(weights_MxN) == 1 and platform() == "cpu" else _weighted_sum
+    return weigh(weights_MxN, values_NxE)
 
   y_MxE = weighted_sum(_scores(x, tokens, theta, gelu), tokens.values.astype(x.dtype), tokens.tau)
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], tokens.values.shape[1])
@@ -93,6 +96,17 @@ def _scores(x, tokens, theta, gelu):
     raise ValueError(f"x {x.shape} and keys {keys.shape}: the last axes must be equal.")
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
   return _einsum("md,nd->mn", x.reshape(-1, x.shape[-1]), keys.astype(x.dtype))
+
+
+def _weighted_sum(weights_MxN, values_NxE):
+  return _einsum("mn,ne->me", weights_MxN, values_NxE)
+
+
+def _sum_by_blocks(weights_1xN, values_NxE):
+  # XLA:CPU gives each thread some columns of V, which are slow to read; of blocks, it gives each some whole ones.
+  blocks = math.gcd(weights_1xN.shape[1], 16)
+  sums_BxE = _einsum("bn,bne->be", weights_1xN.reshape(blocks, -1), values_NxE.reshape(blocks, -1, values_NxE.shape[1]))
+  return jnp.sum(sums_BxE, axis=0, keepdims=True)
 
 
 def _weights(scores_MxN, tau, theta, gelu):

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from tokenformer_jax.distributed.axes import platform
 from tokenformer_jax.distributed.processes import whole
 from tokenformer_jax.inference.continuation import Continuation
 from tokenformer_jax.inference.sampling import Sampling, checked_int, sample
@@ -115,7 +116,10 @@ def decoding_programs(graphdef: nnx.GraphDef) -> tuple[Callable, Callable]:
     hidden_BxTxD, cache = model.extend(tokens_BxT, KVCache.empty(model.config, start_B, num_slots))
     return model.logits(hidden_BxTxD[:, -1]), cache
 
-  @functools.partial(jax.jit, donate_argnames="cache")
+  # XLA:CPU copies donated buffers that are read before they are written, unless asked to look when that is.
+  options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform() == "cpu" else None
+
+  @functools.partial(jax.jit, donate_argnames="cache", compiler_options=options)
   def decode_step(leaves, tokens_B, cache):
     model = nnx.merge(graphdef, *leaves)
     hidden_Bx1xD, cache = model.extend(tokens_B[:, None], cache)

@@ -114,8 +114,12 @@ class LanguageModel(nnx.Module):
     if hidden.ndim > 2 and is_split("time"):
       return jax.vmap(self.logits)(hidden)
     hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
-    logits_MxV = jnp.matmul(hidden_MxD, self.table().astype(hidden.dtype).T,
-                            preferred_element_type=sum_dtype(hidden.dtype))
+    table_VxD, wide = self.table().astype(hidden.dtype), sum_dtype(hidden.dtype)
+    if len(hidden_MxD) == 1:
+      # XLA:CPU else takes it into a loop, three times as slow in jax 0.12.
+      logits_MxV = jnp.matmul(table_VxD, hidden_MxD.T, preferred_element_type=wide).T
+    else:
+      logits_MxV = jnp.matmul(hidden_MxD, table_VxD.T, preferred_element_type=wide)
     return logits_MxV.reshape(*hidden.shape[:-1], -1)
 
   def table(self) -> Float[Array, "vocab embed"]:

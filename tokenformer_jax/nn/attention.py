@@ -1,6 +1,7 @@
 """Causal attention between tokens, its four projections being pattention layers."""
 
 from flax import nnx
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
@@ -37,8 +38,14 @@ class Attention(nnx.Module):
              mask: Bool[Array, "batch 1 time slot"], cache: KVCache, layer: int) -> tuple[Array, KVCache]:
     """The same for tokens that follow those in `cache`; returns the output and the cache with them."""
     q, k, v = (a.swapaxes(1, 2) for a in self._qkv(x_BxTxD, by))
-    cache = cache.write(layer, k, v)
-    y_BxHxTxC = masked_attention(q, cache.keys[layer], cache.values[layer], mask)
+    past, cache = cache, cache.write(layer, k, v)
+    if x_BxTxD.shape[:2] == (1, 1):
+      # XLA:CPU would copy a buffer of one row between writing and reading it: read what it had before, and the new.
+      had = (jnp.arange(past.num_slots) < past.length)[None, None, None]
+      mask = jnp.concatenate([mask & had, jnp.ones_like(mask[..., :1])], axis=-1)
+      y_BxHxTxC = masked_attention(q, (past.keys[layer], k), (past.values[layer], v), mask)
+    else:
+      y_BxHxTxC = masked_attention(q, cache.keys[layer:layer + 1], cache.values[layer:layer + 1], mask)
     return self.proj(_merge_heads(y_BxHxTxC.swapaxes(1, 2))), cache
 
   def _qkv(self, x_BxTxD, by):

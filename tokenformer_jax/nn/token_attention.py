@@ -1,6 +1,7 @@
 """Causal softmax attention between tokens, computed as the device does it best."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -62,19 +63,25 @@ def _plain(q, k, v, segments):
     seen = (jnp.arange(first, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
     if segments is not None:
       seen &= segments[:, None, first:end, None] == segments[:, None, None, :end]
-    return masked_attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end], seen)
+    return masked_attention(q[:, :, first:end], (k[:, :, :end],), (v[:, :, :end],), seen)
 
   return jnp.concatenate([block(first) for first in range(0, time, size)], axis=2).swapaxes(1, 2)
 
 
-def masked_attention(q: Float[Array, "batch head time channel"], k: Float[Array, "batch head slot channel"],
-                     v: Float[Array, "batch head slot channel"], seen: Bool[Array, "#batch 1 time slot"]
-                     ) -> Float[Array, "batch head time channel"]:
-  """softmax(q kᵀ / √C) v of each query over the slots that it has `seen`; over all of them equally if it has none."""
-  scores_BxHxTxS = jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=sum_dtype(q.dtype)) * q.shape[-1]**-0.5
-  seen_BxHxTxS = jnp.where(seen, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
-  weights_BxHxTxS = jax.nn.softmax(seen_BxHxTxS, axis=-1).astype(v.dtype)
-  return jnp.einsum("bhts,bhsc->bhtc", weights_BxHxTxS, v)
+def masked_attention(q: Float[Array, "batch head time channel"], keys: tuple[Array, ...], values: tuple[Array, ...],
+                     seen: Bool[Array, "#batch 1 time slot"]) -> Float[Array, "batch head time channel"]:
+  """softmax(q kᵀ / √C) v of each query over the slots that it has `seen`; over all of them equally if it has none.
+
+  Args:
+    keys, values: [batch, head, slot, channel] each; where they are several, their slots follow one another.
+  """
+  wide = sum_dtype(q.dtype)
+  scores = [jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=wide) * q.shape[-1]**-0.5 for k in keys]
+  seen_BxHxTxS = jnp.where(seen, jnp.concatenate(scores, axis=-1), jnp.finfo(wide).min)
+  weights_BxHxTxS = jax.nn.softmax(seen_BxHxTxS, axis=-1).astype(q.dtype)
+  ends = list(itertools.accumulate(k.shape[2] for k in keys))
+  return sum(jnp.einsum("bhts,bhsc->bhtc", weights, v)
+             for weights, v in zip(jnp.split(weights_BxHxTxS, ends[:-1], axis=-1), values))
 
 
 def _splash(q, k, v, segments, interpret=False):
