@@ -12,6 +12,7 @@ from tests import small_run
 from tokenformer_jax import data
 from tokenformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import batch_sharding, replicated, traced_on
+from tokenformer_jax.distributed.chips import CHIPS
 from tokenformer_jax.distributed.topologies import can_compile, kept_out_of_the_cache, slice_mesh
 from tokenformer_jax.kernels import fused_pattention as kernel, gelu
 from tokenformer_jax.kernels.fused_pattention import fused_pattention
@@ -121,7 +122,7 @@ def test_elsewhere_than_on_tpus_it_is_refused():
     layer(jnp.ones((2, D)))
 
 
-@pytest.mark.skipif(bool(can_compile()), reason=can_compile())
+@pytest.mark.skipif(bool(can_compile(CHIPS["v5e"])), reason=can_compile(CHIPS["v5e"]))
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_precision")
 @pytest.mark.parametrize("mesh, kernels", [

@@ -1,19 +1,20 @@
-"""Published figures of TPU chips."""
+"""Published figures of TPU chips and GPUs."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One TPU chip, from its page of the Cloud TPU documentation.
+  """One TPU chip, from its page of the Cloud TPU documentation, or one GPU, from its data sheet.
 
   Attributes:
     kinds: beginnings of JAX's `device_kind`.
     peak_flops: dense bfloat16 FLOP/s.
     memory: bytes of high-bandwidth memory.
     memory_bandwidth: bytes/s.
-    ici_bandwidth: bytes/s that a chip can send over all its links to other chips of the slice.
-    torus_axes: physical axes of the slice, which share `ici_bandwidth` evenly.
+    ici_bandwidth: bytes/s that a chip can send over all its links to other chips of the slice; of a GPU over NVLink.
+    torus_axes: physical axes of the slice, which share `ici_bandwidth` evenly; 1 of GPUs behind a switch.
+    platform: what JAX compiles for: tpu or cuda.
   """
 
   kinds: tuple[str, ...]
@@ -22,6 +23,7 @@ class Chip:
   memory_bandwidth: float
   ici_bandwidth: float
   torus_axes: int
+  platform: str = "tpu"
 
   @property
   def axis_bandwidth(self) -> float:
@@ -34,4 +36,8 @@ CHIPS = {
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 2),
     "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95 * 2**30, 2765e9, 600e9, 3),
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1600e9, 400e9, 2),
+    # SXM modules of 80, 80 and 141 GB.
+    "a100": Chip(("NVIDIA A100",), 312e12, 80 * 2**30, 2039e9, 300e9, 1, "cuda"),
+    "h100": Chip(("NVIDIA H100",), 989e12, 80 * 2**30, 3352e9, 450e9, 1, "cuda"),
+    "h200": Chip(("NVIDIA H200",), 989e12, 140 * 2**30, 4800e9, 450e9, 1, "cuda"),
 }

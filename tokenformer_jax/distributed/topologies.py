@@ -1,4 +1,4 @@
-"""Devices of TPU slices that are not there, to compile for."""
+"""TPU slices and GPUs that are not there, to compile for."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -17,33 +17,59 @@ from tokenformer_jax.distributed.chips import CHIPS, Chip
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh, mesh_sizes
 
 # What libtpu otherwise asks a metadata server for, in vain; and no lock, since nothing is run.
-_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
                 "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+# What XLA asks a GPU about itself: a multiprocessor's limits by compute capability, from the CUDA programming guide.
+_GPU = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: {units}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared_optin}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: {cores} clock_rate_ghz: {clock} l2_cache_size: {l2} cuda_compute_capability {{ major: {major} }}
+  memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory}
+}}
+platform_name: "CUDA" device_description_str: "{kind}"
+dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}"""
+_AMPERE = dict(major=8, cores=108, units=64, shared=167936, shared_optin=166912, clock=1.41, l2=40 * 2**20)
+_HOPPER = dict(major=9, cores=132, units=128, shared=233472, shared_optin=232448, clock=1.98, l2=50 * 2**20)
+_GPUS = {"a100": _AMPERE, "h100": _HOPPER, "h200": _HOPPER}
+# GPUs that NVLink joins.
+_MOST_GPUS = 8
 
 
 def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
-  """The chip and the sizes of a slice, of a name such as v5e:4x4 or v5p:2x2x4.
+  """The chip and the sizes of a slice, of a name such as v5e:4x4, v5p:2x2x4 or h100:8.
 
   Raises:
     ValueError: another form, an unknown chip, or another number of axes than the chip's slices have.
   """
   found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
   if not found:
-    raise ValueError(f"topology={topology!r}: expected a chip and the sizes of a slice, as v5e:4x4.")
+    raise ValueError(f"topology={topology!r}: expected a chip and the sizes of a slice, as v5e:4x4 or h100:8.")
   name, sizes = found.group(1), tuple(int(size) for size in found.group(2).split("x"))
   if name not in CHIPS:
     raise ValueError(f"topology={topology!r}: chip {name!r} is unknown: choose one of {', '.join(CHIPS)}."
                      + nearest(name, CHIPS))
+  if name in _GPUS and not (len(sizes) == 1 and 1 <= sizes[0] <= _MOST_GPUS):
+    raise ValueError(f"topology={topology!r}: a machine has 1 to {_MOST_GPUS} GPUs, as {name}:{_MOST_GPUS}.")
   if len(sizes) != CHIPS[name].torus_axes or 0 in sizes:
     raise ValueError(f"topology={topology!r}: a slice of {name} has {CHIPS[name].torus_axes} sizes, from 1 on.")
   return CHIPS[name], sizes
 
 
-def can_compile() -> str:
-  """'' where programs can be compiled for TPUs, else the reason why not."""
-  if importlib.util.find_spec("libtpu") is None:
-    return "no libtpu here (pip install 'tokenformer_jax[tpu]')"
-  return ""
+def can_compile(chip: Chip) -> str:
+  """'' where programs can be compiled for such a chip, else the reason why not."""
+  if chip.platform == "tpu":
+    return "" if _installed("libtpu") else "no libtpu here (pip install 'tokenformer_jax[tpu]')"
+  return "" if any(map(_installed, _CUDA_PLUGINS)) else "no CUDA for JAX here (pip install 'tokenformer_jax[gpu]')"
+
+
+def _installed(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # Of the package that it would be in.
+    return False
 
 
 def slice_devices(topology: str) -> Sequence[jax.Device]:
@@ -52,8 +78,13 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
   Raises:
     ValueError: a slice that the compiler does not know.
   """
-  _, sizes = parse_topology(topology)
-  for name, value in _ENVIRONMENT.items():
+  chip, sizes = parse_topology(topology)
+  if chip.platform == "cuda":
+    target = _GPU.format(**_GPUS[topology.partition(":")[0]], kind=chip.kinds[0], memory=chip.memory,
+                         bandwidth=chip.memory_bandwidth)
+    # Slices, machines of each, GPUs of each.
+    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{sizes[0]}").devices
+  for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
   options = {}
   if topology.startswith("v4:"):

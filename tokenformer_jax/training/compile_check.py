@@ -1,4 +1,4 @@
-"""A run's train step and decode step, compiled for TPUs that are not there: what a chip holds and sends."""
+"""A run's train step and decode step, compiled for chips that are not there: what each holds and sends."""
 
 from collections import Counter
 import dataclasses
@@ -77,15 +77,15 @@ class Check:
 
 
 def check(config: Config, topology: str) -> list[Check]:
-  """The checks of the train step and the decode step of `config` on a slice such as v5e:4x4.
+  """The checks of the train step and the decode step of `config` on a slice such as v5e:4x4, or GPUs such as h100:8.
 
-  Where nothing can be compiled for TPUs (`can_compile`), the programs are only lowered, on an abstract mesh.
+  Where nothing can be compiled for such chips (`can_compile`), the programs are only lowered, on an abstract mesh.
 
   Raises:
     ValueError: the topology is unknown, something does not divide, or the program does not fit into memory.
   """
   chip, _ = parse_topology(topology)
-  mesh = (abstract_mesh if can_compile() else slice_mesh)(config.mesh, topology)
+  mesh = (abstract_mesh if can_compile(chip) else slice_mesh)(config.mesh, topology)
   program = make_program(config, config.model, mesh)
   return [_train_step(config, program, mesh, chip), _decode_step(config, program, mesh, chip)]
 
@@ -95,7 +95,7 @@ def _train_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chi
   traced = program.train_step.trace(state, _batch(config, mesh))
   held = {"parameters": _bytes(state.params), "optimizer state": _bytes(state) - _bytes(state.params)}
   tokens = config.data.batch_size * config.model.seq_length
-  peak, sent, _ = _compiled("train step", traced, mesh, sum(held.values()))
+  peak, sent, _ = _compiled("train step", traced, mesh, chip)
   return Check("train step", chip, held, peak, product_flops(traced.jaxpr) / mesh.size,
                3 * config.model.forward_flops_per_token * tokens / mesh.size, sent, tokens)
 
@@ -109,13 +109,13 @@ def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, ch
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
 
   prompts = prefill.trace(leaves, ids(rows, _PROMPT), ids(rows), num_slots=bucket(config.model.seq_length))
-  _, _, shardings = _compiled("reading of prompts", prompts, mesh, 0)
+  _, _, shardings = _compiled("reading of prompts", prompts, mesh, chip)
   _, cache = prompts.out_info
   if shardings is not None:
     cache = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), cache, shardings[1])
   traced = decode_step.trace(leaves, ids(rows), cache)
   held = {"parameters": _bytes(leaves), "cache" if shardings else "cache, were it whole": _bytes(cache)}
-  peak, sent, _ = _compiled("decode step", traced, mesh, sum(held.values()))
+  peak, sent, _ = _compiled("decode step", traced, mesh, chip)
   return Check("decode step", chip, held, peak, product_flops(traced.jaxpr) / mesh.size,
                config.model.forward_flops_per_token * rows / mesh.size, sent, rows)
 
@@ -134,11 +134,11 @@ def _for_decoding(program: Program):
   return graphdef, jax.tree.map(placed, shapes, sources)
 
 
-def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, held: int
+def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, chip: Chip
               ) -> tuple[int | None, list[Collective] | None, Any]:
   """(peak bytes, collectives, shardings of the results), all None where nothing can be compiled."""
   if isinstance(mesh, AbstractMesh):
-    traced.lower(lowering_platforms=("tpu",))
+    traced.lower(lowering_platforms=(chip.platform,))
     return None, None, None
   try:
     with kept_out_of_the_cache():
@@ -146,13 +146,18 @@ def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, held: int
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
-    raise ValueError(f"the {name} does not fit: {said} Take more chips along fsdp or token, a smaller "
-                     "data.batch_size, or model.remat=full.") from None
+    raise _does_not_fit(name, str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")) from None
   memory = compiled.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes \
       + memory.temp_size_in_bytes
+  if peak > chip.memory:  # A TPU's compiler has refused it by now, a GPU's does not.
+    raise _does_not_fit(name, f"it takes {peak / 2**30:.2f} GiB of {chip.memory / 2**30:.0f}.")
   return peak, collectives(compiled.as_text(), mesh), compiled.output_shardings
+
+
+def _does_not_fit(name: str, said: str) -> ValueError:
+  return ValueError(f"the {name} does not fit: {said} Take more chips along fsdp or token, a smaller "
+                    "data.batch_size, or model.remat=full.")
 
 
 def _batch(config: Config, mesh: Mesh | AbstractMesh) -> data.Batch:

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from tokenformer_jax.distributed.chips import CHIPS
 
 # Published dense bfloat16 peaks, FLOP/s a chip, by the beginning of `device_kind`.
-_PEAKS = {kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds} | {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+_PEAKS = {kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds}
+# Products of queries and keys that cuDNN's attention does; for the gradient it computes the scores again.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
@@ -31,7 +29,7 @@ def product_flops(jaxpr) -> int:
   """2 × rows × columns × depth of every product in a traced program, as often as its scans run it.
 
   What is written per device (`jax.shard_map`) counts for all of them. A Pallas kernel counts what it says of itself,
-  or as often as it has blocks. Of the branches of a condition the costliest counts; a `while` that is no scan
+  or as often as it has blocks; cuDNN's causal attention counts half of all pairs. Of the branches of a condition the costliest counts; a `while` that is no scan
   counts once.
   """
   total = 0
@@ -44,6 +42,9 @@ def product_flops(jaxpr) -> int:
       estimate, grid = equation.params["cost_estimate"], equation.params["grid_mapping"].grid
       total += estimate.flops if estimate else math.prod(grid) * product_flops(equation.params["jaxpr"])
       continue
+    if products := _CUDNN_PRODUCTS.get(equation.primitive.name):
+      q, k = (invar.aval for invar in equation.invars[:2])  # [B, T, H, C] and [B, S, H, C]
+      total += products * 2 * q.size * k.shape[1] // (2 if "CAUSAL" in equation.params["mask_type"].name else 1)
     inner = [value for value in equation.params.values() if hasattr(value, "eqns")]
     times = equation.params.get("length", 1)
     if equation.primitive.name == "shard_map":
