@@ -39,7 +39,8 @@ setuptools.setup(
         "colab": ["ipykernel", "nbclient", "nbformat"],
         "eval": ["lm_eval>=0.4.13"],
         "gpu": ["jax[cuda12]"],
-        "test": ["ipykernel", "nbclient", "nbformat", "pytest>=8", "pytest-xdist>=3.6"],
+        "int8": ["qwix>=0.1.8"],
+        "test": ["ipykernel", "nbclient", "nbformat", "pytest>=8", "pytest-xdist>=3.6", "qwix>=0.1.8"],
         "tpu": ["jax[tpu]"],
     },
 )

@@ -13,12 +13,13 @@ from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 _LATER = {
     "from_pretrained": "tokenformer_jax.interop.pretrained",
     "generate": "tokenformer_jax.inference.generate",
+    "int8_tokens": "tokenformer_jax.inference.int8",
     "load": "tokenformer_jax.training.checkpoints",
     "load_tokenizer": "tokenformer_jax.training.checkpoints",
 }
 
 __all__ = ["Config", "LanguageModel", "ModelConfig", "ParameterTokens", "Pattention", "from_pretrained", "generate",
-           "grow", "load", "load_tokenizer", "pattention", "shrink"]
+           "grow", "int8_tokens", "load", "load_tokenizer", "pattention", "shrink"]
 
 
 def __getattr__(name: str):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from tokenformer_jax.distributed.axes import platform
 
@@ -36,14 +36,20 @@ _TANH_CUBIC = 0.044715
 _SQUARE_SCALE = 2.0**-13
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "tau"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
+                   data_fields=["keys", "values", "tau", "key_scales", "value_scales"])
 @dataclasses.dataclass(frozen=True)
 class ParameterTokens:
-  """N parameter tokens: `keys` [N, d_in], `values` [N, d_out] and the scale `tau` [] inside Θ."""
+  """N parameter tokens: `keys` [N, d_in], `values` [N, d_out] and the scale `tau` [] inside Θ.
 
-  keys: Float[Array, "param_token d_in"]
-  values: Float[Array, "param_token d_out"]
+  Where keys and values are int8, `key_scales` [N] and `value_scales` [d_out] say what their steps are worth.
+  """
+
+  keys: Num[Array, "param_token d_in"]
+  values: Num[Array, "param_token d_out"]
   tau: Float[Array, ""]
+  key_scales: Float[Array, "param_token"] | None = None
+  value_scales: Float[Array, "d_out"] | None = None
 
 
 def pattention(
@@ -72,10 +78,11 @@ def pattention(
   @functools.partial(jax.checkpoint, policy=_is_of_a_row, prevent_cse=False)
   def weighted_sum(scores_MxN, values_NxE, tau):
     weights_MxN = _weights(scores_MxN, tau, theta, gelu).astype(x.dtype)
-    weigh = _sum_by_blocks if len(weights_MxN) == 1 and platform() == "cpu" else _weighted_sum
-    return weigh(weights_MxN, values_NxE)
+    return (_sum_of_one_row if len(weights_MxN) == 1 else _weighted_sum)(weights_MxN, values_NxE)
 
   y_MxE = weighted_sum(_scores(x, tokens, theta, gelu), tokens.values.astype(x.dtype), tokens.tau)
+  if tokens.value_scales is not None:
+    y_MxE = y_MxE * tokens.value_scales.astype(y_MxE.dtype)[None]
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], tokens.values.shape[1])
 
 
@@ -95,18 +102,23 @@ def _scores(x, tokens, theta, gelu):
   if x.shape[-1] != keys.shape[1]:
     raise ValueError(f"x {x.shape} and keys {keys.shape}: the last axes must be equal.")
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
-  return _einsum("md,nd->mn", x.reshape(-1, x.shape[-1]), keys.astype(x.dtype))
+  scores_MxN = _einsum("md,nd->mn", x.reshape(-1, x.shape[-1]), keys.astype(x.dtype))
+  return scores_MxN if tokens.key_scales is None else scores_MxN * tokens.key_scales.astype(scores_MxN.dtype)[None]
 
 
 def _weighted_sum(weights_MxN, values_NxE):
   return _einsum("mn,ne->me", weights_MxN, values_NxE)
 
 
-def _sum_by_blocks(weights_1xN, values_NxE):
-  # XLA:CPU gives each thread some columns of V, which are slow to read; of blocks, it gives each some whole ones.
-  blocks = math.gcd(weights_1xN.shape[1], 16)
-  sums_BxE = _einsum("bn,bne->be", weights_1xN.reshape(blocks, -1), values_NxE.reshape(blocks, -1, values_NxE.shape[1]))
-  return jnp.sum(sums_BxE, axis=0, keepdims=True)
+def _sum_of_one_row(weights_1xN, values_NxE):
+  """`_weighted_sum`, in the form in which XLA reads V once and at the memory's rate."""
+  if platform() == "gpu":  # It writes all multiplications of one row out, in float32. Of two rows it is a product.
+    return _weighted_sum(jnp.pad(weights_1xN, ((0, 1), (0, 0))), values_NxE)[:1]
+  if platform() == "cpu":  # It gives each thread some columns of V; of blocks of tokens, some whole ones.
+    blocks = math.gcd(weights_1xN.shape[1], 16)
+    values_BxNxE = values_NxE.reshape(blocks, -1, values_NxE.shape[1])
+    return jnp.sum(_einsum("bn,bne->be", weights_1xN.reshape(blocks, -1), values_BxNxE), axis=0, keepdims=True)
+  return _weighted_sum(weights_1xN, values_NxE)
 
 
 def _weights(scores_MxN, tau, theta, gelu):

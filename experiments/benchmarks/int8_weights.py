@@ -1,10 +1,11 @@
-"""Weight-only int8 for the parameter tokens: what it costs in perplexity, and in time on this machine.
+"""Parameter tokens in int8: what they cost in perplexity, in time on this machine, and in bytes on chips not here.
 
     python experiments/benchmarks/int8_weights.py --workdir=runs/novels --text='text:test.txt.gz#<|endoftext|>'
+    python experiments/benchmarks/int8_weights.py --topology=v5e:1x1
 
-Needs qwix. Keys get a scale for each token and values one for each output channel, which both leave the product as it
-is and scale its result; embedding, norm and τ stay. The perplexity is that of the first `--tokens` ids, with weights
-that were rounded and written back; the times are of a product of one row with as many parameter tokens in either form.
+Needs qwix. The perplexity is that of the first `--tokens` ids; the times are of `pattention` for one row, by as many
+parameter tokens in either form. With a topology, whose compiler is needed, decode steps of the 150M model are compiled:
+what one reads at least (its arguments) and what it holds besides, where keys in bfloat16 would be, were they written out.
 """
 
 import statistics
@@ -15,65 +16,89 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import qwix
 
 import tokenformer_jax as tf
+from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.data.corpus import Corpus
 from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
+from tokenformer_jax.distributed.axes import replicated, traced_on
+from tokenformer_jax.distributed.topologies import kept_out_of_the_cache, parse_topology, slice_mesh
 from tokenformer_jax.evaluation.perplexity import perplexity
+from tokenformer_jax.inference.generate import decoding_programs
+from tokenformer_jax.inference.int8 import int8_tokens
+from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a trained model.", required=True)
-_TEXT = flags.DEFINE_string("text", None, "Source of the text.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a trained model.")
+_TEXT = flags.DEFINE_string("text", None, "Source of the text.")
 _TOKENS = flags.DEFINE_integer("tokens", 100_000, "Ids scored.")
-_TIMED = dict(tokens=3072, channels=768, arrays=12, rounds=15)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this chip, as v5e:1x1 or h200:1.")
+_TIMED = dict(num_tokens=3072, channels=768, layers=12, rounds=15)
+FORMS = {"as they are": lambda model: model, "int8": int8_tokens}
 
 
-def rounded(model, bits):
-  """The model with keys and values that `bits` bits can hold."""
-  def round_one(path, leaf):
-    kept = {"keys": -2, "values": -1}.get(path[-1].key)
-    if kept is None:
-      return leaf
-    # Of each layer for itself.
-    quantized = qwix.quantize(leaf, f"int{bits}", channelwise_axes=(0, leaf.ndim + kept))
-    return qwix.dequantize(quantized).astype(leaf.dtype)
-  graphdef, parameters, tau = split(model)
-  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(round_one, parameters), tau)
-
-
-def times():
-  """Median milliseconds of one product with float32 and with int8 keys."""
-  rng = np.random.default_rng(0)
-  arrays = [jnp.asarray(rng.normal(size=(_TIMED["tokens"], _TIMED["channels"])), jnp.float32)
-            for _ in range(_TIMED["arrays"])]
-  row = jnp.asarray(rng.normal(size=(1, _TIMED["channels"])), jnp.float32)
-  sides = {"float32": (jnp.einsum, arrays),
-           "int8": (qwix.einsum, [qwix.quantize(a, jnp.int8, channelwise_axes=(0,)) for a in arrays])}
-  run = {name: jax.jit(lambda keys, einsum=einsum: [einsum("md,nd->mn", row, k) for k in keys])
-         for name, (einsum, _) in sides.items()}
-  seconds = {name: [] for name in sides}
-  for _ in range(1 + _TIMED["rounds"]):
-    for name, (_, keys) in sides.items():
-      begin = time.perf_counter()
-      jax.block_until_ready(run[name](keys))
-      seconds[name].append(time.perf_counter() - begin)
-  return {name: 1e3 * statistics.median(taken[1:]) / _TIMED["arrays"] for name, taken in seconds.items()}
-
-
-def main(argv):
-  del argv
+def print_perplexities():
   model, tokenizer = tf.load(_WORKDIR.value), tf.load_tokenizer(_WORKDIR.value)
   (spec,) = parse_sources(_TEXT.value)
   whole = open_corpus(spec, tokenizer)
   size = min(_TOKENS.value, len(whole.tokens))
   corpus = Corpus(whole.read(0, size), np.array([size]), whole.keys[:1], whole.identity, whole.name)
   print("| parameter tokens | perplexity a token |\n|---|---|")
-  for name, each in {"float32": model, "int8": rounded(model, 8), "int4": rounded(model, 4)}.items():
-    print(f"| {name} | {perplexity(each, tokenizer, corpus, progress=None).report()['token_perplexity']:.4f} |", flush=True)
-  print(f"\nA row by {_TIMED['tokens']} × {_TIMED['channels']} keys on {jax.devices()[0].device_kind}: "
-        + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times().items()))
+  for name, form in FORMS.items():
+    found = perplexity(form(model), tokenizer, corpus, progress=None).report()
+    print(f"| {name} | {found['token_perplexity']:.4f} |", flush=True)
+
+
+def print_times():
+  """Median milliseconds of one layer."""
+  class Layers(nnx.Module):
+    def __init__(self, rngs):
+      self.layers = nnx.List(tf.Pattention(_TIMED["channels"], _TIMED["channels"], _TIMED["num_tokens"], rngs=rngs)
+                             for _ in range(_TIMED["layers"]))
+
+  models = {name: split(form(Layers(nnx.Rngs(0)))) for name, form in FORMS.items()}
+  runs = {name: jax.jit(lambda leaves, x, graphdef=graphdef: [layer(x) for layer in nnx.merge(graphdef, *leaves).layers])
+          for name, (graphdef, *_) in models.items()}
+  row = jax.random.normal(jax.random.key(0), (1, _TIMED["channels"]))
+  seconds = {name: [] for name in FORMS}
+  for _ in range(1 + _TIMED["rounds"]):
+    for name, (_, *leaves) in models.items():
+      begin = time.perf_counter()
+      jax.block_until_ready(runs[name](leaves, row))
+      seconds[name].append(time.perf_counter() - begin)
+  print(f"\nA row through {_TIMED['num_tokens']} tokens of {_TIMED['channels']} channels on {jax.devices()[0].device_kind}: "
+        + ", ".join(f"{name} {1e3 * statistics.median(taken[1:]) / _TIMED['layers']:.2f} ms"
+                    for name, taken in seconds.items()))
+
+
+def print_bytes():
+  config = tf.ModelConfig.named("150m", compute_dtype="bfloat16")
+  chip, _ = parse_topology(_TOPOLOGY.value)
+  mesh = slice_mesh(MeshConfig(), _TOPOLOGY.value)
+  print("| rows | parameter tokens | reads, MB | at the memory's rate, ms | holds besides, MB |\n" + "|---" * 5 + "|")
+  for rows in (1, 8):
+    for name, form in FORMS.items():
+      graphdef, *leaves = split(form(tf.LanguageModel(config, rngs=nnx.Rngs(0))).for_decoding())
+      cache = jax.eval_shape(lambda: KVCache.empty(config, jnp.zeros(rows, jnp.int32), 256))
+      given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+                           (leaves, jax.ShapeDtypeStruct((rows,), jnp.int32), cache))
+      _, decode_step = decoding_programs(graphdef)
+      with kept_out_of_the_cache():
+        compiled = jax.jit(traced_on(mesh, decode_step.__wrapped__), donate_argnums=2).lower(*given).compile()
+      memory = compiled.memory_analysis()
+      print(f"| {rows} | {name} | {memory.argument_size_in_bytes / 1e6:.0f} "
+            f"| {1e3 * memory.argument_size_in_bytes / chip.memory_bandwidth:.3f} | {memory.temp_size_in_bytes / 1e6:.1f} |")
+
+
+def main(argv):
+  del argv
+  if _TOPOLOGY.value:
+    jax.config.update("jax_platforms", "cpu")  # Whatever is there is not what is compiled for.
+    print_bytes()
+  else:
+    print_perplexities()
+    print_times()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ _PERPLEXITY = flags.DEFINE_multi_string("perplexity", [], "Source of text to sco
 _STRIDE = flags.DEFINE_integer("stride", None, "Ids scored a window; by default disjoint windows.")
 _HARNESS = flags.DEFINE_bool("harness", False, "Run the tasks with lm-evaluation-harness.")
 _TASK_FILES = flags.DEFINE_string("task_files", None, "With --harness: a folder with further task files.")
+_INT8 = flags.DEFINE_bool("int8", False, "Parameter tokens in int8, to see what that costs. Needs qwix.")
 _OUTPUT = flags.DEFINE_string("output", None, "Also write all results to this JSON file.")
 process_flags.define()
 
@@ -33,9 +34,12 @@ def main(argv):
   del argv
   from tokenformer_jax.evaluation.evaluate import evaluate, open_model
   from tokenformer_jax.evaluation.report import table, write_json
+  from tokenformer_jax.inference.int8 import int8_tokens
 
   first = process_flags.start()
   model, tokenizer = open_model(_WORKDIR.value, _STEP.value, _PRETRAINED.value, _TOKENIZER.value)
+  if _INT8.value:
+    model = int8_tokens(model)
   results = evaluate(
       model, tokenizer, tasks=_TASKS.value, data_folder=_DATA.value or os.environ.get("TOKENFORMER_DATA", "."),
       limit=_LIMIT.value, texts=_PERPLEXITY.value, stride=_STRIDE.value, harness=_HARNESS.value,

@@ -21,6 +21,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest tok
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: from all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of this probability; 1: from all.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same text.")
+_INT8 = flags.DEFINE_bool("int8", False, "Parameter tokens in int8: half of bfloat16's memory. Needs qwix.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text before which to stop; repeat for several.")
 process_flags.define()
 
@@ -46,6 +47,8 @@ def main(argv):
   def stream(row, piece):
     say(next(beginning, "") + piece, end="", flush=True)
 
+  if _INT8.value:
+    model = tf.int8_tokens(model)
   texts = tf.generate(
       model.for_decoding(), tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
       top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value, stop=_STOP.value,

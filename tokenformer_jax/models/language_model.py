@@ -103,8 +103,10 @@ class LanguageModel(nnx.Module):
       return self
     graphdef, parameters, tau = split(self)
     axes, _ = logical_axes(self)
-    parameters = jax.tree.map(lambda a, axes: a.astype(self.config.compute_dtype) if "embed" in axes else a,
-                              parameters, axes)
+    def narrowed(a, axes):
+      return a.astype(self.config.compute_dtype) if "embed" in axes and a.dtype != jnp.int8 else a
+
+    parameters = jax.tree.map(narrowed, parameters, axes)
     model = nnx.merge(graphdef, parameters, tau)
     model.blocks = unstack_layers(model.blocks, self.config.num_layers)
     return model

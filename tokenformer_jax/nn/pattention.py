@@ -28,6 +28,10 @@ class Pattention(nnx.Module):
     rngs: parameters are drawn from `rngs.params()`.
   """
 
+  # Of int8 tokens (`inference.int8`).
+  key_scales: nnx.Param | None = None
+  value_scales: nnx.Param | None = None
+
   def __init__(self, d_in: int, d_out: int, num_tokens: int, *, theta: str = "l2_norm_gelu", gelu: str = "erf",
                key_init: nnx.Initializer = nnx.initializers.normal(0.02),
                value_init: nnx.Initializer | None = None, kernel: str = "auto", rngs: nnx.Rngs):
@@ -45,7 +49,8 @@ class Pattention(nnx.Module):
     self.tau = Tau(jnp.float32(initial_tau(theta, num_tokens)), axes=())
 
   def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-    tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...])
+    scales = [scale if scale is None else scale[...] for scale in (self.key_scales, self.value_scales)]
+    tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...], *scales)
     if self.kernel == "fused":
       # Here, for Pallas takes longer to import than the rest of us.
       from tokenformer_jax.kernels.fused_pattention import fused_pattention

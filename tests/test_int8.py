@@ -1,0 +1,82 @@
+"""Parameter tokens in int8 are the nearest they can be, and the model is otherwise the same."""
+
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.inference.int8 import int8_tokens
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.kv_cache import KVCache
+from tokenformer_jax.nn.parameters import split
+from tokenformer_jax.nn.pattention import Pattention
+
+CONFIG = ModelConfig(vocab_size=61, num_layers=2, hidden_size=32, num_heads=4, qkv_tokens=24, proj_tokens=20,
+                     ffn_tokens=40, seq_length=16, kernel="fused")
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9)))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def rounded(model):
+  return int8_tokens(model)
+
+
+def pattentions(model):
+  return [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, Pattention)]
+
+
+def written_back(model):
+  """The model with the tokens of an int8 one as the float32 numbers that they stand for."""
+  model = nnx.merge(*split(model))
+  for layer in pattentions(model):
+    layer.keys = nnx.Param(layer.keys[...] * layer.key_scales[...][..., None], axes=layer.keys.axes)
+    layer.values = nnx.Param(layer.values[...] * layer.value_scales[...][..., None, :], axes=layer.values.axes)
+    del layer.key_scales, layer.value_scales
+  return model
+
+
+def test_tokens_are_the_nearest_of_255_levels(model, rounded):
+  for before, after, back in zip(*map(pattentions, (model, rounded, written_back(rounded))), strict=True):
+    assert after.keys.dtype == after.values.dtype == jnp.int8 and before.keys.dtype == jnp.float32
+    for name, scales in (("keys", after.key_scales[...][..., None]), ("values", after.value_scales[...][..., None, :])):
+      error = np.abs(getattr(back, name)[...] - getattr(before, name)[...])
+      assert np.all(error <= 0.5001 * scales), name
+      assert np.max(np.abs(getattr(after, name)[...])) == 127
+
+
+def test_the_model_is_the_one_with_rounded_tokens(model, rounded):
+  expected = np.asarray(jax.jit(written_back(rounded))(TOKENS))
+  size = np.abs(expected).max()
+  np.testing.assert_allclose(jax.jit(rounded)(TOKENS), expected, atol=1e-5 * size)
+  # Which is another one than before, but not by much.
+  before = LanguageModel(ModelConfig(**{**CONFIG.__dict__, "kernel": "reference"}), rngs=nnx.Rngs(0))
+  difference = np.abs(np.asarray(jax.jit(before)(TOKENS)) - expected).max()
+  assert 1e-4 * size < difference < 0.05 * size
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_it_decodes(rounded, rows):
+  decoding = rounded.for_decoding()
+  assert {leaf.dtype for leaf in jax.tree.leaves(split(decoding)[1])} == {jnp.dtype("int8"), jnp.dtype("float32")}
+  expected = np.asarray(jax.jit(rounded)(TOKENS[:rows]))
+  cache = KVCache.empty(CONFIG, jnp.zeros(rows, jnp.int32), 16)
+  extend = jax.jit(lambda tokens, cache: decoding.extend(tokens, cache))
+  hidden, cache = extend(TOKENS[:rows, :8], cache)
+  last, _ = extend(TOKENS[:rows, 8:], cache)
+  logits = np.concatenate([decoding.logits(hidden), decoding.logits(last)], axis=1)
+  np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_without_qwix_it_is_named(model, monkeypatch):
+  monkeypatch.setitem(sys.modules, "qwix", None)
+  with pytest.raises(ValueError, match=r"int8 needs qwix: pip install 'tokenformer_jax\[int8\]'"):
+    int8_tokens(model)
