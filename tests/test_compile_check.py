@@ -117,6 +117,14 @@ def test_compiled_for_gpus_attention_is_cudnns(chip, monkeypatch):
 @needs_cuda
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_precision")
+def test_a_gpu_decodes_one_row_without_writing_out_what_it_multiplies():
+  _, decode = check(config(batch_size=1), "h100:1")
+  assert decode.peak - sum(decode.held.values()) < 4 * MODEL.ffn_tokens * MODEL.hidden_size
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.usefixtures("users_precision")
 def test_what_does_not_fit_on_a_gpu_is_said():
   with pytest.raises(ValueError, match=r"the train step does not fit: it takes .* GiB of 80. Take more chips"):
     check(config(batch_size=2**18), "h100:1")

@@ -22,7 +22,7 @@ from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.data.corpus import Corpus
 from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
-from tokenformer_jax.distributed.axes import replicated, traced_on
+from tokenformer_jax.distributed.axes import platform_of, replicated
 from tokenformer_jax.distributed.topologies import kept_out_of_the_cache, parse_topology, slice_mesh
 from tokenformer_jax.evaluation.perplexity import perplexity
 from tokenformer_jax.inference.generate import decoding_programs
@@ -83,9 +83,9 @@ def print_bytes():
       cache = jax.eval_shape(lambda: KVCache.empty(config, jnp.zeros(rows, jnp.int32), 256))
       given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
                            (leaves, jax.ShapeDtypeStruct((rows,), jnp.int32), cache))
-      _, decode_step = decoding_programs(graphdef)
-      with kept_out_of_the_cache():
-        compiled = jax.jit(traced_on(mesh, decode_step.__wrapped__), donate_argnums=2).lower(*given).compile()
+      with kept_out_of_the_cache(), platform_of(mesh):
+        _, decode_step = decoding_programs(graphdef)
+        compiled = decode_step.lower(*given).compile()
       memory = compiled.memory_analysis()
       print(f"| {rows} | {name} | {memory.argument_size_in_bytes / 1e6:.0f} "
             f"| {1e3 * memory.argument_size_in_bytes / chip.memory_bandwidth:.3f} | {memory.temp_size_in_bytes / 1e6:.1f} |")

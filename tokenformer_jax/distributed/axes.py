@@ -1,12 +1,13 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tokenformer_jax.checked import nearest
 from tokenformer_jax.distributed.mesh import MESH_AXES
@@ -132,9 +133,14 @@ def per_device(function: Callable, in_specs, out_specs) -> Callable:
 
 def platform() -> str:
   """What the mesh in context consists of (it need not be here): cpu, gpu or tpu; without one, JAX's default."""
-  mesh = _mesh_in_context()
-  device = mesh.abstract_device if mesh is not None else None
+  device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
+
+
+def platform_of(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
+  """Within it `platform` is that of the mesh's devices, and nothing is split."""
+  device = mesh.abstract_mesh.abstract_device
+  return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=device))
 
 
 def whole_heads(mesh: Mesh, num_heads: int) -> str:

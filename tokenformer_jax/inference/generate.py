@@ -102,13 +102,17 @@ def _decode(model, prompts, max_new_tokens, sampling):
 _draw = jax.jit(sample)
 
 
-@functools.lru_cache
 def decoding_programs(graphdef: nnx.GraphDef) -> tuple[Callable, Callable]:
   """(prefill, decode_step), jitted; both take the leaves of `model.for_decoding()` first.
 
   `prefill(leaves, tokens_BxT, start_B, num_slots=…)` reads left-padded prompts and `decode_step(leaves, tokens_B, cache)`
   one token a row; the cache is donated. They return the logits [B, V] of what follows and the cache.
   """
+  return _programs(graphdef, platform())
+
+
+@functools.lru_cache
+def _programs(graphdef, platform):
   # Not static arguments of a jitted function: to hash a graph definition at each step would take a millisecond.
   @functools.partial(jax.jit, static_argnames="num_slots")
   def prefill(leaves, tokens_BxT, start_B, *, num_slots):
@@ -117,7 +121,7 @@ def decoding_programs(graphdef: nnx.GraphDef) -> tuple[Callable, Callable]:
     return model.logits(hidden_BxTxD[:, -1]), cache
 
   # XLA:CPU copies donated buffers that are read before they are written, unless asked to look when that is.
-  options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform() == "cpu" else None
+  options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
   @functools.partial(jax.jit, donate_argnames="cache", compiler_options=options)
   def decode_step(leaves, tokens_B, cache):

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config
-from tokenformer_jax.distributed.axes import batch_sharding, replicated
+from tokenformer_jax.distributed.axes import batch_sharding, platform_of, replicated
 from tokenformer_jax.distributed.chips import Chip
 from tokenformer_jax.distributed.collectives import Collective, collectives
 from tokenformer_jax.distributed.mesh import MESH_AXES, mesh_sizes
@@ -87,7 +87,9 @@ def check(config: Config, topology: str) -> list[Check]:
   chip, _ = parse_topology(topology)
   mesh = (abstract_mesh if can_compile(chip) else slice_mesh)(config.mesh, topology)
   program = make_program(config, config.model, mesh)
-  return [_train_step(config, program, mesh, chip), _decode_step(config, program, mesh, chip)]
+  train_step = _train_step(config, program, mesh, chip)
+  with platform_of(mesh):
+    return [train_step, _decode_step(config, program, mesh, chip)]
 
 
 def _train_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip) -> Check:
