@@ -1,6 +1,7 @@
 """The update: micro-batches, z-loss and meshes change nothing but what they say."""
 
 import dataclasses
+import re
 
 from flax import nnx
 import jax
@@ -11,6 +12,7 @@ import pytest
 from scipy import special
 
 from tests import oracle, small_run
+from tokenformer_jax.config import REMAT_POLICIES
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.interop.names import to_released
 from tokenformer_jax.nn.parameters import Tau, parameter, split
@@ -47,6 +49,17 @@ def bigram_loss_and_gradient(table, batch, z_loss):
   gradient = np.zeros((VOCAB, VOCAB))
   np.add.at(gradient, inputs, weights[..., None] * by_logits)
   return (weights * nats).sum() / weights.sum(), gradient / weights.sum()
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_every_product_of_a_bfloat16_step_is_of_bfloat16(remat):
+  """Forward and backward: float32's would take a GPU twice as long, or more."""
+  config = small_run.replace(CONFIG, model=dict(compute_dtype="bfloat16", remat=remat))
+  program = make_program(config, config.model, small_run.mesh())
+  text = program.train_step.lower(program.shapes, small_run.batch()).as_text()
+  products = [line.rpartition(" : ")[2] for line in text.splitlines() if "stablehlo.dot_general" in line]
+  assert len(products) > 3 * 2 * 5
+  assert all(re.fullmatch(r"\(tensor<[\dx]+xbf16>, tensor<[\dx]+xbf16>\) -> .*", line) for line in products), products
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.distributed.axes import is_split, per_device, platform, splits
-from tokenformer_jax.parameter_tokens import sum_dtype
+from tokenformer_jax.parameter_tokens import wide_einsum
 
 # Splash attention's rows come in tiles of 128; tiles of 512 keep a TPU's matrix unit busy.
 _TILE, _LARGEST_TILE = 128, 512
@@ -75,9 +75,8 @@ def masked_attention(q: Float[Array, "batch head time channel"], keys: tuple[Arr
   Args:
     keys, values: [batch, head, slot, channel] each; where they are several, their slots follow one another.
   """
-  wide = sum_dtype(q.dtype)
-  scores = [jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=wide) * q.shape[-1]**-0.5 for k in keys]
-  seen_BxHxTxS = jnp.where(seen, jnp.concatenate(scores, axis=-1), jnp.finfo(wide).min)
+  scores_BxHxTxS = jnp.concatenate([wide_einsum("bhtc,bhsc->bhts", q, k) for k in keys], axis=-1) * q.shape[-1]**-0.5
+  seen_BxHxTxS = jnp.where(seen, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
   weights_BxHxTxS = jax.nn.softmax(seen_BxHxTxS, axis=-1).astype(q.dtype)
   ends = list(itertools.accumulate(k.shape[2] for k in keys))
   return sum(jnp.einsum("bhts,bhsc->bhtc", weights, v)
