@@ -104,6 +104,8 @@ def test_model_refusals(changes, message):
     (lambda: OptimizerConfig(z_loss=-1e-4), "z_loss=-0.0001: must not be negative"),
     (lambda: OptimizerConfig(beta1=1.0), r"beta1=1.0: must be in \[0, 1\)"),
     (lambda: OptimizerConfig(beta2=-0.1), r"beta2=-0.1: must be in \[0, 1\)"),
+    (lambda: OptimizerConfig(beta2=0.999, second_moment_dtype="bfloat16"),
+     "beta2=0.999: must be at most 0.99 with second_moment_dtype=bfloat16"),
     (lambda: OptimizerConfig(eps=0.0), "eps=0.0: must be positive"),
     (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm=0.0: must be positive"),
     (lambda: GrowthConfig(warmup_steps=-1), "warmup_steps=-1: must not be negative"),

@@ -98,12 +98,13 @@ def test_logits_of_a_batch_never_exist(train, sizes):
   assert (CHUNK, vocab) in with_vocab and max(map(np.prod, with_vocab)) == CHUNK * vocab
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_an_update_writes_over_the_state_it_was_given(moments):
-  program = make_program(small_run.replace(small_run.config(), optimizer=dict(first_moment_dtype=moments)),
-                         small_run.MODEL, small_run.mesh())
+@pytest.mark.parametrize("first", ["float32", "bfloat16"])
+@pytest.mark.parametrize("second", ["float32", "bfloat16"])
+def test_an_update_writes_over_the_state_it_was_given(first, second):
+  moments = dict(first_moment_dtype=first, second_moment_dtype=second)
+  program = make_program(small_run.replace(small_run.config(), optimizer=moments), small_run.MODEL, small_run.mesh())
   compiled = program.train_step.lower(program.shapes, small_run.batch()).compile()
-  means = optax.tree.get(program.shapes.opt_state, "mu")
-  assert {leaf.dtype.name for leaf in jax.tree.leaves(means)} == {moments}
+  for name, dtype in (("mu", first), ("nu", second)):
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(optax.tree.get(program.shapes.opt_state, name))} == {dtype}
   held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes))
   assert compiled.memory_analysis().alias_size_in_bytes == held

@@ -134,6 +134,23 @@ def test_a_new_row_has_an_adam_of_its_own_and_old_rows_keep_theirs(beta2, warmup
   small_run.assert_same(state, adam_state)
 
 
+def test_moments_in_bfloat16_are_rounded_between_updates_and_not_in_them():
+  def rounded(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), tree)
+
+  optimizer = scale_by_adam_of_rows(AXES, 0.9, 0.95, 1e-8, 5, "bfloat16", "bfloat16")
+  wide = scale_by_adam_of_rows(AXES, 0.9, 0.95, 1e-8, 5)
+  params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
+  state, expected_state = optimizer.init(params), wide.init(params)
+  for gradients in draws(20):
+    expected, after = jax.jit(wide.update)(narrow(gradients), expected_state, born=born(0))
+    expected_state = after._replace(mu=rounded(after.mu), nu=rounded(after.nu))
+    updates, state = jax.jit(optimizer.update)(narrow(gradients), state, born=born(0))
+    small_run.assert_close(updates, expected, 2e-2)
+  assert {leaf.dtype for leaf in jax.tree.leaves((state.mu, state.nu))} == {jnp.dtype("bfloat16")}
+  small_run.assert_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.nu), expected_state.nu, 2e-2)
+
+
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
 @pytest.mark.parametrize("birth", [1, 1000])
 def test_no_first_step_of_a_new_row_exceeds_the_learning_rate(beta2, birth):

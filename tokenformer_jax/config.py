@@ -180,7 +180,8 @@ class OptimizerConfig(Checked):
   `warmup_cosine`: linear from 0, then cosine to `min_learning_rate` at the last step.
   `warmup_stable_decay`: linear from 0, constant, linear to `min_learning_rate` over the last
   `decay_steps`; the one to grow under, since it has no restart and no early decay.
-  `first_moment_dtype`: of Adam's mean of gradients between updates; bfloat16 saves 2 bytes a parameter.
+  `first_moment_dtype`, `second_moment_dtype`: of Adam's means of gradients and of their squares between updates;
+  bfloat16 saves 2 bytes a parameter each.
   """
 
   schedule: str = "warmup_stable_decay"
@@ -195,10 +196,12 @@ class OptimizerConfig(Checked):
   clip_norm: float = 1.0
   z_loss: float = 0.0
   first_moment_dtype: str = "float32"
+  second_moment_dtype: str = "float32"
 
   def validate(self):
     require_choice("schedule", self.schedule, SCHEDULES)
-    require_choice("first_moment_dtype", self.first_moment_dtype, MOMENT_DTYPES)
+    for field in ("first_moment_dtype", "second_moment_dtype"):
+      require_choice(field, getattr(self, field), MOMENT_DTYPES)
     require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive.")
     require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate",
             self.min_learning_rate, f"must be in [0, learning_rate={self.learning_rate}].")
@@ -208,6 +211,8 @@ class OptimizerConfig(Checked):
       require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
     for field in ("eps", "clip_norm"):
       require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
+    require(self.second_moment_dtype == "float32" or self.beta2 <= 0.99, "beta2", self.beta2,
+            "must be at most 0.99 with second_moment_dtype=bfloat16: what a step takes off would be rounded away.")
 
 
 @dataclasses.dataclass(frozen=True)

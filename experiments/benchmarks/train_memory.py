@@ -17,19 +17,20 @@ from tokenformer_jax.training.compile_check import _train_step
 from tokenformer_jax.training.program import make_program
 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of a batch.")
-_MOMENTS = flags.DEFINE_string("first_moment_dtype", "float32", "Of Adam's mean.")
+_MOMENTS = flags.DEFINE_string("moment_dtype", "float32", "Of Adam's means.")
 
 
 def main(argv):
   _, name, topology, *variants = argv
-  print(f"{name}, {_BATCH_SIZE.value} × 2048 tokens, {topology}, first moments {_MOMENTS.value}")
+  print(f"{name}, {_BATCH_SIZE.value} × 2048 tokens, {topology}, moments {_MOMENTS.value}")
   print("| remat | kernel | peak GiB | activations and the rest GiB | TFLOP | at the peak ms |")
   print("|---|---|---|---|---|---|", flush=True)
   for remat, kernel in (variant.split(",") for variant in variants):
     model = ModelConfig.named(name, compute_dtype="bfloat16", remat=remat, kernel=kernel)
     config = Config(model=model, data=DataConfig(batch_size=_BATCH_SIZE.value))
     config = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, first_moment_dtype=_MOMENTS.value))
+        config, optimizer=dataclasses.replace(config.optimizer, first_moment_dtype=_MOMENTS.value,
+                                              second_moment_dtype=_MOMENTS.value))
     mesh = slice_mesh(config.mesh, topology)
     try:
       step = _train_step(config, make_program(config, model, mesh), mesh, parse_topology(topology)[0])

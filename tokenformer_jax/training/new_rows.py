@@ -12,7 +12,8 @@ from tokenformer_jax.nn.parameters import Tree
 
 
 def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, warmup_steps: int,
-                          first_moment_dtype: str = "float32") -> optax.GradientTransformationExtraArgs:
+                          first_moment_dtype: str = "float32", second_moment_dtype: str = "float32"
+                          ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam`, but rows added by growth have a bias correction of their own, and a warm-up.
 
   A new row gets the update of an Adam that began with it, times age / `warmup_steps` until that is 1.
@@ -23,12 +24,19 @@ def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, wa
 
   Args:
     axes: the parameters' logical axes.
+    first_moment_dtype, second_moment_dtype: of the moments between updates.
   """
   adam = optax.scale_by_adam(beta1, beta2, eps, mu_dtype=first_moment_dtype)
 
+  def with_squares_in(dtype, state):
+    return state._replace(nu=optax.tree.cast(state.nu, dtype))
+
+  def init(params):
+    return with_squares_in(second_moment_dtype, adam.init(params))
+
   def update(gradients, state, params=None, *, born):
     del params
-    adams, state = adam.update(gradients, state)
+    adams, state = adam.update(gradients, with_squares_in(jnp.float32, state))
 
     def update_rows(adams, mean, square, born, axes):
       if "param_token" not in axes:
@@ -38,9 +46,10 @@ def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, wa
       own = mean / (1 - beta1**age) / (jnp.sqrt(square / (1 - beta2**age)) + eps)
       return jnp.where(born > 0, jnp.minimum(age / max(warmup_steps, 1), 1.0) * own, adams)
 
-    return jax.tree.map(update_rows, adams, state.mu, state.nu, born, axes), state
+    updates = jax.tree.map(update_rows, adams, state.mu, state.nu, born, axes)
+    return updates, with_squares_in(second_moment_dtype, state)
 
-  return optax.GradientTransformationExtraArgs(adam.init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_rows(axes: Tree, new_rate: float, old_rate: float) -> optax.GradientTransformationExtraArgs:

@@ -37,7 +37,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, growth: GrowthConfig
   return optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       scale_by_adam_of_rows(axes, config.beta1, config.beta2, config.eps, growth.warmup_steps,
-                            config.first_moment_dtype),
+                            config.first_moment_dtype, config.second_moment_dtype),
       optax.add_decayed_weights(config.weight_decay, mask=decays),
       optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
       scale_rows(axes, growth.new_rows_rate, growth.old_rows_rate),
