@@ -106,6 +106,9 @@ def test_compiled_for_gpus_attention_is_cudnns(chip, monkeypatch):
   for one in (train, decode):
     assert sum(one.held.values()) < one.peak < one.chip.memory
   assert {axis for c in train.sent for axis in c.axes} == {"fsdp", "token"}
+  # Layers' parameters are gathered in bfloat16, and their gradients added up in float32.
+  assert {c.dtype for c in train.sent if c.kind == "all-gather" and c.trips > 1} == {"bf16"}
+  assert {c.dtype for c in train.sent if c.kind in ("reduce-scatter", "all-reduce") and c.axes == ("fsdp",)} == {"f32"}
   assert "__cudnn$fmhaSoftmaxBackward" in texts[0]
   # Of attention's products it does all that is seen: two, two again for the remat, and five.
   tokens, seen = 16 * 128, MODEL.num_layers * 2 * 128 * 256

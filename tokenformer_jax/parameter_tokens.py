@@ -148,21 +148,32 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
   return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def wide_einsum(equation: str, a: Array, b: Array) -> Array:
   """`jnp.einsum` of two arrays of one dtype, with sums and result in its `sum_dtype`.
 
-  Its gradient's products are of two arrays of that dtype as well. By the chain rule they would be of float32 ones where
-  these are bfloat16, at half of a GPU's rate or less.
+  Where that is wider the gradient's products, too, are of two narrow arrays with sums in the wider dtype, also over
+  devices, and there is no forward-mode derivative. By the chain rule they would be of wide arrays, at half of a GPU's
+  rate or less.
   """
+  if a.dtype == sum_dtype(a.dtype):
+    return jnp.einsum(equation, a, b)
+  return _widening_einsum(equation, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _widening_einsum(equation, a, b):
   return jnp.einsum(equation, a, b, preferred_element_type=sum_dtype(a.dtype))
 
 
-@wide_einsum.defjvp
-def _wide_einsum_jvp(equation, primals, tangents):
-  (a, b), (da, db) = primals, tangents
-  y = jnp.einsum(equation, a, b, preferred_element_type=sum_dtype(a.dtype))  # Itself, for remat policies to see.
-  return y, (jnp.einsum(equation, da, b) + jnp.einsum(equation, a, db)).astype(y.dtype)
+def _widening_einsum_backward(equation, saved, by_y):
+  a, b = saved
+  (of_a, of_b), of_y = (side.split(",") for side in equation.split("->"))
+  def gradient(of_other, other, of_this):
+    return _widening_einsum(f"{of_y[0]},{of_other}->{of_this}", by_y.astype(other.dtype), other).astype(other.dtype)
+  return gradient(of_b, b, of_a), gradient(of_a, a, of_b)
+
+
+_widening_einsum.defvjp(lambda equation, a, b: (_widening_einsum(equation, a, b), (a, b)), _widening_einsum_backward)
 
 
 # A Θ is a function of scores [m, n], τ and a GELU; the L2 variants also of `over`, mesh axes along which the sums over

@@ -135,6 +135,7 @@ class LanguageModel(nnx.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(parameter, axes):
   """A parameter with all its channels. Its gradient is not: it is added up into the parts that devices keep."""
+  parameter = constrain(parameter, *axes)  # Else it may be gathered before it is narrowed.
   return constrain(parameter, *(None if axis == "embed" else axis for axis in axes))
 
 
