@@ -165,15 +165,21 @@ def _widening_einsum(equation, a, b):
   return jnp.einsum(equation, a, b, preferred_element_type=sum_dtype(a.dtype))
 
 
+def _widening_einsum_forward(equation, a, b):
+  # The product itself, for remat policies to see.
+  return jnp.einsum(equation, a, b, preferred_element_type=sum_dtype(a.dtype)), (a, b)
+
+
 def _widening_einsum_backward(equation, saved, by_y):
   a, b = saved
-  (of_a, of_b), of_y = (side.split(",") for side in equation.split("->"))
-  def gradient(of_other, other, of_this):
-    return _widening_einsum(f"{of_y[0]},{of_other}->{of_this}", by_y.astype(other.dtype), other).astype(other.dtype)
-  return gradient(of_b, b, of_a), gradient(of_a, a, of_b)
+  operands, of_y = equation.split("->")
+  of_a, of_b = operands.split(",")
+  by_y = by_y.astype(a.dtype)
+  return (_widening_einsum(f"{of_y},{of_b}->{of_a}", by_y, b).astype(a.dtype),
+          _widening_einsum(f"{of_y},{of_a}->{of_b}", by_y, a).astype(b.dtype))
 
 
-_widening_einsum.defvjp(lambda equation, a, b: (_widening_einsum(equation, a, b), (a, b)), _widening_einsum_backward)
+_widening_einsum.defvjp(_widening_einsum_forward, _widening_einsum_backward)
 
 
 # A Θ is a function of scores [m, n], τ and a GELU; the L2 variants also of `over`, mesh axes along which the sums over
