@@ -1,6 +1,18 @@
 """What Adam's moments in bfloat16 cost: the same run with them, with the first ones alone, and with float32's.
 
     python -m experiments.bfloat16_moments --workdir=runs/bfloat16_moments
+
+Two CPU cores busy with other work, some 40 minutes, November 2026, Python 3.11.7, jax 0.10.2, float32 products. The run of
+growth_seam.py without growth; held-out loss, nats a byte, mean of 10 seeds ± the deviation between them; and by how much
+it is over float32's with the same seed, per cent ± its standard error:
+
+| step | float32 | first in bfloat16 | per cent | both in bfloat16 | per cent |
+|---|---|---|---|---|---|
+| 1000 | 1.8996 ± 0.0349 | 1.8963 ± 0.0299 | -0.17 ± 0.38 | 1.8950 ± 0.0296 | -0.23 ± 0.43 |
+| 2000 | 1.6754 ± 0.0213 | 1.6733 ± 0.0174 | -0.12 ± 0.36 | 1.6716 ± 0.0160 | -0.22 ± 0.27 |
+| 3000 | 1.5066 ± 0.0159 | 1.5058 ± 0.0112 | -0.05 ± 0.29 | 1.5047 ± 0.0111 | -0.12 ± 0.26 |
+
+No difference is seen; one of a third of a per cent could be there.
 """
 
 import dataclasses
