@@ -24,8 +24,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from tokenformer_jax.distributed.axes import platform
-
 # ‖s‖₂ below this counts as a row of zeros.
 _ZERO_NORM = 1e-12
 # Where the largest score of a row is below this, its GeLUs are near the end of float32's range, or past it.
@@ -78,7 +76,11 @@ def pattention(
   @functools.partial(jax.checkpoint, policy=_is_of_a_row, prevent_cse=False)
   def weighted_sum(scores_MxN, values_NxE, tau):
     weights_MxN = _weights(scores_MxN, tau, theta, gelu).astype(x.dtype)
-    return (_sum_of_one_row if len(weights_MxN) == 1 else _weighted_sum)(weights_MxN, values_NxE)
+    if len(weights_MxN) > 1:
+      return _weighted_sum(weights_MxN, values_NxE)
+    # Of one row, in the form in which XLA reads V once and at the memory's rate.
+    return jax.lax.platform_dependent(weights_MxN, values_NxE, cpu=_sum_by_blocks, cuda=_sum_of_two_rows,
+                                      default=_weighted_sum)
 
   y_MxE = weighted_sum(_scores(x, tokens, theta, gelu), tokens.values.astype(x.dtype), tokens.tau)
   if tokens.value_scales is not None:
@@ -110,15 +112,16 @@ def _weighted_sum(weights_MxN, values_NxE):
   return wide_einsum("mn,ne->me", weights_MxN, values_NxE)
 
 
-def _sum_of_one_row(weights_1xN, values_NxE):
-  """`_weighted_sum`, in the form in which XLA reads V once and at the memory's rate."""
-  if platform() == "gpu":  # It writes all multiplications of one row out, in float32. Of two rows it is a product.
-    return _weighted_sum(jnp.pad(weights_1xN, ((0, 1), (0, 0))), values_NxE)[:1]
-  if platform() == "cpu":  # It gives each thread some columns of V; of blocks of tokens, some whole ones.
-    blocks = math.gcd(weights_1xN.shape[1], 16)
-    values_BxNxE = values_NxE.reshape(blocks, -1, values_NxE.shape[1])
-    return jnp.sum(wide_einsum("bn,bne->be", weights_1xN.reshape(blocks, -1), values_BxNxE), axis=0, keepdims=True)
-  return _weighted_sum(weights_1xN, values_NxE)
+def _sum_by_blocks(weights_1xN, values_NxE):
+  # XLA:CPU gives each thread some columns of V, which are slow to read; of blocks of tokens, some whole ones.
+  blocks = math.gcd(weights_1xN.shape[1], 16)
+  values_BxNxE = values_NxE.reshape(blocks, -1, values_NxE.shape[1])
+  return jnp.sum(wide_einsum("bn,bne->be", weights_1xN.reshape(blocks, -1), values_BxNxE), axis=0, keepdims=True)
+
+
+def _sum_of_two_rows(weights_1xN, values_NxE):
+  # XLA:GPU writes all multiplications of one row out, in float32. Of two it is a product.
+  return _weighted_sum(jnp.pad(weights_1xN, ((0, 1), (0, 0))), values_NxE)[:1]
 
 
 def _weights(scores_MxN, tau, theta, gelu):
