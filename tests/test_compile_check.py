@@ -125,17 +125,11 @@ def test_a_gpu_decodes_one_row_without_writing_out_what_it_multiplies():
   assert decode.peak - sum(decode.held.values()) < 4 * MODEL.ffn_tokens * MODEL.hidden_size
 
 
-@needs_cuda
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_precision")
-def test_what_does_not_fit_on_a_gpu_is_said():
-  with pytest.raises(ValueError, match=r"the train step does not fit: it takes .* GiB of 80. Take more chips"):
-    check(config(batch_size=2**18), "h100:1")
-
-
-@needs_libtpu
-@pytest.mark.slow
-@pytest.mark.usefixtures("users_precision")
-def test_what_does_not_fit_is_said():
-  with pytest.raises(ValueError, match=r"the train step does not fit: Ran out of memory .*15.75G.* Take more chips"):
-    check(config(batch_size=2**18), "v5e:2x2")
+@pytest.mark.parametrize("topology, said", [
+    pytest.param("v5e:2x2", "Ran out of memory .*15.75G.*", marks=needs_libtpu),
+    pytest.param("h100:1", "it takes .* GiB of 80.", marks=needs_cuda)])
+def test_what_does_not_fit_is_said(topology, said):
+  with pytest.raises(ValueError, match=f"the train step does not fit: {said} Take more chips"):
+    check(config(batch_size=2**18), topology)

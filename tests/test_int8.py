@@ -10,10 +10,12 @@ import pytest
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.int8 import int8_tokens
+from tokenformer_jax.kernels.fused_pattention import fused_pattention
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=2, hidden_size=32, num_heads=4, qkv_tokens=24, proj_tokens=20,
                      ffn_tokens=40, seq_length=16, kernel="fused")
@@ -74,6 +76,22 @@ def test_it_decodes(rounded, rows):
   last, _ = extend(TOKENS[:rows, 8:], cache)
   logits = np.concatenate([decoding.logits(hidden), decoding.logits(last)], axis=1)
   np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_is_int8_already_is_refused(rounded):
+  with pytest.raises(ValueError, match="parameter tokens are int8 already"):
+    int8_tokens(rounded)
+
+
+@pytest.mark.parametrize("changed, message", [
+    (dict(key_scales=jnp.ones(1)), r"key_scales \(1,\): expected \(128,\), one for each token"),
+    (dict(value_scales=jnp.ones((1, 256))), r"value_scales \(1, 256\): expected \(256,\), one for each output channel")])
+def test_scales_that_do_not_fit_are_named(changed, message):
+  tokens = dict(keys=jnp.ones((128, 128), jnp.int8), values=jnp.ones((128, 256), jnp.int8), tau=jnp.float32(1))
+  with pytest.raises(ValueError, match=message):
+    pattention(jnp.ones((2, 128)), ParameterTokens(**tokens, **changed))
+  with pytest.raises(ValueError, match="it takes no int8 tokens with scales"):
+    fused_pattention(jnp.ones((2, 128)), ParameterTokens(**tokens, **changed), interpret=True)
 
 
 def test_without_qwix_it_is_named(model, monkeypatch):

@@ -103,6 +103,10 @@ def _scores(x, tokens, theta, gelu):
     raise ValueError(f"x of {x.dtype}: expected floating point, e.g. x.astype(jnp.float32).")
   if x.shape[-1] != keys.shape[1]:
     raise ValueError(f"x {x.shape} and keys {keys.shape}: the last axes must be equal.")
+  for name, scales, size in (("key", tokens.key_scales, len(keys)), ("value", tokens.value_scales, values.shape[1])):
+    if scales is not None and scales.shape != (size,):
+      raise ValueError(f"{name}_scales {scales.shape}: expected {(size,)}, one for each "
+                       f"{'token' if name == 'key' else 'output channel'}.")
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
   scores_MxN = wide_einsum("md,nd->mn", x.reshape(-1, x.shape[-1]), keys.astype(x.dtype))
   return scores_MxN if tokens.key_scales is None else scores_MxN * tokens.key_scales.astype(scores_MxN.dtype)[None]

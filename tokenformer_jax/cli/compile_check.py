@@ -1,6 +1,6 @@
 """Compiles a run for TPUs or GPUs that are not there, and says what a chip holds, computes, sends and takes.
 
-    python -m tokenformer_jax.cli.compile_check --config=experiments/pile.py --topology=v5e:4x4
+    python -m tokenformer_jax.cli.compile_check --config=experiments/sizes.py:150m --topology=v5e:4x4
 
 Topologies are v4:AxBxC, v5e:AxB, v5p:AxBxC and v6e:AxB, and a100:N, h100:N and h200:N, up to 8 GPUs of one machine.
 Train step and decode step are compiled with libtpu (pip install 'tokenformer_jax[tpu]') or JAX's CUDA plugin

@@ -18,7 +18,7 @@ from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh, mesh_sizes
 
 # What libtpu otherwise asks a metadata server for, in vain; and no lock, since nothing is run.
 _LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-                "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+           "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 # What XLA asks a GPU about itself: a multiprocessor's limits by compute capability, from the CUDA programming guide.
 _GPU = """gpu_device_info {{

@@ -15,7 +15,7 @@ def int8_tokens(model: LanguageModel) -> LanguageModel:
   kernel takes them. It cannot be trained, and is not saved; what it costs is in experiments/benchmarks/README.md.
 
   Raises:
-    ValueError: qwix is not installed.
+    ValueError: qwix is not installed, or the tokens are int8 already.
   """
   try:
     import qwix  # Here, for nothing else needs it.
@@ -32,6 +32,8 @@ def int8_tokens(model: LanguageModel) -> LanguageModel:
   model = nnx.merge(*split(model))
   for _, layer in nnx.iter_modules(model):
     if isinstance(layer, Pattention):
+      if layer.key_scales is not None:
+        raise ValueError("the model's parameter tokens are int8 already; take it as it is.")
       layer.keys, layer.key_scales = rounded(layer.keys, whole=-1)
       layer.values, layer.value_scales = rounded(layer.values, whole=-2)
       layer.kernel = "reference"

@@ -39,7 +39,7 @@ def fused_pattention(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, th
     interpret: run the kernels as plain JAX, on any device.
 
   Raises:
-    ValueError: another Θ, or sizes that are no multiples of 128.
+    ValueError: another Θ, sizes that are no multiples of 128, or int8 tokens.
   """
   check_choices(theta, gelu)
   num_tokens, d_in = tokens.keys.shape
@@ -49,6 +49,8 @@ def fused_pattention(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, th
   for name, size in (("param_token", num_tokens), ("d_in", d_in), ("d_out", d_out)):
     if size % _LANES:
       raise ValueError(f"kernel='fused': {name}={size} is no multiple of {_LANES}; choose kernel='reference'.")
+  if tokens.key_scales is not None or tokens.value_scales is not None:
+    raise ValueError("kernel='fused': it takes no int8 tokens with scales; choose kernel='reference'.")
   tau = jnp.asarray(tokens.tau, jnp.float32)
   return _fused(x, tokens.keys, tokens.values, tau, theta, gelu, interpret)
 

@@ -103,6 +103,7 @@ class LanguageModel(nnx.Module):
       return self
     graphdef, parameters, tau = split(self)
     axes, _ = logical_axes(self)
+
     def narrowed(a, axes):
       return a.astype(self.config.compute_dtype) if "embed" in axes and a.dtype != jnp.int8 else a
 

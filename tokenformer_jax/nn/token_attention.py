@@ -79,8 +79,8 @@ def masked_attention(q: Float[Array, "batch head time channel"], keys: tuple[Arr
   seen_BxHxTxS = jnp.where(seen, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
   weights_BxHxTxS = jax.nn.softmax(seen_BxHxTxS, axis=-1).astype(q.dtype)
   ends = list(itertools.accumulate(k.shape[2] for k in keys))
-  return sum(jnp.einsum("bhts,bhsc->bhtc", weights, v)
-             for weights, v in zip(jnp.split(weights_BxHxTxS, ends[:-1], axis=-1), values))
+  parts = zip(jnp.split(weights_BxHxTxS, ends[:-1], axis=-1), values)
+  return functools.reduce(jnp.add, [jnp.einsum("bhts,bhsc->bhtc", weights, v) for weights, v in parts])
 
 
 def _splash(q, k, v, segments, interpret=False):

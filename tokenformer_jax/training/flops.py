@@ -29,8 +29,8 @@ def product_flops(jaxpr) -> int:
   """2 × rows × columns × depth of every product in a traced program, as often as its scans run it.
 
   What is written per device (`jax.shard_map`) counts for all of them. A Pallas kernel counts what it says of itself,
-  or as often as it has blocks; cuDNN's causal attention counts half of all pairs. Of the branches of a condition the costliest counts; a `while` that is no scan
-  counts once.
+  or as often as it has blocks; cuDNN's causal attention counts half of all pairs. Of the branches of a condition the
+  costliest counts; a `while` that is no scan counts once.
   """
   total = 0
   for equation in jaxpr.eqns:
