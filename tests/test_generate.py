@@ -93,9 +93,9 @@ def test_every_token_is_a_new_draw(model):
 
 def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
   traced = []
-  extend = LanguageModel.extend
-  monkeypatch.setattr(LanguageModel, "extend", lambda self, tokens, cache: (
-      traced.append((tokens.shape, cache.num_slots)), extend(self, tokens, cache))[1])
+  into = LanguageModel._into
+  monkeypatch.setattr(LanguageModel, "_into", lambda self, cache, tokens, *how: (
+      traced.append((tokens.shape, cache.num_slots)), into(self, cache, tokens, *how))[1])
   config = ModelConfig.named("tiny", vocab_size=300, num_layers=1)
   requests = [dict(prompts="abc", max_new_tokens=5), dict(prompts="abcdefg", max_new_tokens=9),
               dict(prompts="ab", max_new_tokens=4, temperature=0),

@@ -35,6 +35,14 @@ def extend(model):
   return jax.jit(lambda tokens, cache: model.extend(tokens, cache))
 
 
+@pytest.fixture(scope="module", params=["prefill", "extend"])
+def read(request, model, extend):
+  """`(tokens, start) -> (hidden, cache)` of 20 slots, both ways."""
+  if request.param == "prefill":
+    return jax.jit(lambda tokens, start: model.prefill(tokens, start, 20))
+  return lambda tokens, start: extend(tokens, KVCache.empty(model.config, start, 20))
+
+
 @pytest.fixture(scope="module")
 def sequences():
   return [np.random.default_rng(n).integers(0, 61, n + 6) for n in LENGTHS]
@@ -49,10 +57,9 @@ def left_padded(sequences, lengths):
 
 
 @rows
-def test_prefill_and_steps_equal_the_full_forward(model, extend, sequences, lengths):
+def test_prompts_and_steps_equal_the_full_forward(model, read, extend, sequences, lengths):
   tokens, start = left_padded(sequences, lengths)
-  cache = KVCache.empty(model.config, start, 20)
-  hidden, cache = extend(tokens, cache)
+  hidden, cache = read(tokens, start)
   logits = [model.logits(hidden)]
   for index in range(6):
     step = jnp.asarray([ids[length + index] for ids, length in zip(sequences, lengths)])[:, None]
@@ -80,12 +87,12 @@ def test_a_chunk_of_tokens_is_causal_within_itself(model, extend, sequences):
 
 
 @rows
-def test_neither_padding_nor_empty_slots_are_seen(model, extend, sequences, lengths):
+def test_neither_padding_nor_empty_slots_are_seen(model, read, extend, sequences, lengths):
   tokens, start = left_padded(sequences, lengths)
   start, tokens = start + 2, jnp.pad(tokens, ((0, 0), (2, 0)))
-  hidden, cache = extend(tokens, KVCache.empty(model.config, start, 20))
+  hidden, cache = read(tokens, start)
   padding = jnp.arange(tokens.shape[1])[None] < start[:, None]
-  other_hidden, _ = extend(jnp.where(padding, 7, tokens), KVCache.empty(model.config, start, 20))
+  other_hidden, _ = read(jnp.where(padding, 7, tokens), start)
   np.testing.assert_array_equal(other_hidden[:, -1], hidden[:, -1])
 
   step = jnp.full((len(lengths), 1), 5)
@@ -140,3 +147,5 @@ def test_a_full_cache_is_refused_and_left_as_it_was(model):
   np.testing.assert_array_equal(cache.keys[0], before)
   with pytest.raises(ValueError, match="no room for 5 more"):
     jax.eval_shape(lambda cache: model.extend(jnp.ones((1, 5), jnp.int32), cache), cache)
+  with pytest.raises(ValueError, match="no room for 5 more"):
+    model.prefill(jnp.ones((1, 5), jnp.int32), jnp.zeros(1, jnp.int32), 4)

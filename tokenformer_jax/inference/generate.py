@@ -12,7 +12,6 @@ from tokenformer_jax.distributed.processes import whole
 from tokenformer_jax.inference.continuation import Continuation
 from tokenformer_jax.inference.sampling import Sampling, checked_int, sample
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
 
 _LENGTHS = (16, 32, 64, 128)
@@ -117,7 +116,7 @@ def _programs(graphdef, platform):
   @functools.partial(jax.jit, static_argnames="num_slots")
   def prefill(leaves, tokens_BxT, start_B, *, num_slots):
     model = nnx.merge(graphdef, *leaves)
-    hidden_BxTxD, cache = model.extend(tokens_BxT, KVCache.empty(model.config, start_B, num_slots))
+    hidden_BxTxD, cache = model.prefill(tokens_BxT, start_B, num_slots)
     return model.logits(hidden_BxTxD[:, -1]), cache
 
   # XLA:CPU copies donated buffers that are read before they are written, unless asked to look when that is.

@@ -79,6 +79,21 @@ class LanguageModel(nnx.Module):
     x_BxTxD, seen = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
     return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), seen
 
+  def prefill(self, tokens: Int[Array, "batch time"], start: Int[Array, "batch"], num_slots: int
+              ) -> tuple[Float[Array, "batch time embed"], KVCache]:
+    """`hidden` of prompts, and a new cache that holds them, with room for `num_slots` tokens.
+
+    Args:
+      tokens: prompts that end together, padded on their left.
+      start: where each begins.
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    # Padding is a document of its own.
+    segments = (jnp.arange(tokens.shape[1])[None] >= start[:, None]).astype(jnp.int32)
+    return self._into(KVCache.empty(self.config, start, num_slots), tokens, Block.prefill, segments)
+
   def extend(self, tokens: Int[Array, "batch time"], cache: KVCache
              ) -> tuple[Float[Array, "batch time embed"], KVCache]:
     """`hidden` of tokens that follow those in `cache`, and the cache with them in it.
@@ -86,16 +101,18 @@ class LanguageModel(nnx.Module):
     Raises:
       ValueError: the cache is full.
     """
+    return self._into(cache, tokens, Block.extend, cache.mask(tokens.shape[1]))
+
+  def _into(self, cache, tokens, through, seen):
     cache.check_room(tokens.shape[1])
     by = rotation(cache.positions(tokens.shape[1]), self.config.rotary_dims, self.config.rotary_base)
-    mask = cache.mask(tokens.shape[1])
     x_BxTxD = self._embed(tokens)
     for layer, block in enumerate(self.for_decoding().blocks):
-      x_BxTxD, cache = block.extend(x_BxTxD, by, mask, cache, layer)
+      x_BxTxD, cache = through(block, x_BxTxD, by, seen, cache, layer)
     return self.final_norm(x_BxTxD), cache.advanced(tokens.shape[1])
 
   def for_decoding(self) -> "LanguageModel":
-    """The model for `extend` alone: a copy, each layer with leaves of its own, in the dtype of products.
+    """The model for `prefill` and `extend` alone: a copy, each layer with leaves of its own, in the dtype of products.
 
     Decoding reads each parameter once a token, and a scan would copy every layer's out of the stack before.
     """

@@ -26,14 +26,21 @@ class Block(nnx.Module):
     self.ffn = projection(config.ffn_tokens, rngs=rngs)
 
   def __call__(self, x_BxTxD, by, segments=None):
-    x_BxTxD += self.attention(layer_norm(x_BxTxD), by, segments)
-    return x_BxTxD + self.ffn(layer_norm(x_BxTxD))
+    return self._with(x_BxTxD, self.attention(layer_norm(x_BxTxD), by, segments))
+
+  def prefill(self, x_BxTxD, by, segments, cache, layer):
+    """`__call__` for the first tokens of an empty `cache`; returns (output, cache)."""
+    attended, cache = self.attention.prefill(layer_norm(x_BxTxD), by, segments, cache, layer)
+    return self._with(x_BxTxD, attended), cache
 
   def extend(self, x_BxTxD, by, mask, cache, layer):
     """`__call__` for tokens that follow those in `cache`; returns (output, cache)."""
     attended, cache = self.attention.extend(layer_norm(x_BxTxD), by, mask, cache, layer)
-    x_BxTxD += attended
-    return x_BxTxD + self.ffn(layer_norm(x_BxTxD)), cache
+    return self._with(x_BxTxD, attended), cache
+
+  def _with(self, x_BxTxD, attended_BxTxD):
+    x_BxTxD += attended_BxTxD
+    return x_BxTxD + self.ffn(layer_norm(x_BxTxD))
 
 
 def value_std(config: ModelConfig) -> float:
