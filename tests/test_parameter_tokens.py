@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from tokenformer_jax.parameter_tokens import GELUS, THETAS, ParameterTokens, initial_tau, pattention
+from tokenformer_jax.parameter_tokens import GELUS, THETAS, ParameterTokens, initial_tau, pattention, row_products
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -253,6 +253,18 @@ def test_any_leading_axes(lead):
   x = np.random.default_rng(6).normal(size=(*lead, 8)).astype(np.float32)
   flat = apply(x.reshape(-1, 8), tokens)
   np.testing.assert_allclose(apply(x, tokens), flat.reshape(*lead, 6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 65])
+def test_few_rows_are_multiplied_as_many_are(rows):
+  x, table = (np.random.default_rng(rows).normal(size=(n, 24)).astype(np.float32) for n in (rows, 40))
+  y, pull = jax.vjp(row_products, x, table)
+  by_y = np.random.default_rng(0).normal(size=y.shape).astype(np.float32)
+  for ours, expected in zip((y, *pull(by_y)), (x @ table.T, by_y @ table, by_y.T @ x)):
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+  compiled = jax.jit(row_products).lower(x, table).compile().as_text()
+  # On a CPU the table stands on the left, where it is read as it lies.
+  assert (f"f32[40,{rows}]" in compiled) == (rows <= 64), compiled
 
 
 @pytest.mark.parametrize("num_tokens", [7, 12, 32])

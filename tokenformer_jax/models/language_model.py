@@ -15,7 +15,7 @@ from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
 from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers, unstack_layers
 from tokenformer_jax.nn.rotary import rotation
-from tokenformer_jax.parameter_tokens import wide_einsum
+from tokenformer_jax.parameter_tokens import row_products
 
 _REMAT = {
     "none": lambda layer: layer,
@@ -134,11 +134,7 @@ class LanguageModel(nnx.Module):
     if hidden.ndim > 2 and is_split("time"):
       return jax.vmap(self.logits)(hidden)
     hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
-    table_VxD = self.table().astype(hidden.dtype)
-    if len(hidden_MxD) == 1:  # As another product XLA:CPU takes it into a loop, three times as slow in jax 0.12.
-      logits_MxV = wide_einsum("vd,md->vm", table_VxD, hidden_MxD).T
-    else:
-      logits_MxV = wide_einsum("md,vd->mv", hidden_MxD, table_VxD)
+    logits_MxV = row_products(hidden_MxD, self.table().astype(hidden.dtype))
     return logits_MxV.reshape(*hidden.shape[:-1], -1)
 
   def table(self) -> Float[Array, "vocab embed"]:
