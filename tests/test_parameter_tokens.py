@@ -267,6 +267,28 @@ def test_few_rows_are_multiplied_as_many_are(rows):
   assert (f"f32[40,{rows}]" in compiled) == (rows <= 64), compiled
 
 
+@pytest.mark.parametrize("rows, num_tokens, turned", [(512, 80, True), (510, 80, False), (512, 64, False)])
+def test_gradients_of_many_rows_are_turned_on_a_cpu_and_the_same(rows, num_tokens, turned):
+  _, tokens = random_layer(n=num_tokens, d_in=64, d_out=64)
+  x = np.random.default_rng(1).normal(size=(rows, 64)).astype(np.float32)
+
+  def loss(tokens, x=x):
+    return jnp.sum(jnp.square(pattention(x, ParameterTokens(*tokens, 3.0))))
+
+  tables = tokens.keys, tokens.values
+  compiled = jax.jit(jax.grad(loss)).lower(tables).compile()
+  # Either shape says that columns lie in a row.
+  products = sum(compiled.as_text().count(f"{shape} dot(") for shape in ("f32[64,80]{1,0}", "f32[80,64]{0,1}"))
+  assert products == (2 if turned else 0), compiled.as_text()
+  gradients = compiled(tables)
+  # Of pairs of rows, each for itself, and along a line.
+  pairs = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(tables, x.reshape(-1, 2, 64))
+  for ours, each in zip(gradients, pairs):
+    np.testing.assert_allclose(ours, each.sum(axis=0), atol=1e-5 * np.abs(ours).max())
+  _, slope = jax.jvp(loss, (tables,), (tables,))
+  np.testing.assert_allclose(slope, sum(np.sum(a * b) for a, b in zip(tables, gradients)), rtol=1e-4)
+
+
 @pytest.mark.parametrize("num_tokens", [7, 12, 32])
 def test_a_row_alone_is_what_it_is_among_others(num_tokens):
   """On a CPU it is summed by blocks: here of all, of 3 and of 2 tokens."""

@@ -32,8 +32,9 @@ _TANH_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
 _TANH_CUBIC = 0.044715
 # Squares of s · 2⁻¹³ neither underflow at ‖s‖₂ = 1e-12 nor overflow at s = 1e18, for up to 10⁶ tokens.
 _SQUARE_SCALE = 2.0**-13
-# XLA:CPU copies what stands on the right of a product into another layout: for up to so many rows not the larger one.
-_FEW_ROWS = 64
+# XLA:CPU copies the right side of a product into another layout. For up to so many rows the table goes to the left, for
+# so many and more the gradient's products are turned.
+_FEW_ROWS, _MANY_ROWS = 64, 512
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
@@ -84,7 +85,7 @@ def pattention(
     return jax.lax.platform_dependent(weights_MxN, values_NxE, cpu=_sum_by_blocks, cuda=_sum_of_two_rows,
                                       default=_weighted_sum)
 
-  y_MxE = weighted_sum(_scores(x, tokens, theta, gelu), _gradient_by_channel(tokens.values.astype(x.dtype)), tokens.tau)
+  y_MxE = weighted_sum(_scores(x, tokens, theta, gelu), _for_rows_like(x, tokens.values.astype(x.dtype)), tokens.tau)
   if tokens.value_scales is not None:
     y_MxE = y_MxE * tokens.value_scales.astype(y_MxE.dtype)[None]
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], tokens.values.shape[1])
@@ -110,7 +111,7 @@ def _scores(x, tokens, theta, gelu):
       raise ValueError(f"{name}_scales {scales.shape}: expected {(size,)}, one for each "
                        f"{'token' if name == 'key' else 'output channel'}.")
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
-  scores_MxN = row_products(x.reshape(-1, x.shape[-1]), _gradient_by_channel(keys.astype(x.dtype)))
+  scores_MxN = row_products(x.reshape(-1, x.shape[-1]), _for_rows_like(x, keys.astype(x.dtype)))
   return scores_MxN if tokens.key_scales is None else scores_MxN * tokens.key_scales.astype(scores_MxN.dtype)[None]
 
 
@@ -168,20 +169,24 @@ def _table_first(x_MxD, table_NxD):
   return jax.lax.optimization_barrier(wide_einsum("nd,md->nm", table_NxD, x_MxD)).T
 
 
+def _for_rows_like(x, table_NxD):
+  """The table itself, in a form whose gradient from products with x's rows is the fastest."""
+  tokens, channels = table_NxD.shape
+  # Far from small, for XLA:CPU of jax 0.10 aborts where such products have a side of 3 or less and are batched.
+  many = x.size >= _MANY_ROWS * x.shape[-1] and 64 <= channels < min(tokens, 1024)
+  return _gradient_by_channel(table_NxD) if many and x.dtype == sum_dtype(x.dtype) else table_NxD
+
+
 @jax.custom_jvp
 def _gradient_by_channel(table_NxD):
-  """The table itself, whose gradient XLA:CPU computes as [d, N] where it has more rows than channels."""
   return table_NxD
 
 
 @_gradient_by_channel.defjvp
 def _gradient_by_channel_jvp(primals, tangents):
-  # Products with a sum over the rows of both sides run up to 1.5 times as fast with the wider on the right; with
-  # 1,536 channels and more they do not. The barrier, as above.
-  (table_NxD,), (tangent_NxD,) = primals, tangents
-  if table_NxD.shape[0] <= table_NxD.shape[1] or table_NxD.shape[1] > 1024:
-    return table_NxD, tangent_NxD
-  return table_NxD, jax.lax.platform_dependent(
+  # XLA:CPU sums over rows faster with the wider side on the right: a gradient [N, d] as the transpose of [d, N].
+  (tangent_NxD,) = tangents
+  return *primals, jax.lax.platform_dependent(
       tangent_NxD, cpu=lambda tangent: jax.lax.optimization_barrier(tangent.T).T, default=lambda tangent: tangent)
 
 
