@@ -183,7 +183,8 @@ def test_scan_is_the_loop_over_layers():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_remat_changes_what_is_kept_and_nothing_else(dtype):
-  tokens, labels = random_tokens((2, 12)), random_tokens((2, 12), seed=1)
+  # More rows than the few whose products stand the other way about on a CPU.
+  tokens, labels = random_tokens((6, 12)), random_tokens((6, 12), seed=1)
   results, kept = {}, {}
   for remat in REMAT_POLICIES:
     loss = functools.partial(loss_and_logits, tokens=tokens, labels=labels, remat=remat, compute_dtype=dtype)
@@ -195,6 +196,18 @@ def test_remat_changes_what_is_kept_and_nothing_else(dtype):
       tolerance = 1e-5 if dtype == "float32" else 2e-2
       np.testing.assert_allclose(ours, none, rtol=tolerance, atol=tolerance * np.abs(none).max())
   assert kept["full"] < kept["dots"] < kept["none"]
+
+
+def test_a_layer_keeps_neither_norms_nor_narrowed_parameters():
+  """But its input and middle, q, k and v, what proj reads, and the five pattentions' scores."""
+  tokens = random_tokens((6, 12))
+  loss = functools.partial(loss_and_logits, tokens=tokens, labels=tokens, compute_dtype="bfloat16")
+  residuals = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p, has_aux=True)[1], lively_parameters()))
+  layers = CONFIG.num_layers
+  narrow = [leaf.size for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[0] == layers and leaf.ndim > 1]
+  assert narrow == [layers * tokens.size * CONFIG.hidden_size] * 6
+  scores = sorted(leaf.shape[2] for leaf in residuals if leaf.shape[:2] == (layers, tokens.size) and leaf.ndim == 3)
+  assert scores == [16, 25, 25, 25, 49]
 
 
 # Parameters.

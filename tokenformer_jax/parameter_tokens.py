@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -35,6 +36,8 @@ _SQUARE_SCALE = 2.0**-13
 # XLA:CPU copies the right side of a product into another layout. For up to so many rows the table goes to the left, for
 # so many and more the gradient's products are turned.
 _FEW_ROWS, _MANY_ROWS = 64, 512
+# The gradient's name for what it keeps.
+_SCORES = "scores"
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
@@ -76,16 +79,18 @@ def pattention(
   Raises:
     ValueError: unknown `theta` or `gelu`, or shapes that do not fit.
   """
-  @functools.partial(jax.checkpoint, policy=_is_of_a_row, prevent_cse=False)
-  def weighted_sum(scores_MxN, values_NxE, tau):
-    weights_MxN = _weights(scores_MxN, tau, theta, gelu).astype(x.dtype)
+  @computed_again
+  def weighted_sum(x, tokens):
+    scores_MxN = checkpoint_name(_scores(x, tokens, theta, gelu), _SCORES)
+    weights_MxN = _weights(scores_MxN, tokens.tau, theta, gelu).astype(x.dtype)
+    values_NxE = _for_rows_like(x, tokens.values.astype(x.dtype))
     if len(weights_MxN) > 1:
       return _weighted_sum(weights_MxN, values_NxE)
     # Of one row, in the form in which XLA reads V once and at the memory's rate.
     return jax.lax.platform_dependent(weights_MxN, values_NxE, cpu=_sum_by_blocks, cuda=_sum_of_two_rows,
                                       default=_weighted_sum)
 
-  y_MxE = weighted_sum(_scores(x, tokens, theta, gelu), _for_rows_like(x, tokens.values.astype(x.dtype)), tokens.tau)
+  y_MxE = weighted_sum(x, tokens)
   if tokens.value_scales is not None:
     y_MxE = y_MxE * tokens.value_scales.astype(y_MxE.dtype)[None]
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], tokens.values.shape[1])
@@ -135,9 +140,14 @@ def _weights(scores_MxN, tau, theta, gelu):
   return THETAS[theta](scores_MxN, jnp.asarray(tau, scores_MxN.dtype), GELUS[gelu])
 
 
-def _is_of_a_row(primitive, *_, **__):
+def computed_again(f: Callable) -> Callable:
+  """f, of whose parts the gradient keeps the scores of pattention and a number for each row; the rest it computes again."""
+  return jax.checkpoint(f, policy=_is_kept, prevent_cse=False)
+
+
+def _is_kept(primitive, *_, name=None, **__):
   # A number for each row costs no memory, but over tokens on several devices it is sent.
-  return primitive in (jax.lax.reduce_sum_p, jax.lax.reduce_max_p)
+  return primitive in (jax.lax.reduce_sum_p, jax.lax.reduce_max_p) or name == _SCORES
 
 
 def check_choices(theta: str, gelu: str) -> None:

@@ -26,21 +26,28 @@ class Attention(nnx.Module):
     self.value = projection(config.qkv_tokens, rngs=rngs)
     self.proj = projection(config.proj_tokens, rngs=rngs)
 
-  def __call__(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
-               segments: Int[Array, "batch time"] | None = None) -> Float[Array, "batch time embed"]:
+  def project(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation) -> tuple[Array, Array, Array]:
+    """Queries and keys, rotated, and values, [B, T, H, C] each."""
+    q, k, v = (self._by_heads(projection(x_BxTxD)) for projection in (self.query, self.key, self.value))
+    return rotate(q, by), rotate(k, by), v
+
+  def attend(self, q: Array, k: Array, v: Array, segments: Int[Array, "batch time"] | None = None
+             ) -> Float[Array, "batch time embed"]:
     """Every token attends to itself and those before it in its segment, of which there is one by default."""
-    return self._attend(*self._qkv(x_BxTxD, by), segments)
+    k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
+    y_BxTxD = _merge_heads(causal_attention(q, k, v, segments))
+    return self.proj(constrain(y_BxTxD, "batch", "time", None))
 
   def prefill(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation, segments: Int[Array, "batch time"],
               cache: KVCache, layer: int) -> tuple[Array, KVCache]:
-    """The same for the first tokens of an empty `cache`; returns the output and the cache with them."""
-    q, k, v = self._qkv(x_BxTxD, by)
-    return self._attend(q, k, v, segments), cache.write(layer, k.swapaxes(1, 2), v.swapaxes(1, 2))
+    """Both for the first tokens of an empty `cache`; returns the output and the cache with them."""
+    q, k, v = self.project(x_BxTxD, by)
+    return self.attend(q, k, v, segments), cache.write(layer, k.swapaxes(1, 2), v.swapaxes(1, 2))
 
   def extend(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
              mask: Bool[Array, "batch 1 time slot"], cache: KVCache, layer: int) -> tuple[Array, KVCache]:
     """The same for tokens that follow those in `cache`."""
-    q, k, v = (a.swapaxes(1, 2) for a in self._qkv(x_BxTxD, by))
+    q, k, v = (a.swapaxes(1, 2) for a in self.project(x_BxTxD, by))
     past, cache = cache, cache.write(layer, k, v)
     if x_BxTxD.shape[:2] == (1, 1):
       # XLA:CPU would copy a buffer of one row between writing and reading it: read what it had before, and the new.
@@ -50,15 +57,6 @@ class Attention(nnx.Module):
     else:
       y_BxHxTxC = masked_attention(q, cache.keys[layer:layer + 1], cache.values[layer:layer + 1], mask)
     return self.proj(_merge_heads(y_BxHxTxC.swapaxes(1, 2))), cache
-
-  def _attend(self, q, k, v, segments):
-    k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-    y_BxTxD = _merge_heads(causal_attention(q, k, v, segments))
-    return self.proj(constrain(y_BxTxD, "batch", "time", None))
-
-  def _qkv(self, x_BxTxD, by):
-    q, k, v = (self._by_heads(projection(x_BxTxD)) for projection in (self.query, self.key, self.value))
-    return rotate(q, by), rotate(k, by), v
 
   def _by_heads(self, x_BxTxD):
     """[B, T, H, C], split along heads on the token axis; docs/sharding.md counts why."""

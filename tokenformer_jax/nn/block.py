@@ -9,6 +9,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.nn.attention import Attention
 from tokenformer_jax.nn.layer_norm import layer_norm
 from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.parameter_tokens import computed_again
 
 # Standard deviation of new keys, as released.
 KEY_STD = 0.02
@@ -25,8 +26,15 @@ class Block(nnx.Module):
     self.attention = Attention(config, projection, rngs=rngs)
     self.ffn = projection(config.ffn_tokens, rngs=rngs)
 
-  def __call__(self, x_BxTxD, by, segments=None):
-    return self._with(x_BxTxD, self.attention(layer_norm(x_BxTxD), by, segments))
+  def __call__(self, x_BxTxD, by, segments=None, again=computed_again):
+    """[B, T, d] -> [B, T, d].
+
+    Args:
+      by, segments: see `Attention`.
+      again: wraps each norm and what is made of it. Who looks at what happens inside gives the identity.
+    """
+    q, k, v = again(lambda x: self.attention.project(layer_norm(x), by))(x_BxTxD)
+    return self._with(x_BxTxD, self.attention.attend(q, k, v, segments), again)
 
   def prefill(self, x_BxTxD, by, segments, cache, layer):
     """`__call__` for the first tokens of an empty `cache`; returns (output, cache)."""
@@ -38,9 +46,9 @@ class Block(nnx.Module):
     attended, cache = self.attention.extend(layer_norm(x_BxTxD), by, mask, cache, layer)
     return self._with(x_BxTxD, attended), cache
 
-  def _with(self, x_BxTxD, attended_BxTxD):
+  def _with(self, x_BxTxD, attended_BxTxD, again=computed_again):
     x_BxTxD += attended_BxTxD
-    return x_BxTxD + self.ffn(layer_norm(x_BxTxD))
+    return x_BxTxD + again(lambda x: self.ffn(layer_norm(x)))(x_BxTxD)
 
 
 def value_std(config: ModelConfig) -> float:
