@@ -62,10 +62,11 @@ def pattention(
     theta: str = "l2_norm_gelu",
     gelu: str = "erf",
 ) -> Float[Array, "*batch d_out"]:
-  """Θ(x Kᵀ) V in x's dtype, with scores, Θ and both sums in float32 (float64 for a float64 x).
+  """Θ(x Kᵀ) V in x's dtype, with Θ and all sums in float32 (float64 for a float64 x).
 
-  For the gradient scores are kept, and Θ is computed again: its parts are up to sixteen arrays of their size. Within a
-  scan, that is; outside of one XLA may keep the parts.
+  Scores go from their sum to Θ in x's dtype, but those of softmax, which are exponents, in float32. They are what the
+  gradient keeps, and it computes Θ again, whose parts are up to sixteen arrays of their size. Within a scan, that is;
+  outside of one XLA may keep the parts.
 
   Args:
     x: inputs [..., d_in], float32 or bfloat16. The products run in this dtype.
@@ -117,7 +118,9 @@ def _scores(x, tokens, theta, gelu):
                        f"{'token' if name == 'key' else 'output channel'}.")
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
   scores_MxN = row_products(x.reshape(-1, x.shape[-1]), _for_rows_like(x, keys.astype(x.dtype)))
-  return scores_MxN if tokens.key_scales is None else scores_MxN * tokens.key_scales.astype(scores_MxN.dtype)[None]
+  if tokens.key_scales is not None:
+    scores_MxN = scores_MxN * tokens.key_scales.astype(scores_MxN.dtype)[None]
+  return scores_MxN if theta == "softmax" else scores_MxN.astype(x.dtype)
 
 
 def _weighted_sum(weights_MxN, values_NxE):
@@ -137,6 +140,7 @@ def _sum_of_two_rows(weights_1xN, values_NxE):
 
 
 def _weights(scores_MxN, tau, theta, gelu):
+  scores_MxN = scores_MxN.astype(sum_dtype(scores_MxN.dtype))
   return THETAS[theta](scores_MxN, jnp.asarray(tau, scores_MxN.dtype), GELUS[gelu])
 
 
