@@ -44,6 +44,16 @@ def test_top_p_one_keeps_also_what_rounding_would_lose():
   assert np.isfinite(_truncate(logits, jnp.int32(0), jnp.float32(1.0))).all()
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_neighbours_in_float32_are_told_apart(sign):
+  first = np.float32(sign)
+  logits = np.array([first, np.nextafter(first, np.float32(9)), np.nextafter(first, np.float32(-9)), 0, -np.inf])
+  logits = logits[None].astype(np.float32)
+  for top_k in range(1, 5):
+    kept = np.isfinite(_truncate(logits, jnp.int32(top_k), jnp.float32(1.0)))[0]
+    assert set(np.flatnonzero(kept).tolist()) == kept_by_definition(logits[0].tolist(), top_k, 1.0), top_k
+
+
 def test_equals_are_kept_together():
   logits = jnp.array([[1.0, 2.0, 2.0, 0.0]])
   for top_k, top_p in ((1, 1.0), (0, 0.1)):
@@ -56,14 +66,26 @@ def draw(logits, count=4000, **settings):
   return np.asarray(_sample(jnp.broadcast_to(logits, (count, logits.shape[-1])), sampling, jnp.int32(0)))
 
 
+def assert_frequencies(drawn, expected):
+  frequencies = np.bincount(drawn, minlength=len(expected)) / len(drawn)
+  # Five standard deviations.
+  np.testing.assert_array_less(np.abs(frequencies - expected), 5 * np.sqrt(expected * (1 - expected) / len(drawn)))
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_temperature(temperature):
   logits = jnp.array([2.0, 1.0, 0.0, -1.0])
   expected = np.exp(np.asarray(logits, np.float64) / temperature)
-  expected /= expected.sum()
-  frequencies = np.bincount(draw(logits, temperature=temperature), minlength=4) / 4000
-  # Five standard deviations of a frequency over 4,000 draws.
-  np.testing.assert_array_less(np.abs(frequencies - expected), 5 * np.sqrt(expected * (1 - expected) / 4000))
+  assert_frequencies(draw(logits, temperature=temperature), expected / expected.sum())
+
+
+def test_a_large_vocabulary_is_drawn_from_evenly():
+  # Blocks, their insides, and a last one that is not full: 30 groups of ids, whose logits rise from one to the next.
+  logits = np.random.default_rng(0).normal(size=600) + np.linspace(-1, 1, 600)
+  expected = np.exp(logits) / np.exp(logits).sum()
+  drawn = draw(jnp.asarray(logits, jnp.float32), count=20000)
+  assert_frequencies(drawn // 20, expected.reshape(30, 20).sum(axis=1))
+  assert_frequencies(drawn % 20, expected.reshape(30, 20).sum(axis=0))
 
 
 def test_temperature_zero_is_greedy_and_so_is_its_limit():

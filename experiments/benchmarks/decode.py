@@ -1,8 +1,8 @@
 """Decoding of the 150M model beside the time to read its weights once, and beside Hugging Face's GPT-NeoX of that size.
 
-    python experiments/benchmarks/decode.py --batch_size=1 [--rounds=5] [--huggingface]
+    python experiments/benchmarks/decode.py --batch_size=1 [--rounds=5] [--huggingface] [--temperature=1 --top_p=0.9]
 
-Random weights, float32 by default; prompts of 128 tokens, then 128 new ones, greedy. The *limit* is the time of one
+Random weights, float32 by default; prompts of 128 tokens, then 128 new ones, the likeliest or drawn. The *limit* is the time of one
 jitted sum over the same weights and cache leaves: what a step cannot do without. Rounds are in turn; the figures are
 medians. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the same matrices: 12
 layers of 12 · 768² parameters) with its own cache.
@@ -24,6 +24,7 @@ import numpy as np
 
 import tokenformer_jax as tf
 from tokenformer_jax.inference.generate import bucket, decoding_programs
+from tokenformer_jax.inference.sampling import Sampling, sample
 from tokenformer_jax.nn.parameters import split
 
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Rows.")
@@ -31,6 +32,9 @@ _PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of each prompt.")
 _NEW = flags.DEFINE_integer("new", 128, "Tokens written after each.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, of which the median is told.")
 _DTYPE = flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of products and cache.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draws from so many, 0 from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the nucleus of this probability.")
 _HUGGINGFACE = flags.DEFINE_bool("huggingface", False, "Also GPTNeoXForCausalLM.")
 
 
@@ -42,7 +46,9 @@ class Ours:
     graphdef, *self._leaves = split(tf.LanguageModel(config, rngs=nnx.Rngs(0)).for_decoding())
     self._prefill, self._decode_step = decoding_programs(graphdef)
     self._prompts, self._start = prompts, np.zeros(len(prompts), np.int32)
-    self._greedy = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    self._sampling = Sampling.checked(vocab_size=config.vocab_size, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
+                                      top_p=_TOP_P.value)
+    self._draw = jax.jit(sample)
     self._read = jax.jit(lambda leaves: sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(leaves)))
 
   def run(self):
@@ -50,11 +56,11 @@ class Ours:
     begin = time.perf_counter()
     logits, cache = self._prefill(self._leaves, self._prompts, self._start,
                                   num_slots=bucket(_PROMPT.value + _NEW.value))
-    tokens = self._greedy(logits).block_until_ready()
+    tokens = self._draw(logits, self._sampling, np.int32(0)).block_until_ready()
     read = time.perf_counter()
-    for _ in range(_NEW.value):
+    for index in range(_NEW.value):
       logits, cache = self._decode_step(self._leaves, tokens, cache)
-      tokens = self._greedy(logits)
+      tokens = self._draw(logits, self._sampling, np.int32(index + 1))
       tokens.block_until_ready()  # As `generate`, which shows each token.
     self._cache = cache
     return read - begin, time.perf_counter() - read
@@ -70,11 +76,11 @@ class Ours:
 
 
   def num_programs(self):
-    return self._prefill._cache_size(), self._decode_step._cache_size()
+    return [program._cache_size() for program in (self._prefill, self._decode_step, self._draw)]
 
 
 class HuggingFace:
-  """`generate` of Pythia 160M's shape, greedy, with no end."""
+  """`generate` of Pythia 160M's shape, with no end."""
 
   def __init__(self, prompts):
     import torch
@@ -84,12 +90,15 @@ class HuggingFace:
                            intermediate_size=3072, max_position_embeddings=2048, rotary_pct=0.25)
     self._model = GPTNeoXForCausalLM(config).eval().to(getattr(torch, _DTYPE.value))
     self._prompts, self._torch = torch.from_numpy(prompts.astype(np.int64)), torch
+    self._sampling = dict(do_sample=False)
+    if _TEMPERATURE.value:
+      self._sampling = dict(do_sample=True, temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
 
   def run(self):
     def seconds(new):
       begin = time.perf_counter()
-      self._model.generate(self._prompts, attention_mask=self._torch.ones_like(self._prompts), do_sample=False,
-                           max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+      self._model.generate(self._prompts, attention_mask=self._torch.ones_like(self._prompts), pad_token_id=0,
+                           max_new_tokens=new, min_new_tokens=new, **self._sampling)
       return time.perf_counter() - begin
     with self._torch.inference_mode():
       first = seconds(1)
@@ -106,7 +115,8 @@ def main(argv):
     side.run()
   programs = sides["ours"].num_programs()
   taken, limits = {name: [] for name in sides}, []
-  print(f"batch {_BATCH.value}, {_PROMPT.value} + {_NEW.value} tokens, {_DTYPE.value}; {os.cpu_count()} cores, "
+  print(f"batch {_BATCH.value}, {_PROMPT.value} + {_NEW.value} tokens, {_DTYPE.value}, temperature "
+        f"{_TEMPERATURE.value:g}, top_k {_TOP_K.value}, top_p {_TOP_P.value:g}; {os.cpu_count()} cores, "
         f"load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
   for _ in range(_ROUNDS.value):
     for name, side in sides.items():

@@ -97,7 +97,7 @@ def _decode(model, prompts, max_new_tokens, sampling):
     yield whole(tokens_B)
 
 
-# A program of its own: its parts (a sort, random numbers) take as long to compile as the model.
+# A program of its own, compiled once for the logits of prompts and of steps.
 _draw = jax.jit(sample)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 # Below this the highest logit wins anyway, and dividing by less would leave float32's range.
 _SMALLEST_TEMPERATURE = 1e-6
+_BLOCK = 256
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
@@ -69,21 +70,29 @@ def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: I
 
 
 def _sample_row(logits_V, sampling, key):
-  logits_V = within_vocabulary(logits_V, sampling.vocab_size)
-
   def drawn(logits_V):
-    scaled_V = logits_V / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
-    cuts = (sampling.top_k > 0) | (sampling.top_p < 1)
-    # A condition, for sorting a large vocabulary costs more than drawing from it.
-    kept_V = jax.lax.cond(cuts, lambda x: truncate(x, sampling.top_k, sampling.top_p), lambda x: x, scaled_V)
-    return jax.random.categorical(key, kept_V).astype(jnp.int32)
+    scaled_V = within_vocabulary(logits_V, sampling.vocab_size) / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
+    return draw(truncate(scaled_V, sampling.top_k, sampling.top_p), key)
 
-  return jax.lax.cond(sampling.temperature > 0, drawn, greedy, logits_V)
+  def likeliest(logits_V):
+    return greedy(within_vocabulary(logits_V, sampling.vocab_size))
+
+  return jax.lax.cond(sampling.temperature > 0, drawn, likeliest, logits_V)
 
 
 def greedy(logits_V: Float[Array, "vocab"]) -> Int[Array, ""]:
   """The id of the highest logit, the first of equals."""
-  return jnp.argmax(logits_V).astype(jnp.int32)
+  # On CPUs argmax takes three times as long.
+  return jnp.min(jnp.where(logits_V < jnp.max(logits_V), logits_V.size, jnp.arange(logits_V.size))).astype(jnp.int32)
+
+
+def draw(logits_V: Float[Array, "vocab"], key: Array) -> Int[Array, ""]:
+  """An id, each with the probability that its logit gives it: first a block of ids, then one of its."""
+  # A draw takes a random number for each choice: among all ids at once, a hundred times as many.
+  of_block, of_id = jax.random.split(key)
+  logits_KxB = jnp.pad(logits_V, (0, -logits_V.size % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
+  block = jax.random.categorical(of_block, jax.nn.logsumexp(logits_KxB, axis=1))
+  return (block * _BLOCK + jax.random.categorical(of_id, logits_KxB[block])).astype(jnp.int32)
 
 
 def within_vocabulary(logits_V: Float[Array, "vocab"], vocab_size: Int[Array, ""]) -> Float[Array, "vocab"]:
@@ -96,15 +105,35 @@ def truncate(logits_V: Float[Array, "vocab"], top_k: Int[Array, ""], top_p: Floa
   """The logits, with −∞ for all but the top-k (0: all), and of those for all but the top-p nucleus.
 
   The nucleus is the fewest tokens, the likeliest first, whose probabilities, renormalised over the
-  top-k, sum to at least `top_p`. Tokens as likely as the last one kept are kept too.
+  top-k, sum to at least `top_p`. Tokens as likely as the last one kept are kept too, by either.
   """
-  sorted_V = -jnp.sort(-logits_V)
-  within_k = (top_k == 0) | (jnp.arange(sorted_V.size) < top_k)
-  probabilities_V = jax.nn.softmax(jnp.where(within_k, sorted_V, -jnp.inf))
-  before_V = jnp.cumsum(probabilities_V) - probabilities_V
-  # top_p = 1 keeps all, also where the rounded sum reaches 1 early.
-  kept_V = within_k & ((before_V < top_p) | (top_p >= 1))
-  return jnp.where(logits_V >= jnp.min(jnp.where(kept_V, sorted_V, jnp.inf)), logits_V, -jnp.inf)
+  def highest(logits_V, weights_V, mass):
+    bits_V = jax.lax.bitcast_convert_type(logits_V.astype(jnp.float32), jnp.uint32)
+    # Integers in the order of the logits.
+    ranks_V = jnp.where(bits_V >> 31, ~bits_V, bits_V | jnp.uint32(1 << 31))
+    return jnp.where(ranks_V >= _threshold(ranks_V, weights_V, mass), logits_V, -jnp.inf)
+
+  def first_k(logits_V):
+    return highest(logits_V, jnp.ones_like(logits_V, jnp.float32), top_k)
+
+  def nucleus(logits_V):
+    return highest(logits_V, jax.nn.softmax(logits_V).astype(jnp.float32), top_p)
+
+  # Conditions, for each cut takes longer than the draw.
+  logits_V = jax.lax.cond(top_k > 0, first_k, lambda logits_V: logits_V, logits_V)
+  return jax.lax.cond(top_p < 1, nucleus, lambda logits_V: logits_V, logits_V)
+
+
+def _threshold(ranks_V, weights_V, mass):
+  """The highest rank [] at and above which the weights sum to `mass` or more, 0 where none does.
+
+  Found bit by bit, in 32 sums over all: a sort takes 30 times as long on a CPU.
+  """
+  def with_bit(index, rank):
+    higher = rank | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+    return jnp.where(jnp.sum(jnp.where(ranks_V >= higher, weights_V, 0.0)) >= mass, higher, rank)
+
+  return jax.lax.fori_loop(0, 32, with_bit, jnp.uint32(0))
 
 
 def checked_int(name: str, value, least: int, meaning: str) -> int:
