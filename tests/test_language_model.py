@@ -190,7 +190,7 @@ def test_remat_changes_what_is_kept_and_nothing_else(dtype):
     loss = functools.partial(loss_and_logits, tokens=tokens, labels=labels, remat=remat, compute_dtype=dtype)
     results[remat] = jax.jit(jax.value_and_grad(loss, has_aux=True))(lively_parameters())
     residuals = jax.eval_shape(lambda p: jax.vjp(loss, p, has_aux=True)[1], lively_parameters())
-    kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(residuals))
+    kept[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
   for remat in REMAT_POLICIES:
     for ours, none in zip(jax.tree.leaves(results[remat]), jax.tree.leaves(results["none"])):
       tolerance = 1e-5 if dtype == "float32" else 2e-2
@@ -204,9 +204,13 @@ def test_a_layer_keeps_neither_norms_nor_narrowed_parameters():
   loss = functools.partial(loss_and_logits, tokens=tokens, labels=tokens, compute_dtype="bfloat16")
   residuals = jax.eval_shape(lambda p: jax.vjp(loss, p, has_aux=True)[1], lively_parameters())
   layers = CONFIG.num_layers
-  sizes = sorted(leaf.size // (layers * tokens.size) for leaf in jax.tree.leaves(residuals)
-                 if leaf.dtype == jnp.bfloat16 and leaf.shape[0] == layers)
+  kept = [leaf for leaf in jax.tree.leaves(residuals) if leaf.shape[:1] == (layers,)]
+  sizes = sorted(leaf.size // (layers * tokens.size) for leaf in kept if leaf.dtype == jnp.bfloat16)
   assert sizes == [16, 25, 25, 25, *[32] * 6, 49]
+  # In float32 numbers for each row, and the parameters themselves.
+  parameters = {leaf.shape for leaf in jax.tree.leaves(lively_parameters())}
+  assert all(leaf.size <= layers * tokens.size for leaf in kept
+             if leaf.dtype == jnp.float32 and leaf.shape not in parameters)
 
 
 # Parameters.

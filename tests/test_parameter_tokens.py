@@ -1,5 +1,6 @@
 """Θ and pattention against the float64 oracle, over the whole range of float32 scores."""
 
+import dataclasses
 import functools
 import math
 
@@ -159,6 +160,14 @@ def test_scale_of_keys_cancels(factor):
 
 
 @l2_variants
+def test_scores_out_of_float16_s_range_are_scores(theta, gelu):
+  x, tokens = random_layer(theta=theta)
+  y = apply(256 * x.astype(jnp.float16), dataclasses.replace(tokens, keys=256 * tokens.keys), theta, gelu)
+  large = dataclasses.replace(tokens, keys=2.0**16 * tokens.keys)
+  np.testing.assert_allclose(y.astype(jnp.float32), apply(x, large, theta, gelu), atol=0.02)
+
+
+@l2_variants
 def test_zero_keys_and_kept_tau_change_nothing(theta, gelu):
   """Exact growth: a zero key scores 0, adds nothing to the norm and weighs GeLU(0) = 0."""
   x, tokens = random_layer(theta=theta)
@@ -217,13 +226,17 @@ def test_every_sum_of_bfloat16_is_float32(theta, gelu):
 
 
 @every_theta_and_dtype
-def test_layer_is_the_oracle_s(theta, gelu, dtype):
+@pytest.mark.parametrize("low", [1.0, 20.0])
+def test_layer_is_the_oracle_s(theta, gelu, dtype, low):
+  """Also where all scores are about −20, and their differences of order one."""
   x, tokens = random_layer(theta=theta)
+  x = x.at[:, 0].set(1.0)
+  tokens = dataclasses.replace(tokens, keys=(tokens.keys / low).at[:, 0].set(-low))
   narrow = [array.astype(dtype) for array in (x, tokens.keys, tokens.values)]
   y = apply(narrow[0], tokens, theta, gelu)
   assert y.dtype == dtype
   expected = oracle.pattention(*(np.asarray(array, np.float64) for array in narrow), theta, kind=gelu)
-  tolerance = 5e-6 if dtype == jnp.float32 else 0.02
+  tolerance = 5e-6 * low if dtype == jnp.float32 else 0.02
   close(y, expected, tolerance * np.max(np.abs(expected)), "y")
 
 
@@ -244,7 +257,7 @@ def test_for_the_gradient_only_scores_are_kept(theta, dtype):
   x, tokens = random_layer(theta=theta, n=7, d_in=3, d_out=2)
   _, pull = jax.vjp(lambda x, tokens: pattention(x, tokens, theta), x[:5].astype(dtype), tokens)
   kept = jax.tree.leaves(pull)
-  assert [leaf.dtype for leaf in kept if leaf.shape == (5, 7)] == [jnp.float32 if theta == "softmax" else dtype]
+  assert [leaf.dtype for leaf in kept if leaf.shape == (5, 7)] == [dtype if theta == "l2_norm_gelu" else jnp.float32]
   assert {leaf.shape for leaf in kept} <= {(5, 7), (5, 3), (7, 3), (7, 2), (5,), (5, 1), ()}
 
 

@@ -10,7 +10,7 @@
 
 τ is an argument and not a formula of N, so that rows can be added without changing the function.
 The released code has no guard: a row of zero scores gives NaN there. Here value and gradient are
-finite wherever the float32 scores are. A row with ‖s‖₂ < 1e-12 counts as zeros: the L2 variants give it
+finite wherever the scores are. A row with ‖s‖₂ < 1e-12 counts as zeros: the L2 variants give it
 weight 0 and gradient 0. Above, they are the formula, up to scores of 1e18.
 """
 
@@ -36,8 +36,8 @@ _SQUARE_SCALE = 2.0**-13
 # XLA:CPU copies the right side of a product into another layout. For up to so many rows the table goes to the left, for
 # so many and more the gradient's products are turned.
 _FEW_ROWS, _MANY_ROWS = 64, 512
-# The gradient's name for what it keeps.
-_SCORES = "scores"
+# Names of the two products of a pattention, for policies of `jax.checkpoint`.
+SCORES, OUTPUT = "pattention_scores", "pattention_output"
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
@@ -64,9 +64,9 @@ def pattention(
 ) -> Float[Array, "*batch d_out"]:
   """Θ(x Kᵀ) V in x's dtype, with Θ and all sums in float32 (float64 for a float64 x).
 
-  Scores go from their sum to Θ in x's dtype, but those of softmax, which are exponents, in float32. They are what the
-  gradient keeps, and it computes Θ again, whose parts are up to sixteen arrays of their size. Within a scan, that is;
-  outside of one XLA may keep the parts.
+  The gradient keeps the scores and computes Θ again, whose parts are up to sixteen arrays of their size. Within a scan,
+  that is; outside of one XLA may keep the parts. Scores of a bfloat16 x go to `l2_norm_gelu` in bfloat16, and to the
+  others, where they are exponents, in float32.
 
   Args:
     x: inputs [..., d_in], float32 or bfloat16. The products run in this dtype.
@@ -80,9 +80,9 @@ def pattention(
   Raises:
     ValueError: unknown `theta` or `gelu`, or shapes that do not fit.
   """
-  @computed_again
+  @scores_kept
   def weighted_sum(x, tokens):
-    scores_MxN = checkpoint_name(_scores(x, tokens, theta, gelu), _SCORES)
+    scores_MxN = checkpoint_name(_scores(x, tokens, theta, gelu), SCORES)
     weights_MxN = _weights(scores_MxN, tokens.tau, theta, gelu).astype(x.dtype)
     values_NxE = _for_rows_like(x, tokens.values.astype(x.dtype))
     if len(weights_MxN) > 1:
@@ -120,7 +120,8 @@ def _scores(x, tokens, theta, gelu):
   scores_MxN = row_products(x.reshape(-1, x.shape[-1]), _for_rows_like(x, keys.astype(x.dtype)))
   if tokens.key_scales is not None:
     scores_MxN = scores_MxN * tokens.key_scales.astype(scores_MxN.dtype)[None]
-  return scores_MxN if theta == "softmax" else scores_MxN.astype(x.dtype)
+  # bfloat16 has float32's range.
+  return scores_MxN.astype(x.dtype) if theta == "l2_norm_gelu" and x.dtype == jnp.bfloat16 else scores_MxN
 
 
 def _weighted_sum(weights_MxN, values_NxE):
@@ -144,14 +145,14 @@ def _weights(scores_MxN, tau, theta, gelu):
   return THETAS[theta](scores_MxN, jnp.asarray(tau, scores_MxN.dtype), GELUS[gelu])
 
 
-def computed_again(f: Callable) -> Callable:
-  """f, of whose parts the gradient keeps the scores of pattention and a number for each row; the rest it computes again."""
+def scores_kept(f: Callable) -> Callable:
+  """f, of whose parts the gradient keeps pattention's scores and a number for each row; the rest it computes again."""
   return jax.checkpoint(f, policy=_is_kept, prevent_cse=False)
 
 
 def _is_kept(primitive, *_, name=None, **__):
   # A number for each row costs no memory, but over tokens on several devices it is sent.
-  return primitive in (jax.lax.reduce_sum_p, jax.lax.reduce_max_p) or name == _SCORES
+  return primitive in (jax.lax.reduce_sum_p, jax.lax.reduce_max_p) or name == SCORES
 
 
 def check_choices(theta: str, gelu: str) -> None:

@@ -114,7 +114,7 @@ def token_usage(model: LanguageModel, batches: Iterable) -> Usage:
             parent = getattr(parent, name)
           # Past NNX, which this throw-away block need not know of.
           object.__setattr__(parent, path[-1], _counting(layer, seen, "/".join(["blocks", *map(str, path)])))
-      return block(x, by, segments, again=lambda f: f), seen
+      return block(x, by, segments, remat=lambda f: f), seen
     return nnx.merge(graphdef, params, tau).through_layers(count, inputs, positions, segments)[1]
 
   total, positions = None, 0

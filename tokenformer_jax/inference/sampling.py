@@ -71,8 +71,9 @@ def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: I
 
 def _sample_row(logits_V, sampling, key):
   def drawn(logits_V):
-    scaled_V = within_vocabulary(logits_V, sampling.vocab_size) / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
-    return draw(truncate(scaled_V, sampling.top_k, sampling.top_p), key)
+    logits_V = within_vocabulary(logits_V, sampling.vocab_size)
+    logits_V = logits_V / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
+    return draw(truncate(logits_V, sampling.top_k, sampling.top_p), key)
 
   def likeliest(logits_V):
     return greedy(within_vocabulary(logits_V, sampling.vocab_size))

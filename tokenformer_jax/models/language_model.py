@@ -15,11 +15,11 @@ from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
 from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers, unstack_layers
 from tokenformer_jax.nn.rotary import rotation
-from tokenformer_jax.parameter_tokens import row_products
+from tokenformer_jax.parameter_tokens import OUTPUT, SCORES, row_products
 
 _REMAT = {
     "none": lambda layer: layer,
-    "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(SCORES, OUTPUT)),
     "full": jax.checkpoint,
 }
 

@@ -40,13 +40,13 @@ class Attention(nnx.Module):
 
   def prefill(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation, segments: Int[Array, "batch time"],
               cache: KVCache, layer: int) -> tuple[Array, KVCache]:
-    """Both for the first tokens of an empty `cache`; returns the output and the cache with them."""
+    """`project` and `attend` for the first tokens of an empty `cache`; returns the output and the cache with them."""
     q, k, v = self.project(x_BxTxD, by)
     return self.attend(q, k, v, segments), cache.write(layer, k.swapaxes(1, 2), v.swapaxes(1, 2))
 
   def extend(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation,
              mask: Bool[Array, "batch 1 time slot"], cache: KVCache, layer: int) -> tuple[Array, KVCache]:
-    """The same for tokens that follow those in `cache`."""
+    """`prefill` for tokens that follow those in `cache`; the slots that each may see are its `mask`."""
     q, k, v = (a.swapaxes(1, 2) for a in self.project(x_BxTxD, by))
     past, cache = cache, cache.write(layer, k, v)
     if x_BxTxD.shape[:2] == (1, 1):

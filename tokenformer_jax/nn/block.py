@@ -9,7 +9,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.nn.attention import Attention
 from tokenformer_jax.nn.layer_norm import layer_norm
 from tokenformer_jax.nn.pattention import Pattention
-from tokenformer_jax.parameter_tokens import computed_again
+from tokenformer_jax.parameter_tokens import scores_kept
 
 # Standard deviation of new keys, as released.
 KEY_STD = 0.02
@@ -26,15 +26,15 @@ class Block(nnx.Module):
     self.attention = Attention(config, projection, rngs=rngs)
     self.ffn = projection(config.ffn_tokens, rngs=rngs)
 
-  def __call__(self, x_BxTxD, by, segments=None, again=computed_again):
+  def __call__(self, x_BxTxD, by, segments=None, remat=scores_kept):
     """[B, T, d] -> [B, T, d].
 
     Args:
       by, segments: see `Attention`.
-      again: wraps each norm and what is made of it. Who looks at what happens inside gives the identity.
+      remat: wraps each norm and what is made of it. Who looks at what happens inside gives the identity.
     """
-    q, k, v = again(lambda x: self.attention.project(layer_norm(x), by))(x_BxTxD)
-    return self._with(x_BxTxD, self.attention.attend(q, k, v, segments), again)
+    q, k, v = remat(lambda x: self.attention.project(layer_norm(x), by))(x_BxTxD)
+    return self._with(x_BxTxD, self.attention.attend(q, k, v, segments), remat)
 
   def prefill(self, x_BxTxD, by, segments, cache, layer):
     """`__call__` for the first tokens of an empty `cache`; returns (output, cache)."""
@@ -46,9 +46,9 @@ class Block(nnx.Module):
     attended, cache = self.attention.extend(layer_norm(x_BxTxD), by, mask, cache, layer)
     return self._with(x_BxTxD, attended), cache
 
-  def _with(self, x_BxTxD, attended_BxTxD, again=computed_again):
+  def _with(self, x_BxTxD, attended_BxTxD, remat=scores_kept):
     x_BxTxD += attended_BxTxD
-    return x_BxTxD + again(lambda x: self.ffn(layer_norm(x)))(x_BxTxD)
+    return x_BxTxD + remat(lambda x: self.ffn(layer_norm(x)))(x_BxTxD)
 
 
 def value_std(config: ModelConfig) -> float:

@@ -4,6 +4,7 @@ import math
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -11,7 +12,7 @@ from tokenformer_jax.checked import require_choice
 from tokenformer_jax.config import KERNELS
 from tokenformer_jax.distributed.axes import is_split, platform
 from tokenformer_jax.nn.parameters import Tau, parameter
-from tokenformer_jax.parameter_tokens import ParameterTokens, check_choices, initial_tau, pattention
+from tokenformer_jax.parameter_tokens import OUTPUT, ParameterTokens, check_choices, initial_tau, pattention
 
 
 class Pattention(nnx.Module):
@@ -51,12 +52,17 @@ class Pattention(nnx.Module):
   def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
     scales = [scale if scale is None else scale[...] for scale in (self.key_scales, self.value_scales)]
     tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...], *scales)
-    if self.kernel == "fused":
-      # Here, for Pallas takes longer to import than the rest of us.
-      from tokenformer_jax.kernels.fused_pattention import fused_pattention
-      if platform() != "tpu":
-        raise ValueError(f"kernel='fused': it is for TPUs, and this is {platform()}; choose kernel='reference'.")
-      return fused_pattention(x, tokens, self.theta, self.gelu)
+    y = self._fused(x, tokens) if self.kernel == "fused" else self._reference(x, tokens)
+    return checkpoint_name(y, OUTPUT)
+
+  def _fused(self, x, tokens):
+    # Here, for Pallas takes longer to import than the rest of us.
+    from tokenformer_jax.kernels.fused_pattention import fused_pattention
+    if platform() != "tpu":
+      raise ValueError(f"kernel='fused': it is for TPUs, and this is {platform()}; choose kernel='reference'.")
+    return fused_pattention(x, tokens, self.theta, self.gelu)
+
+  def _reference(self, x, tokens):
     def apply(x):
       return pattention(x, tokens, self.theta, self.gelu)
     # Rows [B·T] cannot be split along both B and T: where T is, each row of the batch goes for itself.
