@@ -32,8 +32,8 @@ class ModelConfig(Checked):
   `qkv_tokens` parameter tokens in each of query, key and value; `proj_tokens` in the attention's
   output projection; `ffn_tokens` in the feed-forward. These three are what growth changes.
 
-  `remat`: what the backward pass computes again instead of keeping it: `none`; `dots`, all but products with
-  parameters; `full`, a layer from its input. `kernel` of pattention: the `reference`; `fused`
+  `remat`: what the backward pass computes again instead of keeping it: `none`, only norms and Θ; `dots`, all but
+  products with parameters; `full`, a layer from its input. `kernel` of pattention: the `reference`; `fused`
   (`kernels/fused_pattention.py`), on TPUs; `auto`, the fastest, which no measurement has yet shown `fused` to be.
   """
 
