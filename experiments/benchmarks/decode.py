@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/decode.py --batch_size=1 [--rounds=5] [--huggingface] [--temperature=1 --top_p=0.9]
 
-Random weights, float32 by default; prompts of 128 tokens, then 128 new ones, the likeliest or drawn. The *limit* is the time of one
-jitted sum over the same weights and cache leaves: what a step cannot do without. Rounds are in turn; the figures are
-medians. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the same matrices: 12
+Random weights, float32 by default; prompts of 128 tokens, then 128 new ones, the likeliest or drawn. The *limit* is the
+time of one jitted sum over the same weights and cache leaves: what a step cannot do without. Rounds are in turn; the
+figures are medians. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the same matrices: 12
 layers of 12 · 768² parameters) with its own cache.
 """
 
@@ -62,7 +62,7 @@ class Ours:
       logits, cache = self._decode_step(self._leaves, tokens, cache)
       tokens = self._draw(logits, self._sampling, np.int32(index + 1))
       tokens.block_until_ready()  # As `generate`, which shows each token.
-    self._cache = cache
+    self._cache, self._logits = cache, logits
     return read - begin, time.perf_counter() - read
 
   def limit(self):
@@ -74,6 +74,11 @@ class Ours:
       self._read(leaves).block_until_ready()
     return 4 * (time.perf_counter() - begin), sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
 
+  def draw(self):
+    """Seconds for one draw of a token for each row."""
+    begin = time.perf_counter()
+    self._draw(self._logits, self._sampling, np.int32(0)).block_until_ready()
+    return time.perf_counter() - begin
 
   def num_programs(self):
     return [program._cache_size() for program in (self._prefill, self._decode_step, self._draw)]
@@ -114,7 +119,7 @@ def main(argv):
   for side in sides.values():
     side.run()
   programs = sides["ours"].num_programs()
-  taken, limits = {name: [] for name in sides}, []
+  taken, limits, draws = {name: [] for name in sides}, [], []
   print(f"batch {_BATCH.value}, {_PROMPT.value} + {_NEW.value} tokens, {_DTYPE.value}, temperature "
         f"{_TEMPERATURE.value:g}, top_k {_TOP_K.value}, top_p {_TOP_P.value:g}; {os.cpu_count()} cores, "
         f"load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
@@ -122,11 +127,13 @@ def main(argv):
     for name, side in sides.items():
       taken[name].append(side.run())
     limits.append(sides["ours"].limit())
+    draws += [sides["ours"].draw() for _ in range(10)]
   if sides["ours"].num_programs() != programs:
     raise SystemExit("something was compiled again.")
   limit, size = statistics.median(limit for limit, _ in limits), limits[0][1]
   print(f"limit: {1e3 * limit / _NEW.value:.1f} ms a step, {size * _NEW.value / limit / 1e9:.1f} GB/s of "
-        f"{size / 1e9:.2f} GB\n\n| | prompts, ms | ms a step (least – most) | new tokens/s | share of the limit "
+        f"{size / 1e9:.2f} GB; our draw of a token: {1e3 * statistics.median(draws):.1f} ms\n\n"
+        "| | prompts, ms | ms a step (least – most) | new tokens/s | share of the limit "
         "| ours is faster |\n|---|---|---|---|---|---|")
   step = {name: statistics.median(new for _, new in rounds) / _NEW.value for name, rounds in taken.items()}
   for name, rounds in taken.items():
