@@ -176,6 +176,31 @@ def test_a_character_is_streamed_when_it_is_whole():
   assert continued(0xE2, 0x82)[0] == ["", "\ufffd"]
 
 
+class Counting(Bytes):
+  """How many ids it was given."""
+
+  def __init__(self):
+    self.count = 0
+
+  def decode(self, ids):
+    self.count += len(ids)
+    return super().decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_text_is_that_of_all_its_tokens(seed):
+  rng = np.random.default_rng(seed)
+  characters = rng.choice(["a", "é", "€", "😀", "\ufffd"], 150)
+  tokens = list("".join(characters).encode())
+  for position in rng.integers(0, len(tokens), 10 * seed):  # Bytes of no character.
+    tokens[position] = int(rng.integers(128, 256))
+  tokenizer = Counting()
+  pieces, row = continued(*tokens, tokenizer=tokenizer)
+  assert "".join(pieces) == row.text == bytes(tokens).decode(errors="replace")
+  # A token costs the same however long the text is.
+  assert tokenizer.count < 100 * len(tokens) < len(tokens)**2 / 3
+
+
 def test_a_stop_string_ends_the_text_and_never_shows():
   pieces, row = continued(*b"one\n\n", *b"two", stop=("\n\n",))
   assert (row.text, row.done) == ("one", True)

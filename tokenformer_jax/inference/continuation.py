@@ -5,6 +5,8 @@ from collections.abc import Sequence
 # What tokenizers write for bytes that are no character, be they wrong or only not complete yet.
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4
+# So many tokens are decoded again with each that follows, up to twice as many, and not the text from its beginning.
+_WINDOW = 32
 
 
 class Continuation:
@@ -27,8 +29,11 @@ class Continuation:
     self.done = False
     self._tokenizer = tokenizer
     self._stop = tuple(stop)
-    self._ids = []
     self._streamed = 0
+    # The last tokens; of these the first `_decided`, whose text is not going to change, show what those after them add.
+    self._ids, self._decided = [], 0
+    # The text of all decided tokens, and how much of it is that of those in `_ids`.
+    self._before, self._overlap = "", 0
 
   def read(self, token: int) -> None:
     """Takes the next token; tokens after the end change nothing."""
@@ -38,7 +43,12 @@ class Continuation:
       self.done = True
       return
     self._ids.append(token)
-    self.text = self._tokenizer.decode(self._ids)
+    window = self._tokenizer.decode(self._ids)
+    self.text = self._before + window[self._overlap:]
+    if len(self._ids) - self._decided >= _WINDOW and not window.endswith(_REPLACEMENT):
+      self._ids = self._ids[self._decided:]
+      self._decided = len(self._ids)
+      self._before, self._overlap = self.text, len(self._tokenizer.decode(self._ids))
     ends = [self.text.find(stop) for stop in self._stop if stop in self.text]
     if ends:
       self.text = self.text[:min(ends)]

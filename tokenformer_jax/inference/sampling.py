@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 # Below this the highest logit wins anyway, and dividing by less would leave float32's range.
 _SMALLEST_TEMPERATURE = 1e-6
+# Ids that a draw takes together first.
 _BLOCK = 256
 
 
@@ -91,9 +92,9 @@ def draw(logits_V: Float[Array, "vocab"], key: Array) -> Int[Array, ""]:
   """An id, each with the probability that its logit gives it: first a block of ids, then one of its."""
   # A draw takes a random number for each choice: among all ids at once, a hundred times as many.
   of_block, of_id = jax.random.split(key)
-  logits_KxB = jnp.pad(logits_V, (0, -logits_V.size % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
-  block = jax.random.categorical(of_block, jax.nn.logsumexp(logits_KxB, axis=1))
-  return (block * _BLOCK + jax.random.categorical(of_id, logits_KxB[block])).astype(jnp.int32)
+  logits_KxI = jnp.pad(logits_V, (0, -logits_V.size % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
+  block = jax.random.categorical(of_block, jax.nn.logsumexp(logits_KxI, axis=1))
+  return (block * _BLOCK + jax.random.categorical(of_id, logits_KxI[block])).astype(jnp.int32)
 
 
 def within_vocabulary(logits_V: Float[Array, "vocab"], vocab_size: Int[Array, ""]) -> Float[Array, "vocab"]:

@@ -33,7 +33,7 @@ _CHUNK = 2048
 
 def fused_pattention(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, theta: str = "l2_norm_gelu",
                      gelu: str = "erf", interpret: bool = False) -> Float[Array, "*batch d_out"]:
-  """`pattention(x, tokens, theta, gelu)` for float32 and bfloat16 x, and Θs with an L2 norm.
+  """`pattention(x, tokens, theta, gelu)` for float32 and bfloat16 x, and Θs with an L2 norm; scores stay in float32.
 
   Args:
     interpret: run the kernels as plain JAX, on any device.
