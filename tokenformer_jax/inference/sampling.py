@@ -71,6 +71,7 @@ def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: I
 
 
 def _sample_row(logits_V, sampling, key):
+  # Padding is cut off in each branch: before both, XLA would write all logits out again.
   def drawn(logits_V):
     logits_V = within_vocabulary(logits_V, sampling.vocab_size)
     logits_V = logits_V / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
