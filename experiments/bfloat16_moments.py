@@ -25,31 +25,40 @@ from experiments.runs import every_seed, held_out_losses
 from tokenformer_jax.cli import door
 
 SEEDS = tuple(range(10))
-MOMENTS = {"float32": {}, "bfloat16": dict(first_moment_dtype="bfloat16"),
-           "both": dict(first_moment_dtype="bfloat16", second_moment_dtype="bfloat16")}
+MOMENTS = {
+  "float32": {},
+  "bfloat16": dict(first_moment_dtype="bfloat16"),
+  "both": dict(first_moment_dtype="bfloat16", second_moment_dtype="bfloat16"),
+}
 
 
 def run_seed(seed: int, folder) -> dict[str, dict[int, float]]:
   """Held-out losses by step, with each kind of moments."""
   base = small_run(seed)
-  configs = {name: dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, **dtypes))
-             for name, dtypes in MOMENTS.items()}
+  configs = {
+    name: dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, **dtypes))
+    for name, dtypes in MOMENTS.items()
+  }
   return {name: held_out_losses(config, folder / name) for name, config in configs.items()}
 
 
 def main(argv):
   del argv
   _, seeds = every_seed(run_seed, SEEDS, flags.FLAGS.workdir)
-  print(f"\nHeld-out loss, nats a byte, mean of {len(SEEDS)} seeds ± the deviation between them; and by how much it is over "
-        "float32's with the same seed, per cent ± its standard error:\n\n| step | float32 | first in bfloat16 | per cent "
-        "| both in bfloat16 | per cent |\n" + "|---" * 6 + "|")
+  print(
+    f"\nHeld-out loss, nats a byte, mean of {len(SEEDS)} seeds ± the deviation between them; and by how much it is over "
+    "float32's with the same seed, per cent ± its standard error:\n\n| step | float32 | first in bfloat16 | per cent "
+    "| both in bfloat16 | per cent |\n" + "|---" * 6 + "|"
+  )
   for step in (STEPS // 3, 2 * STEPS // 3, STEPS):
     losses = {name: np.array([by_name[name][step] for by_name in seeds]) for name in MOMENTS}
     cells = [f"{losses['float32'].mean():.4f} ± {losses['float32'].std(ddof=1):.4f}"]
     for name in list(MOMENTS)[1:]:
       over = 100 * (losses[name] / losses["float32"] - 1)
-      cells += [f"{losses[name].mean():.4f} ± {losses[name].std(ddof=1):.4f}",
-                f"{over.mean():+.2f} ± {over.std(ddof=1) / len(SEEDS)**0.5:.2f}"]
+      cells += [
+        f"{losses[name].mean():.4f} ± {losses[name].std(ddof=1):.4f}",
+        f"{over.mean():+.2f} ± {over.std(ddof=1) / len(SEEDS) ** 0.5:.2f}",
+      ]
     print(f"| {step} | {' | '.join(cells)} |")
 
 

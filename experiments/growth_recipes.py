@@ -49,26 +49,27 @@ from tokenformer_jax.training.program import Program, make_program
 from tokenformer_jax.training.state import TrainState
 
 EVALUATED = [SEAM + k for k in (20, 50, 100, 150, 200, 250, 300, 400, 500)] + [
-    STEPS - DECAY + DECAY * quarter // 4 for quarter in range(5)]
+  STEPS - DECAY + DECAY * quarter // 4 for quarter in range(5)
+]
 
 TAU_RULES = {f"τ {rule}": GrowthConfig(tau=rule) for rule in ("kept", "moved", "learned", "recomputed")}
 PLAIN = dict(value_scale=1.0, old_rows_rate=1.0)
 SEARCH = {
-    "τ moved over 300 steps, values × 1": GrowthConfig(**PLAIN, tau_steps=300),
-    "… new rows at a quarter of the rate, rising over 300 steps": GrowthConfig(
-        **PLAIN, tau_steps=300, new_rows_rate=0.25, warmup_steps=300),
-    "τ kept, values × 1, new rows at a quarter of the rate": GrowthConfig(**PLAIN, tau="kept", new_rows_rate=0.25),
-    "τ kept, values × 0.1": GrowthConfig(tau="kept", value_scale=0.1, old_rows_rate=1.0),
-    "τ moved over 300 steps, values × 0.3": GrowthConfig(tau_steps=300, old_rows_rate=1.0),
-    "τ moved over 300 steps, values × 0.1": GrowthConfig(tau_steps=300, value_scale=0.1, old_rows_rate=1.0),
-    "τ moved over 700 steps, values × 0.1": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0),
-    "… new rows at half the rate": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0, new_rows_rate=0.5),
-    "… new rows rising over 300 steps": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0,
-                                                     warmup_steps=300),
-    "… old rows at half the rate": GrowthConfig(tau_steps=700, value_scale=0.1),
-    "… old rows at a quarter of the rate": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=0.25),
-    "τ moved over 700 steps, values × 0.3, old rows at half the rate": GrowthConfig(tau_steps=700),
-    "τ moved over 300 steps, values × 0.3, old rows at half the rate": GrowthConfig(tau_steps=300),
+  "τ moved over 300 steps, values × 1": GrowthConfig(**PLAIN, tau_steps=300),
+  "… new rows at a quarter of the rate, rising over 300 steps": GrowthConfig(
+    **PLAIN, tau_steps=300, new_rows_rate=0.25, warmup_steps=300
+  ),
+  "τ kept, values × 1, new rows at a quarter of the rate": GrowthConfig(**PLAIN, tau="kept", new_rows_rate=0.25),
+  "τ kept, values × 0.1": GrowthConfig(tau="kept", value_scale=0.1, old_rows_rate=1.0),
+  "τ moved over 300 steps, values × 0.3": GrowthConfig(tau_steps=300, old_rows_rate=1.0),
+  "τ moved over 300 steps, values × 0.1": GrowthConfig(tau_steps=300, value_scale=0.1, old_rows_rate=1.0),
+  "τ moved over 700 steps, values × 0.1": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0),
+  "… new rows at half the rate": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0, new_rows_rate=0.5),
+  "… new rows rising over 300 steps": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0, warmup_steps=300),
+  "… old rows at half the rate": GrowthConfig(tau_steps=700, value_scale=0.1),
+  "… old rows at a quarter of the rate": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=0.25),
+  "τ moved over 700 steps, values × 0.3, old rows at half the rate": GrowthConfig(tau_steps=700),
+  "τ moved over 300 steps, values × 0.3, old rows at half the rate": GrowthConfig(tau_steps=300),
 }
 
 
@@ -92,8 +93,9 @@ class Seam:
       config = self.config if growth is None else dataclasses.replace(self.config, growth=growth)
       state = jax.tree.map(jnp.copy, self.state)
       if growth is not None:
-        model = model.grown(**{field: factor * getattr(model, field)
-                               for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")})
+        model = model.grown(
+          **{field: factor * getattr(model, field) for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
+        )
         state, *_ = grow_state(state, self.config.model, model, growth, seed=config.training.seed)
       program = make_program(config, model, make_mesh())
       if growth is not None and growth.tau == "learned":
@@ -102,8 +104,9 @@ class Seam:
       stored.write_text(json.dumps(self._train(program, state, SEAM, STEPS, f"{name}, {factor} ×")[1]))
     return {int(step): loss for step, loss in json.loads(stored.read_text()).items()}
 
-  def _train(self, program: Program, state: TrainState, start: int, stop: int, name: str
-             ) -> tuple[TrainState, dict[int, float]]:
+  def _train(
+    self, program: Program, state: TrainState, start: int, stop: int, name: str
+  ) -> tuple[TrainState, dict[int, float]]:
     losses = {start: self._loss(program, state)} if start == SEAM else {}
     for step in tqdm.trange(start, stop, desc=name, unit="step"):
       state, _ = program.train_step(state, self.batches[step])
@@ -141,16 +144,27 @@ def main(argv):
       curves.setdefault(key, []).append(losses)
 
   shown = [SEAM + k for k in (0, 50, 100, 200, 400, 600, 800, 1000)]
-  print("\nHeld-out loss over that without growth at the same step, per cent; of the means of the seeds:\n\n| factor | recipe | "
-        + " | ".join(f"+{step - SEAM}" for step in shown) + " | largest |\n" + "|---" * (len(shown) + 3) + "|")
-  mean = {key: {step: np.mean([losses[step] for losses in runs]) for step in [SEAM, *EVALUATED]}
-          for key, runs in curves.items()}
+  print(
+    "\nHeld-out loss over that without growth at the same step, per cent; of the means of the seeds:\n\n| factor | recipe | "
+    + " | ".join(f"+{step - SEAM}" for step in shown)
+    + " | largest |\n"
+    + "|---" * (len(shown) + 3)
+    + "|"
+  )
+  mean = {
+    key: {step: np.mean([losses[step] for losses in runs]) for step in [SEAM, *EVALUATED]}
+    for key, runs in curves.items()
+  }
   for (factor, name), losses in mean.items():
     over = {step: 100 * (loss / mean[1, "no growth"][step] - 1) for step, loss in losses.items()}
-    print(f"| {factor} | {name} | " + " | ".join(f"{over[step]:+.2f}" for step in shown)
-          + f" | {max(over.values()):+.2f} |")
-  plot({name: losses for (factor, name), losses in mean.items() if factor != 1}, mean[1, "no growth"],
-       folder / "growth_tradeoff.png")
+    print(
+      f"| {factor} | {name} | " + " | ".join(f"{over[step]:+.2f}" for step in shown) + f" | {max(over.values()):+.2f} |"
+    )
+  plot(
+    {name: losses for (factor, name), losses in mean.items() if factor != 1},
+    mean[1, "no growth"],
+    folder / "growth_tradeoff.png",
+  )
 
 
 def plot(curves: dict[str, dict[int, float]], control: dict[int, float], path: pathlib.Path) -> None:

@@ -46,12 +46,29 @@ RUNS = {"exact": "exact growth (default)", "released": "released growth, restart
 def small_run(seed: int) -> Config:
   """The run without growth: 90,240 parameters, 64 bytes of Python a row."""
   return Config(
-      model=ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, qkv_tokens=32, proj_tokens=32,
-                        ffn_tokens=128, seq_length=64),
-      data=DataConfig(batch_size=16, seed=seed),
-      optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=DECAY),
-      training=TrainingConfig(num_steps=STEPS, seed=seed, log_every=EVERY, eval_every=EVERY, eval_batches=20,
-                              checkpoint_every=SEAM, checkpoints_kept=3, sample_tokens=0))
+    model=ModelConfig(
+      vocab_size=384,
+      num_layers=2,
+      hidden_size=64,
+      num_heads=4,
+      qkv_tokens=32,
+      proj_tokens=32,
+      ffn_tokens=128,
+      seq_length=64,
+    ),
+    data=DataConfig(batch_size=16, seed=seed),
+    optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=DECAY),
+    training=TrainingConfig(
+      num_steps=STEPS,
+      seed=seed,
+      log_every=EVERY,
+      eval_every=EVERY,
+      eval_batches=20,
+      checkpoint_every=SEAM,
+      checkpoints_kept=3,
+      sample_tokens=0,
+    ),
+  )
 
 
 def run_seed(seed: int, folder: pathlib.Path) -> dict[str, dict[int, float]]:
@@ -63,7 +80,8 @@ def run_seed(seed: int, folder: pathlib.Path) -> dict[str, dict[int, float]]:
   if not slower.exists():
     shutil.copytree(folder / "control", slower, ignore=shutil.ignore_patterns(str(STEPS), "done.json"))
   losses["slower"] = held_out_losses(
-      dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3)), slower)
+    dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3)), slower
+  )
 
   for factor in FACTORS:
     tokens = {name: factor * getattr(base.model, name) for name in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
@@ -79,9 +97,12 @@ def run_seed(seed: int, folder: pathlib.Path) -> dict[str, dict[int, float]]:
       grow_run(str(folder / "control"), str(weights), step=SEAM, how="released", **tokens)
     # The released configuration: the weights alone, and a schedule from its beginning.
     restarted = dataclasses.replace(
-        big, init_from=str(weights), data=dataclasses.replace(big.data, seed=seed + 100),
-        optimizer=dataclasses.replace(big.optimizer, schedule="warmup_cosine"),
-        training=dataclasses.replace(big.training, num_steps=STEPS - SEAM))
+      big,
+      init_from=str(weights),
+      data=dataclasses.replace(big.data, seed=seed + 100),
+      optimizer=dataclasses.replace(big.optimizer, schedule="warmup_cosine"),
+      training=dataclasses.replace(big.training, num_steps=STEPS - SEAM),
+    )
     after = held_out_losses(restarted, folder / f"released_{factor}")
     losses[f"released_{factor}"] = {SEAM + step: loss for step, loss in after.items()}
 
@@ -94,8 +115,10 @@ def main(argv):
   folder, seeds = every_seed(run_seed, SEEDS, flags.FLAGS.workdir)
 
   steps = sorted(step for step in seeds[0]["control"] if step > SEAM)
-  print(f"\nHeld-out loss over that of the run without growth at the same step, mean of {len(SEEDS)} seeds, per cent:\n\n"
-        "| factor | run | +50 | +100 | +200 | +400 | +600 | +1000 | largest | last loss (by seed) |\n" + "|---" * 10 + "|")
+  print(
+    f"\nHeld-out loss over that of the run without growth at the same step, mean of {len(SEEDS)} seeds, per cent:\n\n"
+    "| factor | run | +50 | +100 | +200 | +400 | +600 | +1000 | largest | last loss (by seed) |\n" + "|---" * 10 + "|"
+  )
   control = mean([losses["control"] for losses in seeds], steps)
   rows = [(1, title, name) for name, title in CONTROLS.items()]
   rows += [(factor, title, f"{name}_{factor}") for factor in FACTORS for name, title in RUNS.items()]

@@ -34,11 +34,19 @@ def get_config():
   if not folder:
     raise ValueError("TOKENFORMER_DATA is not set: name the folder that holds english_novels and tokenizers.")
   return Config(
-      model=ModelConfig.named("small", vocab_size=5120),  # 5,000 ids, padded to a multiple of 128.
-      data=DataConfig(source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
-                      held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}",
-                      tokenizer=f"{folder}/tokenizers/gpt2_tiny_5k"),
-      optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=100, decay_steps=200),
-      training=TrainingConfig(num_steps=600, eval_every=250, eval_batches=40, checkpoint_every=250,
-                              sample_prompt="It was a dark and stormy night", sample_tokens=100),
+    model=ModelConfig.named("small", vocab_size=5120),  # 5,000 ids, padded to a multiple of 128.
+    data=DataConfig(
+      source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
+      held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}",
+      tokenizer=f"{folder}/tokenizers/gpt2_tiny_5k",
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=0.0, warmup_steps=100, decay_steps=200),
+    training=TrainingConfig(
+      num_steps=600,
+      eval_every=250,
+      eval_batches=40,
+      checkpoint_every=250,
+      sample_prompt="It was a dark and stormy night",
+      sample_tokens=100,
+    ),
   ).to_config_dict()

@@ -14,7 +14,14 @@ Not run: it wants hundreds of TPU days. The parameter counts of all sizes are te
 """
 
 from tokenformer_jax.config import (
-    Config, DataConfig, GrowthConfig, GrowthStage, ModelConfig, OptimizerConfig, TrainingConfig)
+  Config,
+  DataConfig,
+  GrowthConfig,
+  GrowthStage,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 
 CHAINS = {"paper": ("124m", "354m", "757m", "1.3b"), "released": ("owt2-354m", "owt2-757m")}
 FIRST_STEPS, GROWN_STEPS, DECAY = 600_000, 60_000, 20_000
@@ -24,13 +31,21 @@ def get_config(chain: str = "paper"):
   if chain not in CHAINS:
     raise ValueError(f"chain {chain!r} is unknown: choose one of {', '.join(CHAINS)}.")
   model, *bigger = (ModelConfig.named(name, compute_dtype="bfloat16", remat="dots") for name in CHAINS[chain])
-  stages = tuple(GrowthStage(FIRST_STEPS + i * GROWN_STEPS, m.qkv_tokens, m.proj_tokens, m.ffn_tokens)
-                 for i, m in enumerate(bigger))
+  stages = tuple(
+    GrowthStage(FIRST_STEPS + i * GROWN_STEPS, m.qkv_tokens, m.proj_tokens, m.ffn_tokens) for i, m in enumerate(bigger)
+  )
   return Config(
-      model=model,
-      data=DataConfig(source="tokens:TRAIN", held_out_source="tokens:VALID", tokenizer="TRAIN", batch_size=512),
-      optimizer=OptimizerConfig(learning_rate=6e-4, min_learning_rate=0.0, warmup_steps=2000, decay_steps=DECAY),
-      growth=GrowthConfig(stages=stages, warmup_steps=2000, tau_steps=20_000),
-      training=TrainingConfig(num_steps=FIRST_STEPS + len(bigger) * GROWN_STEPS, log_every=50, eval_every=1000,
-                              eval_batches=20, checkpoint_every=2000, sample_prompt="The", sample_tokens=200),
+    model=model,
+    data=DataConfig(source="tokens:TRAIN", held_out_source="tokens:VALID", tokenizer="TRAIN", batch_size=512),
+    optimizer=OptimizerConfig(learning_rate=6e-4, min_learning_rate=0.0, warmup_steps=2000, decay_steps=DECAY),
+    growth=GrowthConfig(stages=stages, warmup_steps=2000, tau_steps=20_000),
+    training=TrainingConfig(
+      num_steps=FIRST_STEPS + len(bigger) * GROWN_STEPS,
+      log_every=50,
+      eval_every=1000,
+      eval_batches=20,
+      checkpoint_every=2000,
+      sample_prompt="The",
+      sample_tokens=200,
+    ),
   ).to_config_dict()

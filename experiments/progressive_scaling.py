@@ -30,7 +30,14 @@ from absl import flags
 from experiments.runs import every_seed, held_out_losses, training_flops
 from tokenformer_jax.cli import door
 from tokenformer_jax.config import (
-    Config, DataConfig, GrowthConfig, GrowthStage, ModelConfig, OptimizerConfig, TrainingConfig)
+  Config,
+  DataConfig,
+  GrowthConfig,
+  GrowthStage,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 
 MARKER = "<|endoftext|>"
 SEEDS = (0, 1)
@@ -49,12 +56,24 @@ def base(seed: int) -> Config:
   if not folder:
     door.fail("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
   return Config(
-      model=ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, seq_length=64, **tokens(SIZES[0])),
-      data=DataConfig(source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
-                      held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}", batch_size=16, seed=seed),
-      optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=DECAY),
-      training=TrainingConfig(num_steps=STAGE_ENDS[0] + DECAY, seed=seed, log_every=100, eval_every=100,
-                              eval_batches=40, checkpoint_every=500, sample_tokens=0))
+    model=ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, seq_length=64, **tokens(SIZES[0])),
+    data=DataConfig(
+      source=f"text:{folder}/english_novels/train.txt.gz#{MARKER}",
+      held_out_source=f"text:{folder}/english_novels/valid.txt.gz#{MARKER}",
+      batch_size=16,
+      seed=seed,
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=DECAY),
+    training=TrainingConfig(
+      num_steps=STAGE_ENDS[0] + DECAY,
+      seed=seed,
+      log_every=100,
+      eval_every=100,
+      eval_batches=40,
+      checkpoint_every=500,
+      sample_tokens=0,
+    ),
+  )
 
 
 def chained(seed: int, index: int) -> Config:
@@ -62,8 +81,10 @@ def chained(seed: int, index: int) -> Config:
   config = base(seed)
   stages = tuple(GrowthStage(step, **tokens(size)) for step, size in zip(GROWN_AT[:index], SIZES[1:]))
   return dataclasses.replace(
-      config, growth=GrowthConfig(stages=stages),
-      training=dataclasses.replace(config.training, num_steps=STAGE_ENDS[index] + DECAY))
+    config,
+    growth=GrowthConfig(stages=stages),
+    training=dataclasses.replace(config.training, num_steps=STAGE_ENDS[index] + DECAY),
+  )
 
 
 def from_scratch(seed: int, index: int) -> Config:
@@ -92,19 +113,26 @@ def main(argv):
   del argv
   folder, seeds = every_seed(run_seed, SEEDS, flags.FLAGS.workdir)
 
-  print("\n| parameters | last loss, grown (by seed) | from scratch (by seed) | TFLOPs, from the size before "
-        "| with all before it | from scratch |\n|---|---|---|---|---|---|")
-  for index, size in enumerate(SIZES):
+  print(
+    "\n| parameters | last loss, grown (by seed) | from scratch (by seed) | TFLOPs, from the size before "
+    "| with all before it | from scratch |\n|---|---|---|---|---|---|"
+  )
+  for index, _size in enumerate(SIZES):
     config = chained(0, index)
     steps = config.training.num_steps
     grown, scratch = ([losses[index][name][steps] for losses in seeds] for name in ("chain", "scratch"))
     costs = [chain_flops(index), training_flops(config, 0, steps), training_flops(from_scratch(0, index), 0, steps)]
-    print(f"| {from_scratch(0, index).model.num_parameters:,} | {shown(grown)} | {shown(scratch)} | "
-          + " | ".join(f"{cost / 1e12:.2f}" for cost in costs) + " |")
+    print(
+      f"| {from_scratch(0, index).model.num_parameters:,} | {shown(grown)} | {shown(scratch)} | "
+      + " | ".join(f"{cost / 1e12:.2f}" for cost in costs)
+      + " |"
+    )
   total = sum(map(chain_flops, range(len(SIZES))))
   alone = sum(training_flops(from_scratch(0, i), 0, chained(0, i).training.num_steps) for i in range(len(SIZES)))
-  print(f"\nAll three models: {total / 1e12:.2f} TFLOPs as a chain, {alone / 1e12:.2f} from scratch "
-        f"({total / alone:.0%}).\n{plot(seeds, folder / 'progressive_scaling.png')}")
+  print(
+    f"\nAll three models: {total / 1e12:.2f} TFLOPs as a chain, {alone / 1e12:.2f} from scratch "
+    f"({total / alone:.0%}).\n{plot(seeds, folder / 'progressive_scaling.png')}"
+  )
 
 
 def shown(losses: list[float]) -> str:
@@ -115,14 +143,18 @@ def plot(seeds, path: pathlib.Path) -> pathlib.Path:
   """Held-out loss against training FLOPs, first seed: the chain, and each size from scratch."""
   figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
   axes = figure.subplots()
-  for index, size in enumerate(SIZES):
+  for index, _size in enumerate(SIZES):
     for name, config in (("scratch", from_scratch(0, index)), ("chain", chained(0, index))):
       if name == "chain" and index == 0:
         continue
       points = [(training_flops(config, 0, step) / 1e12, loss) for step, loss in sorted(seeds[0][index][name].items())]
       parameters = f"{config.model_at(config.training.num_steps).num_parameters:,} parameters"
-      axes.plot(*zip(*points), "-" if name == "chain" else "--", color=f"C{index}",
-                label=f"{parameters}, {'grown' if name == 'chain' else 'from scratch'}")
+      axes.plot(
+        *zip(*points),
+        "-" if name == "chain" else "--",
+        color=f"C{index}",
+        label=f"{parameters}, {'grown' if name == 'chain' else 'from scratch'}",
+      )
   axes.set_xlabel("training TFLOPs, all stages")
   axes.set_ylabel("held-out loss (nats a byte)")
   axes.set_ylim(top=np.percentile([loss for sizes in seeds for runs in sizes for loss in runs["scratch"].values()], 90))

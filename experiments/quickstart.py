@@ -17,7 +17,14 @@ from absl import flags
 
 from tokenformer_jax.cli import door
 from tokenformer_jax.config import (
-    Config, DataConfig, GrowthConfig, GrowthStage, ModelConfig, OptimizerConfig, TrainingConfig)
+  Config,
+  DataConfig,
+  GrowthConfig,
+  GrowthStage,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 
 VOCAB = 384  # 256 bytes and the end of a document, padded to a multiple of 128
 
@@ -28,21 +35,22 @@ def get_config(short: str = ""):
 
 def _full() -> Config:
   return Config(
-      model=ModelConfig.named("mini", vocab_size=VOCAB),
-      optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=200),
-      growth=GrowthConfig(stages=(GrowthStage(step=300, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
-      training=TrainingConfig(num_steps=600, eval_every=50, eval_batches=10, checkpoint_every=100),
+    model=ModelConfig.named("mini", vocab_size=VOCAB),
+    optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=200),
+    growth=GrowthConfig(stages=(GrowthStage(step=300, qkv_tokens=256, proj_tokens=256, ffn_tokens=1024),)),
+    training=TrainingConfig(num_steps=600, eval_every=50, eval_batches=10, checkpoint_every=100),
   )
 
 
 def _short() -> Config:
   return Config(
-      model=ModelConfig.named("tiny", vocab_size=VOCAB),
-      data=DataConfig(batch_size=8),
-      optimizer=OptimizerConfig(learning_rate=4e-3, min_learning_rate=0.0, warmup_steps=10, decay_steps=30),
-      growth=GrowthConfig(stages=(GrowthStage(step=60, qkv_tokens=128, proj_tokens=128, ffn_tokens=512),),
-                          warmup_steps=20),
-      training=TrainingConfig(num_steps=120, eval_every=20, eval_batches=4, checkpoint_every=60, sample_tokens=40),
+    model=ModelConfig.named("tiny", vocab_size=VOCAB),
+    data=DataConfig(batch_size=8),
+    optimizer=OptimizerConfig(learning_rate=4e-3, min_learning_rate=0.0, warmup_steps=10, decay_steps=30),
+    growth=GrowthConfig(
+      stages=(GrowthStage(step=60, qkv_tokens=128, proj_tokens=128, ffn_tokens=512),), warmup_steps=20
+    ),
+    training=TrainingConfig(num_steps=120, eval_every=20, eval_batches=4, checkpoint_every=60, sample_tokens=40),
   )
 
 
@@ -70,8 +78,7 @@ def main(argv):
 
   prompt = "def "
   model, tokenizer = tf.load(workdir), tf.load_tokenizer(workdir)
-  text, = tf.generate(model, tokenizer, prompt, max_new_tokens=config.model.seq_length - len(prompt),
-                      temperature=0.7)
+  (text,) = tf.generate(model, tokenizer, prompt, max_new_tokens=config.model.seq_length - len(prompt), temperature=0.7)
   print(f"\n{prompt}{text}")
 
   if abs(after - before) > 1e-5:
@@ -91,20 +98,22 @@ def ngram_losses(tokens: np.ndarray, batches, vocab_size: int) -> list[float]:
     batches: held-out batches of ids [B, T]; a row's first label has a context of one id.
   """
   tokens = tokens.astype(np.int64)
-  inputs, labels = (np.concatenate([getattr(batch, name) for batch in batches]).astype(np.int64)
-                    for name in ("inputs", "labels"))
+  inputs, labels = (
+    np.concatenate([getattr(batch, name) for batch in batches]).astype(np.int64) for name in ("inputs", "labels")
+  )
   rows = np.concatenate([inputs[:, :1], labels], axis=1)
   probability = np.full(labels.shape, 1.0 / vocab_size)
   losses = []
   for size in range(3):
-    counts = np.bincount(_contexts(tokens, size, vocab_size) * vocab_size + tokens[size:],
-                         minlength=vocab_size**(size + 1)).reshape(-1, vocab_size)
+    counts = np.bincount(
+      _contexts(tokens, size, vocab_size) * vocab_size + tokens[size:], minlength=vocab_size ** (size + 1)
+    ).reshape(-1, vocab_size)
     total, different = counts.sum(axis=1), np.count_nonzero(counts, axis=1)
     first = max(size, 1)  # The first id with so long a context; nothing predicts a row's id 0.
-    at = _contexts(rows, size, vocab_size)[:, first - size:]
-    lower = probability[:, first - 1:]
+    at = _contexts(rows, size, vocab_size)[:, first - size :]
+    lower = probability[:, first - 1 :]
     mixed = (counts[at, rows[:, first:]] + different[at] * lower) / np.maximum(total[at] + different[at], 1)
-    probability[:, first - 1:] = np.where(total[at] > 0, mixed, lower)
+    probability[:, first - 1 :] = np.where(total[at] > 0, mixed, lower)
     losses.append(float(-np.log(probability).mean()))
   return losses
 
@@ -113,7 +122,7 @@ def _contexts(ids: np.ndarray, size: int, vocab_size: int) -> np.ndarray:
   """The `size` ids before each of `ids[..., size:]`, as one number."""
   code = np.zeros_like(ids[..., size:])
   for i in range(size):
-    code = code * vocab_size + ids[..., i:ids.shape[-1] - size + i]
+    code = code * vocab_size + ids[..., i : ids.shape[-1] - size + i]
   return code
 
 

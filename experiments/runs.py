@@ -24,8 +24,9 @@ def held_out_losses(config: Config, workdir: pathlib.Path) -> dict[int, float]:
   done = workdir / "done.json"
   if not done.exists():
     train(config, str(workdir))
-    done.write_text(json.dumps({row["step"]: row["held_out/loss"] for row in read_metrics(str(workdir))
-                                if "held_out/loss" in row}))
+    done.write_text(
+      json.dumps({row["step"]: row["held_out/loss"] for row in read_metrics(str(workdir)) if "held_out/loss" in row})
+    )
   return {int(step): loss for step, loss in json.loads(done.read_text()).items()}
 
 

@@ -1,7 +1,7 @@
 """What one layer of the language model sends on a mesh, counted on paper."""
 
-from collections import Counter
 import math
+from collections import Counter
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.collectives import Collective
@@ -53,5 +53,6 @@ def on_paper(model: ModelConfig, rows: int, data: int = 1, fsdp: int = 1, sequen
         backward["all-reduce", (axis,), held // fsdp] += 1
   if model.remat != "none":
     backward.update(recomputed)
-  return Counter({(later, *sent): count for later, counts in ((False, forward), (True, backward))
-                  for sent, count in counts.items()})
+  return Counter(
+    {(later, *sent): count for later, counts in ((False, forward), (True, backward)) for sent, count in counts.items()}
+  )

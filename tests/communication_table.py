@@ -4,12 +4,12 @@
 of TPUs that need not be there. Batch 8 × 2048; no arrays are made.
 """
 
-from collections import Counter
 import dataclasses
+from collections import Counter
 
-from absl import app, flags
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 
 from tokenformer_jax import data
 from tokenformer_jax.config import COMPUTE_DTYPES, REMAT_POLICIES, Config, DataConfig, MeshConfig, ModelConfig
@@ -24,23 +24,33 @@ _REMAT = flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "what is computed ag
 _DTYPE = flags.DEFINE_enum("dtype", "float32", COMPUTE_DTYPES, "of the products")
 _HEADS = flags.DEFINE_integer("heads", 12, "of attention")
 _LENGTH = flags.DEFINE_integer("seq_length", 2048, "tokens of a row; compiling for TPUs takes long above 512")
-_MESHES = flags.DEFINE_list("meshes", ["8x1x1x1", "1x8x1x1", "1x1x1x8", "2x2x1x2", "1x1x8x1"],
-                            "data × fsdp × sequence × token")
+_MESHES = flags.DEFINE_list(
+  "meshes", ["8x1x1x1", "1x8x1x1", "1x1x1x8", "2x2x1x2", "1x1x8x1"], "data × fsdp × sequence × token"
+)
 ROWS = 8
 
 
 def main(_):
   jax.config.update("jax_num_cpu_devices", 8)
-  model = dataclasses.replace(ModelConfig.named("150m"), remat=_REMAT.value, compute_dtype=_DTYPE.value,
-                              num_heads=_HEADS.value, seq_length=_LENGTH.value)
+  model = dataclasses.replace(
+    ModelConfig.named("150m"),
+    remat=_REMAT.value,
+    compute_dtype=_DTYPE.value,
+    num_heads=_HEADS.value,
+    seq_length=_LENGTH.value,
+  )
   devices = slice_devices(_TOPOLOGY.value) if _TOPOLOGY.value else None
-  print(f"remat {model.remat}, {model.compute_dtype}, {model.num_heads} heads, {_TOPOLOGY.value or '8 CPUs'}", flush=True)
+  print(
+    f"remat {model.remat}, {model.compute_dtype}, {model.num_heads} heads, {_TOPOLOGY.value or '8 CPUs'}", flush=True
+  )
   for sizes in _MESHES.value:
     data_size, fsdp, sequence, token = map(int, sizes.split("x"))
     found, peak = compiled(model, make_mesh(MeshConfig(data_size, fsdp, token, sequence), devices))
     print(f"\n{sizes}: {sum(c.bytes_sent for c in found) / 1e6:,.0f} MB sent by a device, {peak / 2**30:.2f} GiB held")
-    for name, part in (("a layer", [c for c in found if c.trips == model.num_layers]),
-                       ("once", [c for c in found if c.trips == 1 and c.bytes > 4096])):
+    for name, part in (
+      ("a layer", [c for c in found if c.trips == model.num_layers]),
+      ("once", [c for c in found if c.trips == 1 and c.bytes > 4096]),
+    ):
       for line, count in sorted(Counter(map(describe, part)).items()):
         print(f"  {name:8}{line}  × {count}", flush=True)
 
@@ -59,7 +69,9 @@ def compiled(model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[list[Collecti
 def describe(sent: Collective) -> str:
   when = "backward" if sent.backward else "forward"
   shape = "×".join(map(str, sent.shape))
-  return f"{when:9}{sent.kind:19}{' '.join(sent.axes):11}{sent.dtype}[{shape}]{' of a parameter' if sent.argument else ''}"
+  return (
+    f"{when:9}{sent.kind:19}{' '.join(sent.axes):11}{sent.dtype}[{shape}]{' of a parameter' if sent.argument else ''}"
+  )
 
 
 if __name__ == "__main__":

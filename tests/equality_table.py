@@ -24,11 +24,15 @@ def main():
     for sizes in MESHES:
       step, arguments, _ = case.on(sizes)
       ours, gradients = step(*arguments)
-      errors = {path: np.max(np.abs(np.asarray(g) - leaves_by_path(alone)[path])) / np.max(np.abs(leaves_by_path(alone)[path]))
-                for path, g in leaves_by_path(gradients).items()}
+      errors = {
+        path: np.max(np.abs(np.asarray(g) - leaves_by_path(alone)[path])) / np.max(np.abs(leaves_by_path(alone)[path]))
+        for path, g in leaves_by_path(gradients).items()
+      }
       worst = max(errors, key=errors.get)
       shown = " ".join(f"{axis}={size}" for axis, size in sizes.items())
-      print(f"| {theta} | {shown} | {abs(float(ours) / float(loss) - 1):.1e} | {errors[worst]:.1e} | {worst} |", flush=True)
+      print(
+        f"| {theta} | {shown} | {abs(float(ours) / float(loss) - 1):.1e} | {errors[worst]:.1e} | {worst} |", flush=True
+      )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ logit. `own error` is that of the float32 or bfloat16 model before growth agains
 
 import dataclasses
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import tokenformer_jax as tf
 from tokenformer_jax.config import ModelConfig
@@ -17,10 +17,16 @@ from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.state import abstract_model
 
 # The ways that claim to keep the function.
-CASES = [("exact", "l2_norm_gelu"), ("exact", "gelu_l2_norm"),
-         ("duplicate", "l2_norm_gelu"), ("duplicate", "gelu_l2_norm"), ("duplicate", "softmax")]
-SHALLOW = ModelConfig(vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8,
-                      ffn_tokens=16, seq_length=16)
+CASES = [
+  ("exact", "l2_norm_gelu"),
+  ("exact", "gelu_l2_norm"),
+  ("duplicate", "l2_norm_gelu"),
+  ("duplicate", "gelu_l2_norm"),
+  ("duplicate", "softmax"),
+]
+SHALLOW = ModelConfig(
+  vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8, ffn_tokens=16, seq_length=16
+)
 DEEP = dataclasses.replace(SHALLOW, num_layers=12, hidden_size=64, qkv_tokens=48, proj_tokens=48, ffn_tokens=192)
 TOKENS = np.random.default_rng(0).integers(0, SHALLOW.vocab_size, (2, SHALLOW.seq_length))
 
@@ -30,8 +36,9 @@ def lively(config, seed=0):
   graphdef, params, tau = split(abstract_model(config))
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
-  return nnx.merge(graphdef, params, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(1, 4, leaf.shape),
-                                                                           jnp.float32), tau))
+  return nnx.merge(
+    graphdef, params, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(1, 4, leaf.shape), jnp.float32), tau)
+  )
 
 
 def logits(model, dtype):
@@ -57,14 +64,17 @@ def change(how, theta, config, dtype):
 
 
 def main():
-  print("| way | Θ | float64, 2 layers | float32, 2 layers | float32, 12 layers (own error) "
-        "| bfloat16, 12 layers (own error) |\n|---|---|---|---|---|---|")
+  print(
+    "| way | Θ | float64, 2 layers | float32, 2 layers | float32, 12 layers (own error) "
+    "| bfloat16, 12 layers (own error) |\n|---|---|---|---|---|---|"
+  )
   for how, theta in CASES:
     shallow = [f"{change(how, theta, SHALLOW, dtype)[0]:.1e}" for dtype in ("float64", "float32")]
     deep = ["{:.1e} ({:.1e})".format(*change(how, theta, DEEP, dtype)) for dtype in ("float32", "bfloat16")]
     print("|", " | ".join([how, theta, *shallow, *deep]), "|")
-  released = [f"{change('released', theta, SHALLOW, 'float32')[0]:.2f}" for theta in
-              ("l2_norm_gelu", "gelu_l2_norm", "softmax")]
+  released = [
+    f"{change('released', theta, SHALLOW, 'float32')[0]:.2f}" for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+  ]
   print("`released`, which does not, in float32 with 2 layers, for the three Θ:", ", ".join(released))
 
 

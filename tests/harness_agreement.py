@@ -33,22 +33,39 @@ from tokenformer_jax.evaluation import evaluate, multiple_choice
 from tokenformer_jax.evaluation.log_likelihood import log_likelihoods
 from tokenformer_jax.evaluation.tasks import TASKS, read_rows
 
-_CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+_CHOICES = {
+  "output_type": "multiple_choice",
+  "doc_to_choice": "choices",
+  "doc_to_target": "gold",
+  "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
 _ARC = _CHOICES | {"doc_to_text": "Question: {{query}}\nAnswer:"}
 # The prompts of lm_eval's own task files, over the fields of the local files.
 _TASK_FILES = {
-    "arc_easy": _ARC,
-    "arc_challenge": _ARC,
-    "hellaswag": _CHOICES | {"doc_to_text": "{{query}}"},
-    "piqa": _CHOICES | {"doc_to_text": "{{query}}Answer:"},  # The line's end is in the query.
-    "winogrande": {"output_type": "multiple_choice", "doc_to_text": "gold", "doc_to_target": "continuation",
-                   "doc_to_choice": "context_options", "metric_list": [{"metric": "acc"}]},
-    "blimp": {"output_type": "multiple_choice", "doc_to_text": "", "doc_to_target": 0,
-              "doc_to_choice": "{{[sentence_good, sentence_bad]}}", "metric_list": [{"metric": "acc"}]},
-    "lambada_openai": {"output_type": "loglikelihood", "doc_to_text": "{{context}}",
-                       "doc_to_target": "{{' ' + continuation}}",
-                       "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]},
+  "arc_easy": _ARC,
+  "arc_challenge": _ARC,
+  "hellaswag": _CHOICES | {"doc_to_text": "{{query}}"},
+  "piqa": _CHOICES | {"doc_to_text": "{{query}}Answer:"},  # The line's end is in the query.
+  "winogrande": {
+    "output_type": "multiple_choice",
+    "doc_to_text": "gold",
+    "doc_to_target": "continuation",
+    "doc_to_choice": "context_options",
+    "metric_list": [{"metric": "acc"}],
+  },
+  "blimp": {
+    "output_type": "multiple_choice",
+    "doc_to_text": "",
+    "doc_to_target": 0,
+    "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+    "metric_list": [{"metric": "acc"}],
+  },
+  "lambada_openai": {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{context}}",
+    "doc_to_target": "{{' ' + continuation}}",
+    "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+  },
 }
 
 
@@ -67,6 +84,7 @@ class Agreement(NamedTuple):
 def agreement(model, tokenizer, tasks, data_folder, limit: int) -> Agreement:
   """The first `limit` items of each task (of each file of BLiMP), by the evaluate door's two ways."""
   from tokenformer_jax.evaluation.harness import HarnessModel
+
   ours, theirs = {}, {}
 
   def our_log_likelihoods(model, requests, *args, **kwargs):
@@ -88,14 +106,20 @@ def agreement(model, tokenizer, tasks, data_folder, limit: int) -> Agreement:
       rows = pathlib.Path(folder) / f"{task}.jsonl"
       rows.write_text("\n".join(line for _, _, line in read_rows(task, data_folder, limit)), encoding="utf-8")
       description = _TASK_FILES[task] | {
-          "task": f"local_{task}", "dataset_path": "json", "test_split": "test",
-          "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": f"{folder}/cache"}}
+        "task": f"local_{task}",
+        "dataset_path": "json",
+        "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": f"{folder}/cache"},
+      }
       (pathlib.Path(folder) / f"{task}.yaml").write_text(json.dumps(description))  # JSON is YAML.
-    with (mock.patch.object(multiple_choice, "log_likelihoods", our_log_likelihoods),
-          mock.patch.object(HarnessModel, "_loglikelihood_tokens", their_log_likelihoods)):
+    with (
+      mock.patch.object(multiple_choice, "log_likelihoods", our_log_likelihoods),
+      mock.patch.object(HarnessModel, "_loglikelihood_tokens", their_log_likelihoods),
+    ):
       our_scores = evaluate.evaluate(model, tokenizer, tasks=tasks, data_folder=data_folder, limit=limit)
-      their_scores = evaluate.evaluate(model, tokenizer, tasks=[f"local_{task}" for task in tasks],
-                                       harness=True, task_files=folder)
+      their_scores = evaluate.evaluate(
+        model, tokenizer, tasks=[f"local_{task}" for task in tasks], harness=True, task_files=folder
+      )
   return Agreement(ours, theirs, our_scores, {task: their_scores[f"local_{task}"] for task in tasks})
 
 
@@ -103,9 +127,11 @@ def main(argv):
   del argv
   model, tokenizer = evaluate.open_model(flags.FLAGS.workdir, None, None, None)
   both = agreement(model, tokenizer, flags.FLAGS.tasks, os.environ["TOKENFORMER_DATA"], flags.FLAGS.limit)
-  print(f"{len(both.ours)} requests of ours, {len(both.theirs)} of the harness, the same: "
-        f"{both.ours.keys() == both.theirs.keys()}; log-likelihoods down to {min(both.ours.values()):.1f}, "
-        f"largest difference {both.largest_difference():.2e}")
+  print(
+    f"{len(both.ours)} requests of ours, {len(both.theirs)} of the harness, the same: "
+    f"{both.ours.keys() == both.theirs.keys()}; log-likelihoods down to {min(both.ours.values()):.1f}, "
+    f"largest difference {both.largest_difference():.2e}"
+  )
   for task in flags.FLAGS.tasks:
     ours, theirs = both.our_scores[task], both.their_scores[task]
     shared = [name for name in ("acc", "acc_norm", "perplexity") if name in ours and name in theirs]

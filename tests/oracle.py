@@ -52,7 +52,7 @@ def rotary(x, positions, dims, base):
   frequencies = base ** (-np.arange(0, dims, 2) / max(dims, 1))
   angles = np.concatenate([positions[..., None] * frequencies] * 2, axis=-1)[:, :, None, :]
   r = x[..., :dims]
-  half = np.concatenate([-r[..., dims // 2:], r[..., :dims // 2]], axis=-1)
+  half = np.concatenate([-r[..., dims // 2 :], r[..., : dims // 2]], axis=-1)
   return np.concatenate([r * np.cos(angles) + half * np.sin(angles), x[..., dims:]], axis=-1)
 
 
@@ -72,8 +72,9 @@ def language_model(arrays, tokens, config, positions=None, segments=None):
   dims = int(config.hidden_size // config.num_heads * config.rotary_fraction)
 
   def patt(name, x):
-    return pattention(x, arrays[f"{name}.key_param_tokens"], arrays[f"{name}.value_param_tokens"],
-                      config.theta, kind=config.gelu)
+    return pattention(
+      x, arrays[f"{name}.key_param_tokens"], arrays[f"{name}.value_param_tokens"], config.theta, kind=config.gelu
+    )
 
   def turn(x):
     return rotary(x, positions, dims, config.rotary_base)
@@ -82,8 +83,10 @@ def language_model(arrays, tokens, config, positions=None, segments=None):
   x = embedding[tokens]
   for i in range(2, config.num_layers + 2):
     u = layer_norm(x)
-    q, k, v = (patt(f"sequential.{i}.attention.{name}", u).reshape(batch, time, config.num_heads, -1)
-               for name in ("query", "key", "value"))
+    q, k, v = (
+      patt(f"sequential.{i}.attention.{name}", u).reshape(batch, time, config.num_heads, -1)
+      for name in ("query", "key", "value")
+    )
     x = x + patt(f"sequential.{i}.attention.proj", attention(turn(q), turn(k), v, visible).reshape(x.shape))
     x = x + patt(f"sequential.{i}.mlp", layer_norm(x))
   norm = f"sequential.{config.num_layers + 3}.norm"

@@ -9,11 +9,11 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx, traverse_util
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.interop.names import from_released, released_names, to_released
@@ -41,16 +41,25 @@ def golden(name):
 
 def under(arrays, prefix, suffix=""):
   """The arrays whose names have this prefix and suffix, without them."""
-  return {name[len(prefix):len(name) - len(suffix)]: array for name, array in arrays.items()
-          if name.startswith(prefix) and name.endswith(suffix)}
+  return {
+    name[len(prefix) : len(name) - len(suffix)]: array
+    for name, array in arrays.items()
+    if name.startswith(prefix) and name.endswith(suffix)
+  }
 
 
 def model_config(sizes):
   """ModelConfig from a golden json's names."""
   return ModelConfig(
-      vocab_size=sizes["vocab"], num_layers=sizes["num_layers"], hidden_size=sizes["hidden_size"],
-      num_heads=sizes["num_attention_heads"], qkv_tokens=sizes["qkv_slot_num"],
-      proj_tokens=sizes["proj_slot_num"], ffn_tokens=sizes["ffn_slot_num"], seq_length=sizes["seq_length"])
+    vocab_size=sizes["vocab"],
+    num_layers=sizes["num_layers"],
+    hidden_size=sizes["hidden_size"],
+    num_heads=sizes["num_attention_heads"],
+    qkv_tokens=sizes["qkv_slot_num"],
+    proj_tokens=sizes["proj_slot_num"],
+    ffn_tokens=sizes["ffn_slot_num"],
+    seq_length=sizes["seq_length"],
+  )
 
 
 def pattention_row(case) -> Row:
@@ -72,8 +81,11 @@ def pattention_row(case) -> Row:
   names = ("x", "key_param_tokens", "value_param_tokens")
   y, pullback = jax.vjp(jax.jit(released), *(jnp.asarray(a[name]) for name in names))
   grads = dict(zip(names, pullback(jnp.asarray(a["cotangent"]))))
-  return Row(f"pattention_A {case['name']} ({_described(case)})", _largest(y, a["y__f64"]),
-             _gradient_error(grads, under(a, "grad_", "__f64")))
+  return Row(
+    f"pattention_A {case['name']} ({_described(case)})",
+    _largest(y, a["y__f64"]),
+    _gradient_error(grads, under(a, "grad_", "__f64")),
+  )
 
 
 def layer_row() -> Row:
@@ -81,8 +93,11 @@ def layer_row() -> Row:
   a, meta = golden("layer_A")
   config = model_config(meta["config"])
   graphdef, _, tau = split(Block(config, rngs=nnx.Rngs(0)))
-  paths = {name.removeprefix("sequential.2."): path.removeprefix("blocks/")
-           for name, (path, layer) in released_names(1).items() if layer is not None}
+  paths = {
+    name.removeprefix("sequential.2."): path.removeprefix("blocks/")
+    for name, (path, layer) in released_names(1).items()
+    if layer is not None
+  }
   by = rotation(jnp.arange(len(a["x"]))[None], config.rotary_dims, config.rotary_base)
 
   @jax.jit
@@ -110,8 +125,11 @@ def language_model_row() -> Row:
 
   parameters = jax.tree.map(jnp.asarray, from_released(under(a, "param/"), config))
   (value, logits), grads = jax.jit(loss)(parameters)
-  return Row("lm_A", max(_largest(logits, a["logits__f64"]), _largest(value, a["loss__f64"])),
-             _gradient_error(to_released(grads), under(a, "grad/", "__f64")))
+  return Row(
+    "lm_A",
+    max(_largest(logits, a["logits__f64"]), _largest(value, a["loss__f64"])),
+    _gradient_error(to_released(grads), under(a, "grad/", "__f64")),
+  )
 
 
 def growth_row(size) -> Row:
@@ -144,8 +162,12 @@ def _gradient_error(ours, theirs):
 
 def main():
   with jax.default_matmul_precision("highest"):
-    rows = [*map(pattention_row, pattention_cases()), layer_row(), language_model_row(),
-            *map(growth_row, ("small", "grown"))]
+    rows = [
+      *map(pattention_row, pattention_cases()),
+      layer_row(),
+      language_model_row(),
+      *map(growth_row, ("small", "grown")),
+    ]
   print("| golden file, case | largest output error | largest gradient error |\n|---|---|---|")
   for row in rows:
     print(f"| {row.case} | {row.output:.1e} | {'–' if row.gradient is None else f'{row.gradient:.1e}'} |")

@@ -8,14 +8,23 @@ import numpy as np
 
 from tokenformer_jax import data
 from tokenformer_jax.config import (
-    Config, DataConfig, GrowthConfig, GrowthStage, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig)
+  Config,
+  DataConfig,
+  GrowthConfig,
+  GrowthStage,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.plan import leaves_by_path
 
 # Every axis that a mesh splits divides by 8.
-MODEL = ModelConfig(vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8,
-                    ffn_tokens=16, seq_length=16)
+MODEL = ModelConfig(
+  vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8, ffn_tokens=16, seq_length=16
+)
 GROWN = MODEL.grown(qkv_tokens=16, proj_tokens=24, ffn_tokens=32)
 # A large epsilon, for Adam makes a whole step of a gradient that is nothing but rounding. No decay: what moves, moved
 # by its gradient. The rate depends on no length of the run.
@@ -25,9 +34,13 @@ TEXT = "".join(f"def f{i}(x):\n  return x * {i * i} + {i}\n\n" for i in range(40
 
 def config(source: str = "python-sources", stages=(), **training) -> Config:
   """A run of MODEL on 8 rows of 16 ids, without samples."""
-  return Config(model=MODEL, data=DataConfig(source=source, batch_size=8, held_out_fraction=0.1), optimizer=OPTIMIZER,
-                growth=GrowthConfig(stages=tuple(stages), warmup_steps=2),
-                training=TrainingConfig(**{"sample_tokens": 0, "eval_batches": 2, **training}))
+  return Config(
+    model=MODEL,
+    data=DataConfig(source=source, batch_size=8, held_out_fraction=0.1),
+    optimizer=OPTIMIZER,
+    growth=GrowthConfig(stages=tuple(stages), warmup_steps=2),
+    training=TrainingConfig(**{"sample_tokens": 0, "eval_batches": 2, **training}),
+  )
 
 
 def stage(step: int, model: ModelConfig = GROWN) -> GrowthStage:
@@ -35,7 +48,7 @@ def stage(step: int, model: ModelConfig = GROWN) -> GrowthStage:
 
 
 def mesh(data: int = 1, fsdp: int = 1, token: int = 1, sequence: int = 1) -> jax.sharding.Mesh:
-  return make_mesh(MeshConfig(data, fsdp, token, sequence), jax.devices()[:data * fsdp * token * sequence])
+  return make_mesh(MeshConfig(data, fsdp, token, sequence), jax.devices()[: data * fsdp * token * sequence])
 
 
 def batch(seed: int = 0, rows: int = 8, weights: bool = False) -> data.Batch:
@@ -66,8 +79,13 @@ def assert_same(tree, other) -> None:
   """Equal to the bit, leaf by leaf."""
   a, b = leaves_by_path(tree), leaves_by_path(other)
   assert a.keys() == b.keys()
-  different = [path for path in a if np.asarray(a[path]).tobytes() != np.asarray(b[path]).tobytes()
-               or a[path].dtype != b[path].dtype or a[path].shape != b[path].shape]
+  different = [
+    path
+    for path in a
+    if np.asarray(a[path]).tobytes() != np.asarray(b[path]).tobytes()
+    or a[path].dtype != b[path].dtype
+    or a[path].shape != b[path].shape
+  ]
   assert not different, different
 
 
@@ -75,8 +93,9 @@ def assert_close(tree, other, relative: float) -> None:
   """Leaf by leaf, the largest difference in units of the leaf's largest number."""
   a, b = leaves_by_path(tree), leaves_by_path(other)
   assert a.keys() == b.keys()
-  errors = {path: np.max(np.abs(np.asarray(a[path], np.float64) - b[path])) / max(np.max(np.abs(b[path])), 1e-30)
-            for path in a}
+  errors = {
+    path: np.max(np.abs(np.asarray(a[path], np.float64) - b[path])) / max(np.max(np.abs(b[path])), 1e-30) for path in a
+  }
   too_large = {path: error for path, error in errors.items() if not error <= relative}
   assert not too_large, too_large
 
@@ -99,5 +118,6 @@ def folder_digest(folder) -> str:
 
 def replace(config: Config, **sections) -> Config:
   """`config` with fields of its sections changed: `replace(config, optimizer=dict(beta2=0.999))`."""
-  return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields)
-                                        for name, fields in sections.items()})
+  return dataclasses.replace(
+    config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+  )

@@ -1,11 +1,11 @@
 """The table from logical to mesh axes, and what it refuses."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import RULES, batch_sharding, replicated, sharding, tree_shardings
@@ -19,7 +19,9 @@ def mesh():
   return make_mesh(MeshConfig(data=2, fsdp=2, token=2))
 
 
-@pytest.mark.parametrize("axes, spec", [
+@pytest.mark.parametrize(
+  "axes, spec",
+  [
     (("param_token", "embed"), P("token", "fsdp")),
     (("layer", "param_token", "embed"), P(None, "token", "fsdp")),
     (("vocab", "embed"), P("token", "fsdp")),
@@ -28,7 +30,8 @@ def mesh():
     (("batch", None, "heads", None), P(("data", "fsdp"), None, "token")),
     (("layer", "norm"), P()),
     ((), P()),
-])
+  ],
+)
 def test_specs(mesh, axes, spec):
   shape = (8,) * len(axes)
   if spec is None:
@@ -69,15 +72,21 @@ def test_batches(mesh):
   assert replicated(mesh).spec == P()
 
 
-@pytest.mark.parametrize("axes, shape, message", [
-    (("vocab", "embed"), (257, 8),
-     r"vocab=257 cannot be split over the 2 devices along mesh axis token of mesh "
-     r"\{'data': 2, 'fsdp': 2, 'sequence': 1, 'token': 2\}; the nearest sizes that can: 256 or 258"),
+@pytest.mark.parametrize(
+  "axes, shape, message",
+  [
+    (
+      ("vocab", "embed"),
+      (257, 8),
+      r"vocab=257 cannot be split over the 2 devices along mesh axis token of mesh "
+      r"\{'data': 2, 'fsdp': 2, 'sequence': 1, 'token': 2\}; the nearest sizes that can: 256 or 258",
+    ),
     (("vocab", "embed"), (8, 7), "embed=7 .* along mesh axis fsdp .*: 6 or 8"),
     (("batch", None), (3, 8), "batch=3 cannot be split over the 4 devices along mesh axis data × fsdp .*: 4"),
     (("vocab", "embd"), (8, 8), "logical axis 'embd' is unknown: .* Did you mean 'embed'?"),
     (("vocab",), (8, 8), r"axes \('vocab',\) and shape \(8, 8\) differ in length"),
-])
+  ],
+)
 def test_refusals_name_leaf_axes_and_way_out(mesh, axes, shape, message):
   with pytest.raises(ValueError, match=message) as error:
     sharding(mesh, axes, shape, "embedding")
@@ -86,5 +95,6 @@ def test_refusals_name_leaf_axes_and_way_out(mesh, axes, shape, message):
 
 def test_refusals_name_the_path_in_a_tree(mesh):
   with pytest.raises(ValueError, match="blocks/ffn/keys: param_token=7 "):
-    tree_shardings(mesh, {"blocks": {"ffn": {"keys": ("param_token", "embed")}}},
-                   {"blocks": {"ffn": {"keys": jnp.ones((7, 8))}}})
+    tree_shardings(
+      mesh, {"blocks": {"ffn": {"keys": ("param_token", "embed")}}}, {"blocks": {"ffn": {"keys": jnp.ones((7, 8))}}}
+    )

@@ -67,16 +67,25 @@ def test_a_state_comes_back_onto_another_mesh(saved, states, sizes):
   assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, target)
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     (lambda state: shapes(GROWN), r"attention/key/keys is float32 \(2, 8, 16\), and float32 \(2, 16, 16\) in this run"),
-    (lambda state: dataclasses.replace(state, step=state.params["embedding"]),
-     r"checkpoints/4: step is int32 \(\), and float32 \(264, 16\) in this run"),
-    (lambda state: dataclasses.replace(state, step=jax.ShapeDtypeStruct((), "float32")),
-     r"step is int32 \(\), and float32 \(\) in this run"),
+    (
+      lambda state: dataclasses.replace(state, step=state.params["embedding"]),
+      r"checkpoints/4: step is int32 \(\), and float32 \(264, 16\) in this run",
+    ),
+    (
+      lambda state: dataclasses.replace(state, step=jax.ShapeDtypeStruct((), "float32")),
+      r"step is int32 \(\), and float32 \(\) in this run",
+    ),
     (lambda state: dataclasses.replace(state, tau={}), r"tau/blocks/attention/key/tau is .*, and nothing in this run"),
-    (lambda state: dataclasses.replace(state, tau={**state.tau, "new": state.step}),
-     r"tau/new is not there, and int32 \(\) in this run"),
-])
+    (
+      lambda state: dataclasses.replace(state, tau={**state.tau, "new": state.step}),
+      r"tau/new is not there, and int32 \(\) in this run",
+    ),
+  ],
+)
 def test_a_state_that_does_not_fit_is_refused_by_its_first_leaf(saved, change, message):
   with pytest.raises(ValueError, match=message):
     Checkpoints(str(saved)).restore(4, change(shapes()))
@@ -118,6 +127,7 @@ def test_a_save_that_did_not_happen_is_an_error(workdir, states):
 
 # What is not whole.
 
+
 def test_an_interrupted_save_is_not_offered(workdir, states):
   folder = workdir / "checkpoints"
   shutil.move(folder / "4", folder / "4.orbax-checkpoint-tmp")
@@ -145,6 +155,7 @@ def test_a_stray_folder_that_would_keep_orbax_from_saving_is_named(workdir):
 
 
 # What users load.
+
 
 def test_load_gives_the_model_of_a_step(saved, states):
   for given, step in ((None, 4), (2, 2)):

@@ -11,22 +11,42 @@ from tokenformer_jax.distributed.topologies import can_compile, parse_topology, 
 from tokenformer_jax.training import compile_check
 from tokenformer_jax.training.compile_check import check, report
 
-MODEL = ModelConfig(vocab_size=512, num_layers=2, hidden_size=256, num_heads=4, qkv_tokens=256, proj_tokens=128,
-                    ffn_tokens=512, seq_length=128, compute_dtype="bfloat16", remat="full")
-needs_libtpu, needs_cuda = (pytest.mark.skipif(bool(can_compile(CHIPS[chip])), reason=can_compile(CHIPS[chip]))
-                            for chip in ("v5e", "h100"))
+MODEL = ModelConfig(
+  vocab_size=512,
+  num_layers=2,
+  hidden_size=256,
+  num_heads=4,
+  qkv_tokens=256,
+  proj_tokens=128,
+  ffn_tokens=512,
+  seq_length=128,
+  compute_dtype="bfloat16",
+  remat="full",
+)
+needs_libtpu, needs_cuda = (
+  pytest.mark.skipif(bool(can_compile(CHIPS[chip])), reason=can_compile(CHIPS[chip])) for chip in ("v5e", "h100")
+)
 
 
 def config(batch_size: int = 16, **mesh) -> Config:
   return Config(model=MODEL, data=DataConfig(batch_size=batch_size), mesh=MeshConfig(**mesh))
 
 
-@pytest.mark.parametrize("topology, message", [
-    ("v5e", "expected a chip and the sizes of a slice"), ("v5e:4x", "expected a chip"), ("4x4", "expected a chip"),
+@pytest.mark.parametrize(
+  "topology, message",
+  [
+    ("v5e", "expected a chip and the sizes of a slice"),
+    ("v5e:4x", "expected a chip"),
+    ("4x4", "expected a chip"),
     ("v5:4x4", "chip 'v5' is unknown: choose one of v4, v5e, v5p, v6e, a100, h100, h200. Did you mean"),
-    ("v5e:4x4x4", "a slice of v5e has 2 sizes"), ("v5p:4x4", "a slice of v5p has 3 sizes"),
-    ("v5e:0x4", "a slice of v5e has 2 sizes, from 1 on"), ("h100:9", "a machine has 1 to 8 GPUs, as h100:8"),
-    ("a100:0", "a machine has 1 to 8 GPUs"), ("h200:2x4", "a machine has 1 to 8 GPUs")])
+    ("v5e:4x4x4", "a slice of v5e has 2 sizes"),
+    ("v5p:4x4", "a slice of v5p has 3 sizes"),
+    ("v5e:0x4", "a slice of v5e has 2 sizes, from 1 on"),
+    ("h100:9", "a machine has 1 to 8 GPUs, as h100:8"),
+    ("a100:0", "a machine has 1 to 8 GPUs"),
+    ("h200:2x4", "a machine has 1 to 8 GPUs"),
+  ],
+)
 def test_a_topology_that_is_none_is_refused(topology, message):
   with pytest.raises(ValueError, match=f"topology='{topology}': {message}"):
     parse_topology(topology)
@@ -56,8 +76,10 @@ def test_without_a_compiler_the_programs_are_lowered_and_their_arguments_counted
   tokens, seen = 16 * 128, MODEL.num_layers * 2 * 128 * 256
   assert train.model_flops == 3 * MODEL.forward_flops_per_token * tokens / 8
   pattentions = MODEL.forward_flops_per_token - 2 * 512 * 256 - seen
-  assert train.flops == (4 * pattentions - MODEL.num_layers * 2 * 512 * 256 + 9 * 0.75 * seen
-                         + 3 * 2 * 512 * 256) * tokens / 8
+  assert (
+    train.flops
+    == (4 * pattentions - MODEL.num_layers * 2 * 512 * 256 + 9 * 0.75 * seen + 3 * 2 * 512 * 256) * tokens / 8
+  )
   assert train.step_seconds == (max(train.compute_seconds, train.memory_seconds),) * 2
   assert train.compute_seconds == train.flops / chip.peak_flops and train.tokens == tokens
   assert decode.tokens == 16 and decode.memory_seconds == sum(decode.held.values()) / chip.memory_bandwidth
@@ -113,8 +135,9 @@ def test_compiled_for_gpus_attention_is_cudnns(chip, monkeypatch):
   # Of attention's products it does all that is seen: two, two again for the remat, and five.
   tokens, seen = 16 * 128, MODEL.num_layers * 2 * 128 * 256
   pattentions = MODEL.forward_flops_per_token - 2 * 512 * 256 - seen
-  assert train.flops == (4 * pattentions - MODEL.num_layers * 2 * 512 * 256 + 9 / 2 * seen
-                         + 3 * 2 * 512 * 256) * tokens / 4
+  assert (
+    train.flops == (4 * pattentions - MODEL.num_layers * 2 * 512 * 256 + 9 / 2 * seen + 3 * 2 * 512 * 256) * tokens / 4
+  )
 
 
 @needs_cuda
@@ -127,9 +150,13 @@ def test_a_gpu_decodes_one_row_without_writing_out_what_it_multiplies():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_precision")
-@pytest.mark.parametrize("topology, said", [
+@pytest.mark.parametrize(
+  "topology, said",
+  [
     pytest.param("v5e:2x2", "Ran out of memory .*15.75G.*", marks=needs_libtpu),
-    pytest.param("h100:1", "it takes .* GiB of 80.", marks=needs_cuda)])
+    pytest.param("h100:1", "it takes .* GiB of 80.", marks=needs_cuda),
+  ],
+)
 def test_what_does_not_fit_is_said(topology, said):
   with pytest.raises(ValueError, match=f"the train step does not fit: {said} Take more chips"):
     check(config(batch_size=2**18), topology)

@@ -1,28 +1,38 @@
 """Configurations: exact parameter counts, every refusal, and the way there and back."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 
-from tokenformer_jax.config import (NAMED_SIZES, Config, DataConfig, GrowthConfig, GrowthStage, MeshConfig,
-                                    ModelConfig, OptimizerConfig, TrainingConfig)
+from tokenformer_jax.config import (
+  NAMED_SIZES,
+  Config,
+  DataConfig,
+  GrowthConfig,
+  GrowthStage,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 
 TINY = ModelConfig.named("tiny", vocab_size=384)
 
 # Name: all parameters, those beside the embedding and the final norm (the paper, and the released files).
 COUNTS = {
-    "150m": (151_881_216, 113_246_208),
-    "450m": (454_166_528, 402_653_184),
-    "900m": (903_252_480, 838_860_800),
-    "1.5b": (1_587_219_456, 1_509_949_440),
-    "7b": (7_185_375_232, 7_185_375_232 - 50_304 * 4096 - 2 * 4096),
-    "124m": (123_569_664, 123_569_664 - 50_304 * 768 - 2 * 768),
-    "354m": (354_190_848, 354_190_848 - 50_304 * 768 - 2 * 768),
-    "757m": (753_796_608, 753_796_608 - 50_304 * 768 - 2 * 768),
-    "1.3b": (1_309_705_728, 1_309_705_728 - 50_304 * 768 - 2 * 768),
-    "owt2-354m": (353_503_232, 353_503_232 - 50_304 * 1024 - 2 * 1024),
-    "owt2-757m": (756_156_416, 756_156_416 - 50_304 * 1024 - 2 * 1024),
+  "150m": (151_881_216, 113_246_208),
+  "450m": (454_166_528, 402_653_184),
+  "900m": (903_252_480, 838_860_800),
+  "1.5b": (1_587_219_456, 1_509_949_440),
+  "7b": (7_185_375_232, 7_185_375_232 - 50_304 * 4096 - 2 * 4096),
+  "124m": (123_569_664, 123_569_664 - 50_304 * 768 - 2 * 768),
+  "354m": (354_190_848, 354_190_848 - 50_304 * 768 - 2 * 768),
+  "757m": (753_796_608, 753_796_608 - 50_304 * 768 - 2 * 768),
+  "1.3b": (1_309_705_728, 1_309_705_728 - 50_304 * 768 - 2 * 768),
+  "owt2-354m": (353_503_232, 353_503_232 - 50_304 * 1024 - 2 * 1024),
+  "owt2-757m": (756_156_416, 756_156_416 - 50_304 * 1024 - 2 * 1024),
 }
 
 
@@ -44,10 +54,14 @@ def test_every_named_size_is_counted_or_small():
 
 def test_growth_chains_differ_in_their_tokens_alone():
   for chain in (["124m", "354m", "757m", "1.3b"], ["owt2-354m", "owt2-757m"]):
-    for small, large in zip(chain, chain[1:]):
+    for small, large in itertools.pairwise(chain):
       large = ModelConfig.named(large)
-      assert ModelConfig.named(small).grown(qkv_tokens=large.qkv_tokens, proj_tokens=large.proj_tokens,
-                                            ffn_tokens=large.ffn_tokens) == large
+      assert (
+        ModelConfig.named(small).grown(
+          qkv_tokens=large.qkv_tokens, proj_tokens=large.proj_tokens, ffn_tokens=large.ffn_tokens
+        )
+        == large
+      )
 
 
 def test_released_rotary_dims():
@@ -61,11 +75,21 @@ def test_flops():
   assert ModelConfig.named("150m").forward_flops_per_token == expected
 
 
-SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "proj_tokens", "ffn_tokens",
-         "seq_length")
+SIZES = (
+  "vocab_size",
+  "num_layers",
+  "hidden_size",
+  "num_heads",
+  "qkv_tokens",
+  "proj_tokens",
+  "ffn_tokens",
+  "seq_length",
+)
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     *(({field: 0}, f"{field}=0: must be at least 1") for field in SIZES),
     ({"num_heads": 5}, "num_heads=5: must divide hidden_size=64"),
     ({"rotary_fraction": 1.1}, r"rotary_fraction=1.1: must be in \[0, 1\]"),
@@ -80,13 +104,16 @@ SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "
     ({"num_layers": True}, "num_layers=True: expected int, got bool"),
     ({"theta": None}, "theta=None: expected str, got NoneType"),
     ({"ffn_token": 3}, "model field 'ffn_token' is unknown. Did you mean 'ffn_tokens'?"),
-])
+  ],
+)
 def test_model_refusals(changes, message):
   with pytest.raises(ValueError, match=message):
     ModelConfig.named("tiny", **changes)
 
 
-@pytest.mark.parametrize("make, message", [
+@pytest.mark.parametrize(
+  "make, message",
+  [
     (lambda: ModelConfig.named("150"), "model size '150' is unknown: choose .* Did you mean '150m'?"),
     (lambda: DataConfig(source=""), "source='': name a source"),
     (lambda: DataConfig(held_out_fraction=0.0), "held_out_fraction=0.0: must be between 0 and 1"),
@@ -104,8 +131,10 @@ def test_model_refusals(changes, message):
     (lambda: OptimizerConfig(z_loss=-1e-4), "z_loss=-0.0001: must not be negative"),
     (lambda: OptimizerConfig(beta1=1.0), r"beta1=1.0: must be in \[0, 1\)"),
     (lambda: OptimizerConfig(beta2=-0.1), r"beta2=-0.1: must be in \[0, 1\)"),
-    (lambda: OptimizerConfig(beta2=0.999, second_moment_dtype="bfloat16"),
-     "beta2=0.999: must be at most 0.99 with second_moment_dtype=bfloat16"),
+    (
+      lambda: OptimizerConfig(beta2=0.999, second_moment_dtype="bfloat16"),
+      "beta2=0.999: must be at most 0.99 with second_moment_dtype=bfloat16",
+    ),
     (lambda: OptimizerConfig(eps=0.0), "eps=0.0: must be positive"),
     (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm=0.0: must be positive"),
     (lambda: GrowthConfig(warmup_steps=-1), "warmup_steps=-1: must not be negative"),
@@ -116,17 +145,24 @@ def test_model_refusals(changes, message):
     (lambda: TrainingConfig(num_steps=0), "num_steps=0: must be at least 1"),
     (lambda: TrainingConfig(checkpoints_kept=0), "checkpoints_kept=0: must be at least 1"),
     (lambda: TrainingConfig(sample_tokens=-1), "sample_tokens=-1: must not be negative"),
-    (lambda: run(data=DataConfig(batch_size=10), training=TrainingConfig(gradient_accumulation=4)),
-     "gradient_accumulation=4: must divide data.batch_size=10"),
-    (lambda: run(growth=GrowthConfig(stages=(GrowthStage(9, 64, 63, 256),))),
-     "stages: proj_tokens at step 9=63: growth cannot take rows away; the model has 64"),
-])
+    (
+      lambda: run(data=DataConfig(batch_size=10), training=TrainingConfig(gradient_accumulation=4)),
+      "gradient_accumulation=4: must divide data.batch_size=10",
+    ),
+    (
+      lambda: run(growth=GrowthConfig(stages=(GrowthStage(9, 64, 63, 256),))),
+      "stages: proj_tokens at step 9=63: growth cannot take rows away; the model has 64",
+    ),
+  ],
+)
 def test_other_refusals(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     ({"modle": {}}, "config.modle is unknown. Did you mean 'model'?"),
     ({"optimizer": {"eps_": 1.0}}, "config.optimizer.eps_ is unknown. Did you mean 'eps'?"),
     ({"model": {"vocab_size": 10}}, "config.model.num_layers is missing: give ModelConfig its num_layers, hid"),
@@ -135,19 +171,30 @@ def test_other_refusals(make, message):
     ({"data": {"batch_size": "16"}}, "config.data: batch_size='16': expected int, got str"),
     ({"growth": {"stages": 5}}, "config.growth.stages=5: expected a sequence of GrowthStage"),
     ({"growth": {"stages": [{"stepp": 1}]}}, r"config.growth.stages\[0\].stepp is unknown. .* 'step'?"),
-])
+  ],
+)
 def test_dictionaries_that_do_not_fit(change, message):
   with pytest.raises(ValueError, match=message):
     Config.from_dict({**run().to_dict(), **change})
 
 
-@pytest.mark.parametrize("through", [lambda config: config.to_dict(), lambda config: config.to_config_dict(),
-                                     lambda config: json.loads(json.dumps(config.to_dict()))],
-                         ids=["dict", "ConfigDict", "json"])
+@pytest.mark.parametrize(
+  "through",
+  [
+    lambda config: config.to_dict(),
+    lambda config: config.to_config_dict(),
+    lambda config: json.loads(json.dumps(config.to_dict())),
+  ],
+  ids=["dict", "ConfigDict", "json"],
+)
 def test_there_and_back(through):
   stages = (GrowthStage(5, 64, 80, 256), GrowthStage(9, 96, 80, 300))
-  config = run(growth=GrowthConfig(stages=stages), optimizer=OptimizerConfig(beta2=0.5),
-               init_from="elsewhere", mesh=MeshConfig(data=2, token=-1))
+  config = run(
+    growth=GrowthConfig(stages=stages),
+    optimizer=OptimizerConfig(beta2=0.5),
+    init_from="elsewhere",
+    mesh=MeshConfig(data=2, token=-1),
+  )
   assert Config.from_dict(through(config)) == config
 
 
@@ -161,8 +208,9 @@ def test_a_field_set_on_the_command_line_arrives():
 
 def test_model_at_each_step_of_its_growth():
   config = run(growth=GrowthConfig(stages=(GrowthStage(5, 64, 80, 256), GrowthStage(9, 96, 80, 300))))
-  tokens = [(model.qkv_tokens, model.proj_tokens, model.ffn_tokens)
-            for model in map(config.model_at, (0, 4, 5, 8, 9, 100))]
+  tokens = [
+    (model.qkv_tokens, model.proj_tokens, model.ffn_tokens) for model in map(config.model_at, (0, 4, 5, 8, 9, 100))
+  ]
   assert tokens == [(64, 64, 256)] * 2 + [(64, 80, 256)] * 2 + [(96, 80, 300)] * 2
 
 

@@ -14,8 +14,17 @@ from tokenformer_jax.interop.export import export
 from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.models.language_model import LanguageModel
 
-CONFIG = ModelConfig(vocab_size=37, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=9, proj_tokens=10,
-                     ffn_tokens=24, seq_length=32, rotary_fraction=0.5)
+CONFIG = ModelConfig(
+  vocab_size=37,
+  num_layers=2,
+  hidden_size=16,
+  num_heads=2,
+  qkv_tokens=9,
+  proj_tokens=10,
+  ffn_tokens=24,
+  seq_length=32,
+  rotary_fraction=0.5,
+)
 
 
 def convert(*arguments):
@@ -43,7 +52,8 @@ def test_a_grown_model(tmp_path):
   done = convert(f"--from={ours}", f"--to={tmp_path / 'theirs.bin'}", "--dtype=bfloat16")
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[1:] == [
-      "16 rows with zero values added to each layer's ffn_tokens, for the released code's τ = √N."]
+    "16 rows with zero values added to each layer's ffn_tokens, for the released code's τ = √N."
+  ]
   assert open_weights(tmp_path / "theirs.bin").arrays["sequential.2.mlp.key_param_tokens"].shape == (56, 16)
   config = json.loads((tmp_path / "config.json").read_text())["model"]
   assert config == dataclasses.asdict(CONFIG.grown(ffn_tokens=56))

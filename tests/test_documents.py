@@ -4,10 +4,10 @@ import pathlib
 import re
 import runpy
 
-from absl import flags
 import nbclient
 import nbformat
 import pytest
+from absl import flags
 
 from tokenformer_jax.config import Config
 
@@ -40,8 +40,11 @@ def test_readme_names_files_that_are_there():
   assert paths and [path for path in paths if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("path", [path for path in sorted(ROOT.glob("experiments/*.py"))
-                                  if "def get_config(" in path.read_text(encoding="utf-8")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path",
+  [path for path in sorted(ROOT.glob("experiments/*.py")) if "def get_config(" in path.read_text(encoding="utf-8")],
+  ids=lambda path: path.stem,
+)
 def test_experiment_is_a_configuration_for_the_train_door(path, monkeypatch):
   monkeypatch.setenv("TOKENFORMER_DATA", "data")
   before = set(flags.FLAGS)

@@ -45,9 +45,15 @@ def door(tmp_path):
   root = pathlib.Path(__file__).parent.parent
 
   def run(*arguments):
-    result = subprocess.run([sys.executable, str(tmp_path / "small_door.py"), *arguments], text=True,
-                            capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(root)})
+    result = subprocess.run(
+      [sys.executable, str(tmp_path / "small_door.py"), *arguments],
+      text=True,
+      capture_output=True,
+      check=False,
+      env={**os.environ, "PYTHONPATH": str(root)},
+    )
     return result.returncode, result.stdout, result.stderr
+
   return run
 
 
@@ -60,14 +66,17 @@ def test_work_and_help(door):
     assert "--do: What to do." in stdout and "--count: How often." in stdout
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     (["--do=work", "--cuont=3"], "cuont"),
     (["--do=work", "--count=three"], "flag --count=three"),
     ([], "--do"),
     (["--do=work", "extra"], "argument 'extra' is not a flag: flags look like --name=value."),
     (["--do=our ValueError"], "model size '150' is unknown"),
     (["--do=a missing file"], "/nowhere/text.txt"),
-])
+  ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(door, arguments, message):
   code, stdout, stderr = door(*arguments)
   assert (code, stdout) == (2, "")
@@ -75,8 +84,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(door, arguments, message):
   assert stderr.count("\n") == 1, stderr
 
 
-@pytest.mark.parametrize("what, last", [("a foreign ValueError", "ValueError: invalid literal for int()"),
-                                        ("an internal KeyError", "KeyError: 'key'")])
+@pytest.mark.parametrize(
+  "what, last",
+  [("a foreign ValueError", "ValueError: invalid literal for int()"), ("an internal KeyError", "KeyError: 'key'")],
+)
 def test_what_is_ours_to_mend_keeps_its_traceback(door, what, last):
   code, _, stderr = door(f"--do={what}")
   assert code == 1

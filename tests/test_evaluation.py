@@ -3,9 +3,9 @@
 import json
 import math
 
-from flax import nnx
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests import oracle
 from tokenformer_jax import data
@@ -23,8 +23,9 @@ from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
 
 TOKENIZER = data.open_tokenizer("bytes")
-CONFIG = ModelConfig(vocab_size=384, num_layers=1, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8,
-                     ffn_tokens=16, seq_length=24)
+CONFIG = ModelConfig(
+  vocab_size=384, num_layers=1, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8, ffn_tokens=16, seq_length=24
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +43,26 @@ def plain_logits(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
 
 def plain_score(model: LanguageModel, context, continuation) -> tuple[float, bool]:
   """Σ log p over the true vocabulary, by one float64 forward pass."""
-  ids = np.concatenate([context, continuation])[-(CONFIG.seq_length + 1):]
-  logits = plain_logits(model, ids[None, :-1])[0][:, :TOKENIZER.vocab_size]
-  log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) \
-      - logits.max(-1, keepdims=True)
-  rows = np.arange(len(ids) - 1)[-len(continuation):]
-  labels = ids[1:][-len(continuation):]
+  ids = np.concatenate([context, continuation])[-(CONFIG.seq_length + 1) :]
+  logits = plain_logits(model, ids[None, :-1])[0][:, : TOKENIZER.vocab_size]
+  log_p = (
+    logits
+    - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    - logits.max(-1, keepdims=True)
+  )
+  rows = np.arange(len(ids) - 1)[-len(continuation) :]
+  labels = ids[1:][-len(continuation) :]
   return float(log_p[rows, labels].sum()), bool((logits[rows].argmax(-1) == labels).all())
 
 
 def test_log_likelihoods_equal_a_plain_computation_whatever_the_batch(model):
   random = np.random.default_rng(0)
-  requests = [Request(random.integers(0, 257, random.integers(1, 40)).tolist(),
-                      random.integers(0, 257, random.integers(1, 20)).tolist()) for _ in range(50)]
+  requests = [
+    Request(
+      random.integers(0, 257, random.integers(1, 40)).tolist(), random.integers(0, 257, random.integers(1, 20)).tolist()
+    )
+    for _ in range(50)
+  ]
   # One continuation that is greedy by making.
   context = requests[0].context[:5]
   likeliest = int(plain_logits(model, np.array([context]))[0, -1, :257].argmax())
@@ -68,8 +76,8 @@ def test_log_likelihoods_equal_a_plain_computation_whatever_the_batch(model):
 
 
 def test_padding_ids_take_no_part(model):
-  score, = log_likelihoods(model, [Request([1], [2])], 257)
-  wider, = log_likelihoods(model, [Request([1], [2])], 384)
+  (score,) = log_likelihoods(model, [Request([1], [2])], 257)
+  (wider,) = log_likelihoods(model, [Request([1], [2])], 384)
   assert wider.log_likelihood < score.log_likelihood
 
 
@@ -80,10 +88,16 @@ def test_one_program_is_compiled_for_each_rounded_length(model):
   assert _score._cache_size() - before == 2  # 16 and 24.
 
 
-@pytest.mark.parametrize("request_, message", [
-    (Request([], [1]), "context of 0 ids"), (Request([1], []), "continuation of 0"),
-    (Request([1], [257]), "id 257 at position 1"), (Request([-1], [5]), "id -1 at position 0"),
-    (Request([1], [2] * 25), "does not fit")])
+@pytest.mark.parametrize(
+  "request_, message",
+  [
+    (Request([], [1]), "context of 0 ids"),
+    (Request([1], []), "continuation of 0"),
+    (Request([1], [257]), "id 257 at position 1"),
+    (Request([-1], [5]), "id -1 at position 0"),
+    (Request([1], [2] * 25), "does not fit"),
+  ],
+)
 def test_bad_requests_are_refused(model, request_, message):
   with pytest.raises(ValueError, match=message):
     log_likelihoods(model, [request_], 257)
@@ -100,8 +114,8 @@ def test_windows_score_every_id_once_with_context_before_it():
     requests = list(windows(ids, 256, length, stride))
     assert [i for request in requests for i in request.continuation] == ids
     for request in requests:
-      before = [256] + ids[:request.continuation[0]]
-      assert request.context == before[-(length + 1 - len(request.continuation)):]
+      before = [256, *ids[: request.continuation[0]]]
+      assert request.context == before[-(length + 1 - len(request.continuation)) :]
 
 
 def test_perplexity_counts_tokens_words_and_bytes(model, tmp_path):
@@ -120,12 +134,16 @@ def test_perplexity_counts_tokens_words_and_bytes(model, tmp_path):
 
 
 def test_answers_are_chosen_by_likelihood_and_by_likelihood_a_character(model):
-  questions = [Question(("ab",) * 2, (" x", " quite a long one"), 0, (1, 16), "g"),
-               Question(("ab",) * 2, (" x", " quite a long one"), 1, (1, 16), "h"),
-               Question(("q",) * 2, (" same", " same"), 0, (4, 4), "h")]
+  questions = [
+    Question(("ab",) * 2, (" x", " quite a long one"), 0, (1, 16), "g"),
+    Question(("ab",) * 2, (" x", " quite a long one"), 1, (1, 16), "h"),
+    Question(("q",) * 2, (" same", " same"), 0, (4, 4), "h"),
+  ]
   metrics = answer(model, TOKENIZER, questions)
-  values = [[plain_score(model, *encode_pair(TOKENIZER, *pair))[0] for pair in zip(q.contexts, q.continuations)]
-            for q in questions]
+  values = [
+    [plain_score(model, *encode_pair(TOKENIZER, *pair))[0] for pair in zip(q.contexts, q.continuations)]
+    for q in questions
+  ]
   right = [int(np.argmax(v) == q.gold) for v, q in zip(values, questions)]
   normed = [int(np.argmax(np.divide(v, q.lengths)) == q.gold) for v, q in zip(values, questions)]
   assert right[2] == 1  # The first of equals.
@@ -150,9 +168,9 @@ def rows_of(folder, name, *rows):
 def test_tasks_are_read_with_the_harness_prompts(tmp_path):
   rows_of(tmp_path, "piqa.jsonl", {"query": "Question: how?\n", "choices": ["so", "thus"], "gold": 1})
   rows_of(tmp_path, "winogrande.jsonl", {"context_options": ["A so A", "A so B"], "continuation": "won.", "gold": 1})
-  question, = read_task("piqa", tmp_path)
+  (question,) = read_task("piqa", tmp_path)
   assert question == Question(("Question: how?\nAnswer:",) * 2, (" so", " thus"), 1, (2, 4))
-  question, = read_task("winogrande", tmp_path)
+  (question,) = read_task("winogrande", tmp_path)
   assert question.contexts == ("A so A", "A so B") and question.continuations == (" won.",) * 2
   with pytest.raises(ValueError, match="Did you mean 'piqa'"):
     read_task("piqua", tmp_path)
@@ -164,8 +182,15 @@ def test_tasks_are_read_with_the_harness_prompts(tmp_path):
 
 
 def test_real_sets_have_their_questions(data_folder):
-  counts = {"lambada_openai": 5153, "hellaswag": 10042, "piqa": 1838, "arc_easy": 2376, "arc_challenge": 1172,
-            "winogrande": 1267, "blimp": 67000}
+  counts = {
+    "lambada_openai": 5153,
+    "hellaswag": 10042,
+    "piqa": 1838,
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "winogrande": 1267,
+    "blimp": 67000,
+  }
   assert {task: len(read_task(task, data_folder)) for task in counts} == counts
   assert {q.group for q in read_task("blimp", data_folder, limit=1)} >= {"anaphor_gender_agreement"}
 
@@ -183,8 +208,10 @@ def test_evaluate_gathers_tasks_and_texts_in_a_table(model, tmp_path):
     evaluate(model, TOKENIZER)
 
 
-@pytest.mark.parametrize("arguments", [(None, None, None, None), ("run", None, "file", None), (None, None, "f", None),
-                                       ("run", None, None, "bytes")])
+@pytest.mark.parametrize(
+  "arguments",
+  [(None, None, None, None), ("run", None, "file", None), (None, None, "f", None), ("run", None, None, "bytes")],
+)
 def test_open_model_wants_a_run_or_weights_with_a_tokenizer(arguments):
   with pytest.raises(ValueError, match="give|tokenizer"):
     open_model(*arguments)

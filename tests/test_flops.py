@@ -2,11 +2,11 @@
 
 import types
 
-from flax import nnx
 import jax
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
 
 from tests import small_run
 from tokenformer_jax.nn.parameters import split
@@ -19,9 +19,18 @@ def devices(kind, count):
   return types.SimpleNamespace(devices=np.full(count, device))
 
 
-@pytest.mark.parametrize("kind, tera", [
-    ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989)])
+@pytest.mark.parametrize(
+  "kind, tera",
+  [
+    ("TPU v4", 275),
+    ("TPU v5 lite", 197),
+    ("TPU v5", 459),
+    ("TPU v5p", 459),
+    ("TPU v6 lite", 918),
+    ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA H100 80GB HBM3", 989),
+  ],
+)
 def test_published_peaks_count_every_chip(kind, tera):
   assert peak_flops(devices(kind, (2, 2, 1))) == 4 * tera * 1e12
 
@@ -49,6 +58,7 @@ def test_products_are_counted_as_often_as_they_run():
   def program(x):
     x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(jax.jit(lambda x: x @ x))(x), None), x, None, length=5)
     return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
   x = jax.ShapeDtypeStruct((4, 4), "float32")
   assert product_flops(jax.make_jaxpr(program)(x)) == (5 + 2) * 2 * 4**3
   rows = PartitionSpec("data")

@@ -2,11 +2,11 @@
 
 import re
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests import small_run
 from tokenformer_jax import data
@@ -14,7 +14,8 @@ from tokenformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import batch_sharding, replicated, traced_on
 from tokenformer_jax.distributed.chips import CHIPS
 from tokenformer_jax.distributed.topologies import can_compile, kept_out_of_the_cache, slice_mesh
-from tokenformer_jax.kernels import fused_pattention as kernel, gelu
+from tokenformer_jax.kernels import fused_pattention as kernel
+from tokenformer_jax.kernels import gelu
 from tokenformer_jax.kernels.fused_pattention import fused_pattention
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
@@ -87,9 +88,16 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference(theta):
     assert error <= 1.2 * allowed + slack * np.linalg.norm(exact[name]), (name, error, allowed)
 
 
-@pytest.mark.parametrize("theta, sizes", [
-    ("l2_norm_gelu", dict(data=2, fsdp=2)), ("l2_norm_gelu", dict(data=2, sequence=2)),
-    ("l2_norm_gelu", dict(data=2, token=3)), ("gelu_l2_norm", dict(token=3))], ids=str)
+@pytest.mark.parametrize(
+  "theta, sizes",
+  [
+    ("l2_norm_gelu", dict(data=2, fsdp=2)),
+    ("l2_norm_gelu", dict(data=2, sequence=2)),
+    ("l2_norm_gelu", dict(data=2, token=3)),
+    ("gelu_l2_norm", dict(token=3)),
+  ],
+  ids=str,
+)
 def test_devices_share_rows_and_tokens(theta, sizes):
   mesh = small_run.mesh(**sizes)
   x, tokens, by_y = arguments(shape=(4, 6))
@@ -98,8 +106,9 @@ def test_devices_share_rows_and_tokens(theta, sizes):
     return value_and_gradients(fused_pattention, theta, "erf", *given, interpret=True)
 
   given = jax.device_put((x, tokens, by_y), replicated(mesh))
-  assert_equal_by_row(jax.jit(traced_on(mesh, ours))(*given),
-                      value_and_gradients(pattention, theta, "erf", x, tokens, by_y), 1e-5)
+  assert_equal_by_row(
+    jax.jit(traced_on(mesh, ours))(*given), value_and_gradients(pattention, theta, "erf", x, tokens, by_y), 1e-5
+  )
 
 
 def test_what_it_does_not_take_is_refused():
@@ -125,12 +134,28 @@ def test_elsewhere_than_on_tpus_it_is_refused():
 @pytest.mark.skipif(bool(can_compile(CHIPS["v5e"])), reason=can_compile(CHIPS["v5e"]))
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_precision")
-@pytest.mark.parametrize("mesh, kernels", [
+@pytest.mark.parametrize(
+  "mesh, kernels",
+  [
     (dict(data=4), {"splash_mha", "pattention_gelu_l2_norm", "pattention_gelu_l2_norm_gradient"}),
-    (dict(data=2, token=2), {"splash_mha"})], ids=["rows", "tokens"])
+    (dict(data=2, token=2), {"splash_mha"}),
+  ],
+  ids=["rows", "tokens"],
+)
 def test_a_train_step_compiles_for_tpus_with_its_kernels(mesh, kernels):
-  model = ModelConfig(vocab_size=512, num_layers=2, hidden_size=128, num_heads=2, qkv_tokens=128, proj_tokens=128,
-                      ffn_tokens=256, seq_length=128, compute_dtype="bfloat16", theta="gelu_l2_norm", kernel="fused")
+  model = ModelConfig(
+    vocab_size=512,
+    num_layers=2,
+    hidden_size=128,
+    num_heads=2,
+    qkv_tokens=128,
+    proj_tokens=128,
+    ffn_tokens=256,
+    seq_length=128,
+    compute_dtype="bfloat16",
+    theta="gelu_l2_norm",
+    kernel="fused",
+  )
   mesh = slice_mesh(MeshConfig(**mesh), "v5e:2x2")
   program = make_program(Config(model=model, data=DataConfig(batch_size=4)), model, mesh)
   ids = jax.ShapeDtypeStruct((4, 128), jnp.int32, sharding=batch_sharding(mesh, (4, 128)))

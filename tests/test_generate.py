@@ -4,11 +4,10 @@ import pathlib
 import subprocess
 import sys
 
-from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.mesh import make_mesh
@@ -36,8 +35,16 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def model():
-  config = ModelConfig(vocab_size=384, num_layers=2, hidden_size=32, num_heads=2, qkv_tokens=16,
-                       proj_tokens=16, ffn_tokens=32, seq_length=64)
+  config = ModelConfig(
+    vocab_size=384,
+    num_layers=2,
+    hidden_size=32,
+    num_heads=2,
+    qkv_tokens=16,
+    proj_tokens=16,
+    ffn_tokens=32,
+    seq_length=64,
+  )
   model = LanguageModel(config, rngs=nnx.Rngs(0))
   # Far from its initial state, so that texts vary and the context counts.
   model.blocks = jax.tree.map(lambda x: 8.0 * x if x.ndim == 3 else x, model.blocks)
@@ -53,10 +60,10 @@ def test_greedy_text_is_that_of_full_forwards(model):
     ids = list(prompt.encode("utf-8"))
     for _ in range(20):
       padded = np.zeros((1, 64), np.int32)
-      padded[0, :len(ids)] = ids
+      padded[0, : len(ids)] = ids
       ids.append(int(np.argmax(np.asarray(forward(padded))[0, len(ids) - 1, :257])))
     written = ids[-20:]
-    written = written[:written.index(END)] if END in written else written
+    written = written[: written.index(END)] if END in written else written
     expected.append(bytes(written).decode("utf-8", errors="replace"))
   assert generate(model, Bytes(), prompts, max_new_tokens=20, temperature=0) == expected
   assert len(set(expected)) == 2
@@ -94,12 +101,20 @@ def test_every_token_is_a_new_draw(model):
 def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
   traced = []
   into = LanguageModel._into
-  monkeypatch.setattr(LanguageModel, "_into", lambda self, cache, tokens, *how: (
-      traced.append((tokens.shape, cache.num_slots)), into(self, cache, tokens, *how))[1])
+  monkeypatch.setattr(
+    LanguageModel,
+    "_into",
+    lambda self, cache, tokens, *how: (traced.append((tokens.shape, cache.num_slots)), into(self, cache, tokens, *how))[
+      1
+    ],
+  )
   config = ModelConfig.named("tiny", vocab_size=300, num_layers=1)
-  requests = [dict(prompts="abc", max_new_tokens=5), dict(prompts="abcdefg", max_new_tokens=9),
-              dict(prompts="ab", max_new_tokens=4, temperature=0),
-              dict(prompts="ab", max_new_tokens=4, top_k=5, top_p=0.5, stop="x")]
+  requests = [
+    dict(prompts="abc", max_new_tokens=5),
+    dict(prompts="abcdefg", max_new_tokens=9),
+    dict(prompts="ab", max_new_tokens=4, temperature=0),
+    dict(prompts="ab", max_new_tokens=4, top_k=5, top_p=0.5, stop="x"),
+  ]
   for seed, settings in enumerate(requests):
     # A new model each time: what is compiled belongs to the shapes and not to the weights.
     fresh = LanguageModel(config, rngs=nnx.Rngs(seed))
@@ -115,14 +130,12 @@ def test_buckets():
 
 def test_padding_ids_are_never_written(model, monkeypatch):
   logits = LanguageModel.logits
-  monkeypatch.setattr(LanguageModel, "logits",
-                      lambda self, hidden: logits(self, hidden).at[..., 257:].add(1e4))
+  monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: logits(self, hidden).at[..., 257:].add(1e4))
   # Another size, so that nothing compiled before is used.
   fresh = LanguageModel(ModelConfig.named("tiny", vocab_size=320, num_layers=1), rngs=nnx.Rngs(0))
   ids = []
 
   class Recording(Bytes):
-
     def decode(self, new):
       ids.append(new[-1])
       return ""
@@ -165,7 +178,7 @@ def continued(*tokens, stop=(), last=True, tokenizer=Bytes()):
 
 
 def test_a_character_is_streamed_when_it_is_whole():
-  pieces, row = continued(*"aé€😀".encode("utf-8"))
+  pieces, row = continued(*"aé€😀".encode())
   assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀"]
   assert row.text == "aé€😀"
   # Bytes that never become a character come out as what decode makes of them.
@@ -198,7 +211,7 @@ def test_a_long_text_is_that_of_all_its_tokens(seed):
   pieces, row = continued(*tokens, tokenizer=tokenizer)
   assert "".join(pieces) == row.text == bytes(tokens).decode(errors="replace")
   # A token costs the same however long the text is.
-  assert tokenizer.count < 100 * len(tokens) < len(tokens)**2 / 3
+  assert tokenizer.count < 100 * len(tokens) < len(tokens) ** 2 / 3
 
 
 def test_a_stop_string_ends_the_text_and_never_shows():
@@ -229,7 +242,7 @@ def test_generation_stops_when_every_row_has_ended(model, monkeypatch):
   stop = [text[4:6] for text in texts]
   cut, pieces = streamed(model, ["one", "two"], stop=stop, **settings)
   for text, whole, row in zip(cut, texts, pieces):
-    assert text == whole[:min(whole.find(s) for s in stop if s in whole)] == "".join(row)
+    assert text == whole[: min(whole.find(s) for s in stop if s in whole)] == "".join(row)
   reads = []
   read = Continuation.read
   monkeypatch.setattr(Continuation, "read", lambda self, token: (reads.append(token), read(self, token)))
@@ -237,7 +250,9 @@ def test_generation_stops_when_every_row_has_ended(model, monkeypatch):
   assert len(reads) < 2 * 40
 
 
-@pytest.mark.parametrize("prompts, settings, message", [
+@pytest.mark.parametrize(
+  "prompts, settings, message",
+  [
     ([], {}, r"prompts=\[\]"),
     ("", {}, "prompt 0 is empty"),
     (["a", []], {}, "prompt 1 is empty"),
@@ -254,7 +269,8 @@ def test_generation_stops_when_every_row_has_ended(model, monkeypatch):
     ("a", dict(top_p=0.0), "top_p=0.0"),
     ("a", dict(top_k=-1), "top_k=-1"),
     ("a", dict(stop=("x", "")), "stop=''"),
-])
+  ],
+)
 def test_a_bad_request_is_refused(model, prompts, settings, message):
   with pytest.raises(ValueError, match=message):
     generate(model, Bytes(), prompts, **{"max_new_tokens": 5, **settings})
@@ -281,8 +297,7 @@ def door(*arguments):
 def test_the_door_streams_what_generate_returns(model, tmp_path):
   export(model, tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"kind": "bytes"}')
-  done = door(f"--pretrained={tmp_path}", "--prompt=naïve", "--max_new_tokens=30", "--temperature=1.2",
-              "--seed=7")
+  done = door(f"--pretrained={tmp_path}", "--prompt=naïve", "--max_new_tokens=30", "--temperature=1.2", "--seed=7")
   assert done.returncode == 0, done.stderr
   text = generate(model, Bytes(), "naïve", max_new_tokens=30, temperature=1.2, seed=7)[0]
   assert done.stdout.decode("utf-8") == f"naïve{text}\n"

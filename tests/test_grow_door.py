@@ -34,6 +34,7 @@ def door(tmp_path_factory):
     process.start()
     process.join(timeout=300)
     return process.exitcode, (said / "out").read_text(), (said / "errors").read_text().splitlines()
+
   return run
 
 
@@ -50,7 +51,9 @@ def test_a_run_is_grown_trained_and_shrunk(door, tmp_path):
   assert onward == f"Go on with: python -m tokenformer_jax.cli.train --workdir={tmp_path}/grown"
 
   code, out, errors = door("train", f"--workdir={tmp_path}/grown", "--allow_data_change")
-  assert code == 0 and out.startswith(f"{tmp_path}/grown: {GROWN.num_parameters:,} parameters, resumed at step 40."), errors
+  assert code == 0 and out.startswith(f"{tmp_path}/grown: {GROWN.num_parameters:,} parameters, resumed at step 40."), (
+    errors
+  )
   assert [row["step"] for row in read_metrics(str(tmp_path / "grown")) if "train/loss" in row] == [41]
 
   code, out, errors = door("shrink", f"--workdir={tmp_path}/grown", f"--output={tmp_path}/small", "--ffn_tokens=20")
@@ -60,20 +63,38 @@ def test_a_run_is_grown_trained_and_shrunk(door, tmp_path):
 
 
 MISTAKES = {
-    "no flags": ("grow", [], ["--workdir", "--output"]),
-    "no output": ("shrink", ["--workdir={0}/run"], ["--output"]),
-    "unknown flag": ("grow", ["--workdir={0}/run", "--output={0}/new", "--ffn_token=32"], ["'ffn_token'", "ffn_tokens ?"]),
-    "wrong type": ("grow", ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=many"], ["--ffn_tokens=many"]),
-    "unknown way": ("grow", ["--workdir={0}/run", "--output={0}/new", "--how=magic"], ["--how=magic", "exact|released|duplicate"]),
-    "no such run": ("grow", ["--workdir={0}/missing", "--output={0}/new", *COUNTS], ["{0}/missing: no checkpoint there"]),
-    "no counts": ("grow", ["--workdir={0}/run", "--output={0}/new"], ["growth changes nothing: qkv_tokens=8"]),
-    "no counts to shrink to": ("shrink", ["--workdir={0}/run", "--output={0}/new"], ["shrinking changes nothing"]),
-    "more to shrink to": ("shrink", ["--workdir={0}/run", "--output={0}/new", *COUNTS], ["qkv_tokens: 8 -> 16", "at most 8"]),
-    "target that is there": ("grow", ["--workdir={0}/run", "--output={0}/text", *COUNTS], ["{0}/text: already there"]),
-    "mesh that does not divide": ("grow", ["--workdir={0}/run", "--output={0}/new", *COUNTS, "--mesh.token=5"],
-                                  ["param_token=16 cannot be split over the 5 devices along mesh axis token"]),
-    "no multiple": ("grow", ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=40", "--how=duplicate"],
-                    ["ffn_tokens: 16 -> 40", "32 or 48"]),
+  "no flags": ("grow", [], ["--workdir", "--output"]),
+  "no output": ("shrink", ["--workdir={0}/run"], ["--output"]),
+  "unknown flag": (
+    "grow",
+    ["--workdir={0}/run", "--output={0}/new", "--ffn_token=32"],
+    ["'ffn_token'", "ffn_tokens ?"],
+  ),
+  "wrong type": ("grow", ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=many"], ["--ffn_tokens=many"]),
+  "unknown way": (
+    "grow",
+    ["--workdir={0}/run", "--output={0}/new", "--how=magic"],
+    ["--how=magic", "exact|released|duplicate"],
+  ),
+  "no such run": ("grow", ["--workdir={0}/missing", "--output={0}/new", *COUNTS], ["{0}/missing: no checkpoint there"]),
+  "no counts": ("grow", ["--workdir={0}/run", "--output={0}/new"], ["growth changes nothing: qkv_tokens=8"]),
+  "no counts to shrink to": ("shrink", ["--workdir={0}/run", "--output={0}/new"], ["shrinking changes nothing"]),
+  "more to shrink to": (
+    "shrink",
+    ["--workdir={0}/run", "--output={0}/new", *COUNTS],
+    ["qkv_tokens: 8 -> 16", "at most 8"],
+  ),
+  "target that is there": ("grow", ["--workdir={0}/run", "--output={0}/text", *COUNTS], ["{0}/text: already there"]),
+  "mesh that does not divide": (
+    "grow",
+    ["--workdir={0}/run", "--output={0}/new", *COUNTS, "--mesh.token=5"],
+    ["param_token=16 cannot be split over the 5 devices along mesh axis token"],
+  ),
+  "no multiple": (
+    "grow",
+    ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=40", "--how=duplicate"],
+    ["ffn_tokens: 16 -> 40", "32 or 48"],
+  ),
 }
 
 
@@ -98,8 +119,12 @@ def test_a_mistake_is_one_line_and_nothing_is_written(door, folder, mistake):
   assert small_run.folder_digest(folder) == before
 
 
-@pytest.mark.parametrize("name, begins", [("grow", "Gives a run more"), ("shrink", "Takes parameter tokens from a run")])
+@pytest.mark.parametrize(
+  "name, begins", [("grow", "Gives a run more"), ("shrink", "Takes parameter tokens from a run")]
+)
 def test_help_says_what_the_flags_are(door, name, begins):
   code, out, errors = door(name, "--help")
   assert code == 0 and not errors
-  assert out.startswith(begins) and all(flag in out for flag in ("--workdir", "--output", "--mesh.token", "--ffn_tokens"))
+  assert out.startswith(begins) and all(
+    flag in out for flag in ("--workdir", "--output", "--mesh.token", "--ffn_tokens")
+  )

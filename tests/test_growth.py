@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,6 @@ from tokenformer_jax.config import GrowthConfig
 from tokenformer_jax.growth.grow import grow_leaf, grow_state, leaf_key
 from tokenformer_jax.growth.plan import NewRows, leaves_by_path, plan_growth
 from tokenformer_jax.nn.block import value_std
-from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.state import abstract_model
 
@@ -53,7 +51,10 @@ def old_and_new_rows(path, leaf):
 
 # The plan.
 
-@pytest.mark.parametrize("target", [GROWN, MODEL.grown(ffn_tokens=17), MODEL.grown(qkv_tokens=9)], ids=["all", "ffn", "qkv"])
+
+@pytest.mark.parametrize(
+  "target", [GROWN, MODEL.grown(ffn_tokens=17), MODEL.grown(qkv_tokens=9)], ids=["all", "ffn", "qkv"]
+)
 def test_plan_lists_every_leaf_with_its_shape_in_the_bigger_state(target):
   plan = plan_growth(program().shapes, MODEL, target)
   old, new = leaves_by_path(program().shapes), leaves_by_path(program(target).shapes)
@@ -62,14 +63,17 @@ def test_plan_lists_every_leaf_with_its_shape_in_the_bigger_state(target):
   assert all((leaf.old_shape == leaf.new_shape) == (leaf.new_rows is NewRows.NONE) for leaf in plan.values())
 
 
-@pytest.mark.parametrize("target, message", [
+@pytest.mark.parametrize(
+  "target, message",
+  [
     (MODEL, "growth changes nothing: qkv_tokens=8, proj_tokens=8, ffn_tokens=16"),
     (MODEL.grown(qkv_tokens=32, ffn_tokens=15), "ffn_tokens: 16 -> 15: growth cannot take rows away"),
     (dataclasses.replace(GROWN, hidden_size=32), "hidden_size: 16 -> 32: growth changes parameter tokens alone"),
     (dataclasses.replace(GROWN, vocab_size=512), "vocab_size: 264 -> 512"),
     (dataclasses.replace(GROWN, num_layers=3), "num_layers: 2 -> 3"),
     (dataclasses.replace(GROWN, theta="gelu_l2_norm"), "theta: 'l2_norm_gelu' -> 'gelu_l2_norm'"),
-])
+  ],
+)
 def test_what_is_no_growth_is_refused(target, message):
   with pytest.raises(ValueError, match=message):
     plan_growth(program().shapes, MODEL, target)
@@ -96,11 +100,14 @@ def test_grow_keeps_the_counts_not_given():
 
 # The state.
 
+
 def test_old_rows_moments_and_all_else_are_kept_to_the_bit(state, grown):
   old, new = leaves_by_path(state), leaves_by_path(grown[0])
   assert old.keys() == new.keys()
-  kept = {path: old_and_new_rows(path, leaf)[0] if pattention_of(path) and not path.startswith("tau/") else leaf
-          for path, leaf in new.items()}
+  kept = {
+    path: old_and_new_rows(path, leaf)[0] if pattention_of(path) and not path.startswith("tau/") else leaf
+    for path, leaf in new.items()
+  }
   small_run.assert_same(old, kept)
 
 
@@ -125,8 +132,11 @@ def test_new_rows_learn_at_once(grown):
   for seed in range(2):
     state, _ = large.train_step(state, small_run.placed(small_run.batch(seed), small_run.mesh(data=8)))
     steps.append(jax.tree.map(np.array, state.params))
-  rows = {path: [old_and_new_rows(path, leaves_by_path(step)[path])[1] for step in steps]
-          for path in leaves_by_path(steps[0]) if pattention_of(path)}
+  rows = {
+    path: [old_and_new_rows(path, leaves_by_path(step)[path])[1] for step in steps]
+    for path in leaves_by_path(steps[0])
+    if pattention_of(path)
+  }
   assert len(rows) == 10
   for path, (at_birth, after_one, after_two) in rows.items():
     # Zero keys give their values no gradient, but values give one to their keys.
@@ -137,17 +147,22 @@ def test_new_rows_learn_at_once(grown):
 
 # The random rows.
 
+
 def drawn(path, target, seed=3, old=MODEL):
   """The new rows of one leaf when `old` grows to `target`."""
   plan = plan_growth(program(old).shapes, old, target)[path]
   grown = grow_leaf(jnp.zeros(plan.old_shape), plan, leaf_key(plan, seed), jnp.int32(0))
-  return np.asarray(grown)[:, plan.old_shape[1]:]
+  return np.asarray(grown)[:, plan.old_shape[1] :]
 
 
 def new_values(state):
   """(leaf, layer) -> the new rows of the values."""
-  return {(path, layer): old_and_new_rows("params/" + path, leaf)[1][layer]
-          for path, leaf in leaves_by_path(state.params).items() if path.endswith("/values") for layer in range(2)}
+  return {
+    (path, layer): old_and_new_rows("params/" + path, leaf)[1][layer]
+    for path, leaf in leaves_by_path(state.params).items()
+    if path.endswith("/values")
+    for layer in range(2)
+  }
 
 
 def test_new_rows_depend_on_seed_leaf_layer_and_old_count_alone(grown):
@@ -168,7 +183,7 @@ def test_a_leaf_grows_in_slices_along_its_layers_as_it_does_whole(state, grown):
   for path, whole in leaves_by_path(grown[0]).items():
     if plan[path].axis == 1:
       leaf, key = leaves_by_path(state)[path], leaf_key(plan[path], 3)
-      slices = [grow_leaf(leaf[layer:layer + 1], plan[path], key, state.step, layer) for layer in range(2)]
+      slices = [grow_leaf(leaf[layer : layer + 1], plan[path], key, state.step, layer) for layer in range(2)]
       assert np.concatenate(slices).tobytes() == np.asarray(whole).tobytes(), path
 
 
@@ -178,6 +193,7 @@ def test_new_values_have_the_spread_of_the_first_times_their_scale(grown):
 
 
 # Growth on a mesh, twice, and what is said of it.
+
 
 def test_growth_onto_a_mesh_with_a_wider_token_axis(state, grown):
   wide = program(GROWN, data=2, token=4)

@@ -2,11 +2,11 @@
 
 import sys
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.int8 import int8_tokens
@@ -17,8 +17,17 @@ from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
-CONFIG = ModelConfig(vocab_size=61, num_layers=2, hidden_size=32, num_heads=4, qkv_tokens=24, proj_tokens=20,
-                     ffn_tokens=40, seq_length=16, kernel="fused")
+CONFIG = ModelConfig(
+  vocab_size=61,
+  num_layers=2,
+  hidden_size=32,
+  num_heads=4,
+  qkv_tokens=24,
+  proj_tokens=20,
+  ffn_tokens=40,
+  seq_length=16,
+  kernel="fused",
+)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9)))
 
 
@@ -83,9 +92,13 @@ def test_what_is_int8_already_is_refused(rounded):
     int8_tokens(rounded)
 
 
-@pytest.mark.parametrize("changed, message", [
+@pytest.mark.parametrize(
+  "changed, message",
+  [
     (dict(key_scales=jnp.ones(1)), r"key_scales \(1,\): expected \(128,\), one for each token"),
-    (dict(value_scales=jnp.ones((1, 256))), r"value_scales \(1, 256\): expected \(256,\), one for each output channel")])
+    (dict(value_scales=jnp.ones((1, 256))), r"value_scales \(1, 256\): expected \(256,\), one for each output channel"),
+  ],
+)
 def test_scales_that_do_not_fit_are_named(changed, message):
   tokens = dict(keys=jnp.ones((128, 128), jnp.int8), values=jnp.ones((128, 256), jnp.int8), tau=jnp.float32(1))
   with pytest.raises(ValueError, match=message):

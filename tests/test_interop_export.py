@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from tests import oracle
 from tokenformer_jax.config import Config, MeshConfig, ModelConfig
@@ -22,8 +22,17 @@ from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
 
-CONFIG = ModelConfig(vocab_size=37, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=9, proj_tokens=10,
-                     ffn_tokens=24, seq_length=32, rotary_fraction=0.5)
+CONFIG = ModelConfig(
+  vocab_size=37,
+  num_layers=2,
+  hidden_size=16,
+  num_heads=2,
+  qkv_tokens=9,
+  proj_tokens=10,
+  ffn_tokens=24,
+  seq_length=32,
+  rotary_fraction=0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,9 @@ def grown(model):
 
 
 def leaves(model):
-  return {jax.tree_util.keystr(path): np.asarray(leaf)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1:])}
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1:])
+  }
 
 
 def assert_equal(model, other):
@@ -129,22 +139,30 @@ def test_a_card_and_a_configuration_stand_beside_an_export(tmp_path, model, grow
   run = run_folder(tmp_path / "run")
   export(model, tmp_path / "a", source=run, step=2)
   assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
-      "README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+  ]
   assert read_config(tmp_path / "a" / "config.json") == CONFIG
   assert (tmp_path / "a" / "tokenizer.json").read_text() == '{"kind": "bytes"}'
   card = (tmp_path / "a" / "README.md").read_text()
-  for part in (f"{CONFIG.num_parameters:,} parameters", f"Exported from `{run}`, step 2.",
-               "| ffn_tokens | 24 |", "| source | python-sources |",
-               "Held-out loss 7.0000 nats a token after 2 updates.",
-               'tf.from_pretrained("model.safetensors")', "is in the file's metadata"):
+  for part in (
+    f"{CONFIG.num_parameters:,} parameters",
+    f"Exported from `{run}`, step 2.",
+    "| ffn_tokens | 24 |",
+    "| source | python-sources |",
+    "Held-out loss 7.0000 nats a token after 2 updates.",
+    'tf.from_pretrained("model.safetensors")',
+    "is in the file's metadata",
+  ):
     assert part in card, part
   export(model, tmp_path / "b", source=run)
   assert "Held-out loss 6.0000 nats a token after 3 updates." in (tmp_path / "b" / "README.md").read_text()
 
   export(grown, tmp_path / "c" / "x.bin", source=tmp_path / "a")
   card = (tmp_path / "c" / "README.md").read_text()
-  for part in ("14 to each of qkv_tokens, 16 to each of ffn_tokens", "| qkv_slot_num | 28 |",
-               "| rotary_pct | 0.5 |"):
+  for part in ("14 to each of qkv_tokens, 16 to each of ffn_tokens", "| qkv_slot_num | 28 |", "| rotary_pct | 0.5 |"):
     assert part in card, part
   assert "Held-out" not in card
   assert (tmp_path / "c" / "tokenizer.json").exists()
@@ -159,11 +177,14 @@ def test_nothing_is_overwritten(tmp_path, model, there):
   assert (tmp_path / there).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name, settings, message", [
+@pytest.mark.parametrize(
+  "name, settings, message",
+  [
     ("x.pt", {}, "ends in .pt; choose .bin, .safetensors, or a folder"),
     ("x.bin", dict(released=False), "a .bin has no place for τ"),
     ("x.bin", dict(dtype="float16"), "dtype='float16': choose one of float32, bfloat16"),
-])
+  ],
+)
 def test_a_bad_request_is_refused_and_writes_nothing(tmp_path, model, name, settings, message):
   with pytest.raises(ValueError, match=message):
     export(model, tmp_path / "out" / name, **settings)

@@ -3,26 +3,32 @@
 import functools
 import json
 
-from flax import nnx
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.parity_table import GOLDEN, golden, model_config, under
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.interop.names import (check_fit, from_released, pattention_names, released_names,
-                                           released_shapes, to_released)
+from tokenformer_jax.interop.names import (
+  check_fit,
+  from_released,
+  pattention_names,
+  released_names,
+  released_shapes,
+  to_released,
+)
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
 
-CONFIG = ModelConfig(vocab_size=9, num_layers=3, hidden_size=8, num_heads=2, qkv_tokens=3, proj_tokens=4,
-                     ffn_tokens=5, rotary_fraction=0.5)
+CONFIG = ModelConfig(
+  vocab_size=9, num_layers=3, hidden_size=8, num_heads=2, qkv_tokens=3, proj_tokens=4, ffn_tokens=5, rotary_fraction=0.5
+)
 
 
 def state_dict(config):
   """A released state dict in which every array differs from every other."""
-  return {name: np.full(shape, i, np.float32)
-          for i, (name, shape) in enumerate(released_shapes(config).items())}
+  return {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(released_shapes(config).items())}
 
 
 def test_names_and_shapes_of_the_released_150m():
@@ -34,9 +40,11 @@ def test_names_and_shapes_of_the_released_150m():
 
 def test_every_place_in_our_tree_is_taken_once():
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
-  places = {(jax.tree_util.keystr(path, simple=True, separator="/"), layer)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
-            for layer in (range(CONFIG.num_layers) if "blocks" in str(path[0]) else [None])}
+  places = {
+    (jax.tree_util.keystr(path, simple=True, separator="/"), layer)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
+    for layer in (range(CONFIG.num_layers) if "blocks" in str(path[0]) else [None])
+  }
   names = released_names(CONFIG.num_layers)
   assert set(names.values()) == places
   assert len(names) == len(places)
@@ -65,13 +73,20 @@ def test_tree_is_the_model_s():
   assert kinds(from_released(under(arrays, "param/"), config)) == kinds(parameters)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"sequential.2.mlp.key_param_token": np.zeros(1)},
-     "unexpected 1: 'sequential.2.mlp.key_param_token' .Did you mean 'sequential.2.mlp.key_param_tokens'"),
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      {"sequential.2.mlp.key_param_token": np.zeros(1)},
+      "unexpected 1: 'sequential.2.mlp.key_param_token' .Did you mean 'sequential.2.mlp.key_param_tokens'",
+    ),
     ({"sequential.6.norm.bias": None}, "missing 1: sequential.6.norm.bias"),
-    ({"sequential.3.mlp.key_param_tokens": np.zeros((6, 8))},
-     r"of another shape 1: sequential.3.mlp.key_param_tokens is \(6, 8\), not \(5, 8\)"),
-])
+    (
+      {"sequential.3.mlp.key_param_tokens": np.zeros((6, 8))},
+      r"of another shape 1: sequential.3.mlp.key_param_tokens is \(6, 8\), not \(5, 8\)",
+    ),
+  ],
+)
 def test_what_does_not_fit_is_named(change, message):
   arrays = {name: array for name, array in {**state_dict(CONFIG), **change}.items() if array is not None}
   with pytest.raises(ValueError, match=message):
@@ -97,9 +112,13 @@ def test_all_that_does_not_fit_is_in_one_message():
 
 def test_places_of_tau():
   _, _, tau = split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
-  places = {(jax.tree_util.keystr(path, simple=True, separator="/"), layer)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tau) for layer in range(leaf.shape[0])}
+  places = {
+    (jax.tree_util.keystr(path, simple=True, separator="/"), layer)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tau)
+    for layer in range(leaf.shape[0])
+  }
   names = pattention_names(CONFIG.num_layers)
   assert {(f"{place}/tau", layer) for place, layer in names.values()} == places
   assert {f"{name}.{array}" for name in names for array in ("key_param_tokens", "value_param_tokens")} == {
-      name for name in released_names(CONFIG.num_layers) if "param_tokens" in name}
+    name for name in released_names(CONFIG.num_layers) if "param_tokens" in name
+  }

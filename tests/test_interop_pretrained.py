@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import json
 
-from flax import nnx
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.parity_table import golden, model_config, under
 from tokenformer_jax.config import MeshConfig, ModelConfig
@@ -56,8 +56,9 @@ def shard(folder, arrays, suffix):
   return folder
 
 
-@pytest.mark.parametrize("form", ["a.bin", "a.safetensors", "misnamed.pth", "pytorch_model.bin",
-                                  "model.safetensors", ".bin", ".safetensors"])
+@pytest.mark.parametrize(
+  "form", ["a.bin", "a.safetensors", "misnamed.pth", "pytorch_model.bin", "model.safetensors", ".bin", ".safetensors"]
+)
 def test_the_released_logits(tmp_path, released, form):
   arrays, config = released
   if form.startswith("."):
@@ -73,8 +74,9 @@ def test_the_released_logits(tmp_path, released, form):
   assert np.abs(logits - golden_arrays["logits__f64"]).max() < 2e-5
 
 
-@pytest.mark.parametrize("dtype, stored", [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16),
-                                           ("float64", np.float64)])
+@pytest.mark.parametrize(
+  "dtype, stored", [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16), ("float64", np.float64)]
+)
 def test_other_types_become_float32(tmp_path, released, dtype, stored):
   arrays, config = released
   model = from_pretrained(save(tmp_path / "a.safetensors", arrays, dtype), config)
@@ -123,8 +125,10 @@ def test_the_parameters_of_a_fresh_model_and_of_a_loaded_one_are_alike(tmp_path,
   fresh = LanguageModel(config, rngs=nnx.Rngs(0))
   assert nnx.graphdef(loaded) == nnx.graphdef(fresh)
   for ours, theirs in zip(split(loaded)[1:], split(fresh)[1:]):
+
     def kinds(tree):
       return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
     assert kinds(ours) == kinds(theirs)
   np.testing.assert_array_equal(loaded.blocks.ffn.tau[...], fresh.blocks.ffn.tau[...])
 
@@ -138,8 +142,10 @@ def test_a_named_size_is_known_by_its_shapes(tmp_path):
 def test_where_the_configuration_comes_from(tmp_path, released):
   arrays, config = released
   path = save(tmp_path / "a.bin", arrays)
-  with refused(match="of no named size. Its arrays tell vocab_size=96, num_layers=2, "
-                     "hidden_size=32, .*; they do not tell num_heads, seq_length, theta, gelu"):
+  with refused(
+    match="of no named size. Its arrays tell vocab_size=96, num_layers=2, "
+    "hidden_size=32, .*; they do not tell num_heads, seq_length, theta, gelu"
+  ):
     from_pretrained(path)
   (tmp_path / "config.json").write_text('{"architectures": ["Somebody", "else"]}')
   with refused(match="of no named size"):
@@ -156,19 +162,25 @@ def test_where_the_configuration_comes_from(tmp_path, released):
 
 def test_tau_is_read_from_the_metadata(tmp_path, released):
   arrays, config = released
-  tau = {f"sequential.{i}.{name}": float(np.float32(i + 0.1 * j)) for i in (2, 3) for j, name in
-         enumerate(("attention.query", "attention.key", "attention.value", "attention.proj", "mlp"))}
+  tau = {
+    f"sequential.{i}.{name}": float(np.float32(i + 0.1 * j))
+    for i in (2, 3)
+    for j, name in enumerate(("attention.query", "attention.key", "attention.value", "attention.proj", "mlp"))
+  }
   path = save(tmp_path / "a.safetensors", arrays, metadata={TAU_KEY: json.dumps(tau)})
   read = split(from_pretrained(path, config))[2]["blocks"]
   assert read["attention"]["key"]["tau"].tolist() == [tau[f"sequential.{i}.attention.key"] for i in (2, 3)]
   assert read["ffn"]["tau"].tolist() == [tau["sequential.2.mlp"], tau["sequential.3.mlp"]]
 
 
-SIZES = dict(vocab_size=9, num_layers=2, hidden_size=4, num_heads=1, qkv_tokens=1, proj_tokens=1,
-             ffn_tokens=1, rotary_fraction=0)
+SIZES = dict(
+  vocab_size=9, num_layers=2, hidden_size=4, num_heads=1, qkv_tokens=1, proj_tokens=1, ffn_tokens=1, rotary_fraction=0
+)
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     ({TAU_KEY: "{"}, "expected a positive number for each"),
     ({TAU_KEY: "[1]"}, "expected a positive number for each"),
     ({TAU_KEY: '{"sequential.2.mlp": 1e39}'}, "expected a positive number for each"),
@@ -180,7 +192,8 @@ SIZES = dict(vocab_size=9, num_layers=2, hidden_size=4, num_heads=1, qkv_tokens=
     ({CONFIG_KEY: '{"num_head": 4}'}, "num_head is unknown. Did you mean 'num_heads'"),
     ({CONFIG_KEY: json.dumps({**SIZES, "num_layers": 10**12})}, "23 arrays are no such model"),
     ({CONFIG_KEY: json.dumps({**SIZES, "hidden_size": 2**40})}, "23 arrays are no such model"),
-])
+  ],
+)
 def test_bad_metadata_is_refused(tmp_path, released, change, message):
   arrays, config = released
   path = save(tmp_path / "a.safetensors", arrays, metadata=change)
@@ -191,8 +204,10 @@ def test_bad_metadata_is_refused(tmp_path, released, change, message):
 def test_a_configuration_that_does_not_fit(tmp_path, released):
   arrays, config = released
   path = save(tmp_path / "a.bin", arrays)
-  with refused(match="the configuration is another model's: vocab_size=97 where the arrays have "
-                     "96, num_layers=3 where .* 2, ffn_tokens=65 where the arrays have 64."):
+  with refused(
+    match="the configuration is another model's: vocab_size=97 where the arrays have "
+    "96, num_layers=3 where .* 2, ffn_tokens=65 where the arrays have 64."
+  ):
     from_pretrained(path, dataclasses.replace(config, vocab_size=97, num_layers=3, ffn_tokens=65))
 
 
@@ -201,8 +216,10 @@ def test_arrays_that_do_not_fit_are_all_named(tmp_path, released):
   changed = {name: array for name, array in arrays.items() if not name.endswith("3.mlp.value_param_tokens")}
   changed["sequential.5.norm.weight"] = np.zeros(31)
   changed["optimizer.step"] = np.zeros(1)
-  with refused(match="a.bin does not fit .* missing 1: sequential.3.mlp.value_param_tokens; "
-                     "unexpected 1: 'optimizer.step'; of another shape 1: sequential.5.norm"):
+  with refused(
+    match="a.bin does not fit .* missing 1: sequential.3.mlp.value_param_tokens; "
+    "unexpected 1: 'optimizer.step'; of another shape 1: sequential.5.norm"
+  ):
     from_pretrained(save(tmp_path / "a.bin", changed), config)
   # Also where the sizes are told by an array that is missing.
   del changed["sequential.2.mlp.key_param_tokens"]
@@ -229,14 +246,17 @@ def test_numbers_that_are_not_finite_are_reported(tmp_path, released):
       from_pretrained(path, config)
 
 
-@pytest.mark.parametrize("content, message", [
+@pytest.mark.parametrize(
+  "content, message",
+  [
     (b"", "an empty file"),
     (b"<!DOCTYPE html><html>", "an HTML or XML page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a git-lfs pointer"),
     (b"\x80\x02}q\x00.", "a bare pickle"),
     (b"PK\x03\x04 and so on", "damaged zip archive"),
     (b"just text, and long enough", "begins with b'just text"),
-])
+  ],
+)
 def test_what_is_no_weight_file_is_said_to_be_what_it_is(tmp_path, content, message):
   (tmp_path / "pytorch_model.bin").write_bytes(content)
   for path in (tmp_path, tmp_path / "pytorch_model.bin"):
@@ -245,7 +265,9 @@ def test_what_is_no_weight_file_is_said_to_be_what_it_is(tmp_path, content, mess
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("index, message", [
+@pytest.mark.parametrize(
+  "index, message",
+  [
     ("{", "no index of weight files"),
     ("[]", "no index of weight files"),
     ('{"weight_map": ["a"]}', "no index of weight files"),
@@ -255,7 +277,8 @@ def test_what_is_no_weight_file_is_said_to_be_what_it_is(tmp_path, content, mess
     ('{"weight_map": {"x": 5}}', "'5' is no weight file"),
     ('{"weight_map": {"x": "lost.bin"}}', "lost.bin: no such file"),
     ('{"weight_map": {"x": "a.bin", "y": "a.bin"}}', "'x' is not in a.bin, nor are 1 more"),
-])
+  ],
+)
 def test_a_bad_index_is_refused(tmp_path, index, message):
   save(tmp_path / "a.bin", {"z": np.zeros(1)})
   (tmp_path / "pytorch_model.bin.index.json").write_text(index)

@@ -17,12 +17,15 @@ THETAS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
 
 @pytest.mark.parametrize("theta", THETAS)
-@pytest.mark.parametrize("num_tokens, hidden_size, tau", [
+@pytest.mark.parametrize(
+  "num_tokens, hidden_size, tau",
+  [
     (24, 8, 3.0),  # grown from 9
     (24, 8, math.sqrt(24.0)),
     (5, 8, 2.0),  # fewer tokens than channels
     (24, 8, 9.0),  # τ² beyond even the added rows: rows of zeros as well
-])
+  ],
+)
 def test_one_pattention(theta, num_tokens, hidden_size, tau):
   draw = np.random.default_rng(0).normal
   x, keys = draw(size=(50, hidden_size)), draw(size=(num_tokens, hidden_size))
@@ -34,8 +37,9 @@ def test_one_pattention(theta, num_tokens, hidden_size, tau):
   assert new_keys.shape == (count, hidden_size) and new_values.shape == (count, 6)
   expected = oracle.pattention(x, keys, values, theta, tau)
   # The oracle's own τ: √N, or N for softmax.
-  np.testing.assert_allclose(oracle.pattention(x, new_keys, new_values, theta), expected, rtol=0,
-                             atol=1e-10 * np.abs(expected).max())
+  np.testing.assert_allclose(
+    oracle.pattention(x, new_keys, new_values, theta), expected, rtol=0, atol=1e-10 * np.abs(expected).max()
+  )
   # What was there stays in front; what was added has no values.
   np.testing.assert_array_equal(new_keys[:num_tokens], keys)
   assert not new_values[num_tokens:].any()
@@ -67,8 +71,17 @@ def random_model(config, seed=0):
 
 @pytest.mark.parametrize("theta", THETAS)
 def test_a_whole_model_gives_the_same_logits(theta, monkeypatch):
-  config = ModelConfig(vocab_size=19, num_layers=2, hidden_size=12, num_heads=3, qkv_tokens=7, proj_tokens=20,
-                       ffn_tokens=30, theta=theta, rotary_fraction=0.5)
+  config = ModelConfig(
+    vocab_size=19,
+    num_layers=2,
+    hidden_size=12,
+    num_heads=3,
+    qkv_tokens=7,
+    proj_tokens=20,
+    ffn_tokens=30,
+    theta=theta,
+    rotary_fraction=0.5,
+  )
   arrays, parameters, tau = random_model(config)
   tokens = np.random.default_rng(1).integers(0, 19, (2, 9))
 
@@ -80,8 +93,9 @@ def test_a_whole_model_gives_the_same_logits(theta, monkeypatch):
     taus[id(arrays[f"{name}.key_param_tokens"])] = float(node["tau"][layer])
   plain = oracle.pattention
   with monkeypatch.context() as patch:
-    patch.setattr(oracle, "pattention", lambda x, keys, values, theta, kind: plain(
-        x, keys, values, theta, taus[id(keys)], kind))
+    patch.setattr(
+      oracle, "pattention", lambda x, keys, values, theta, kind: plain(x, keys, values, theta, taus[id(keys)], kind)
+    )
     expected = oracle.language_model(arrays, tokens, config)
 
   target, rewritten = released_arrays(parameters, tau, config, rewrite=True)
@@ -98,7 +112,7 @@ def test_a_whole_model_gives_the_same_logits(theta, monkeypatch):
 
 def test_shapes_are_known_before_anything_is_computed():
   config = ModelConfig.named("tiny", vocab_size=16, num_layers=1)
-  arrays, parameters, tau = random_model(config)
+  _arrays, parameters, tau = random_model(config)
   _, computed = released_arrays(parameters, tau, config, rewrite=True)
   for name, array in computed.items():
     assert array.read().shape == array.shape, name

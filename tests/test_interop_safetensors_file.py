@@ -14,9 +14,9 @@ from tokenformer_jax.interop.safetensors_file import read_safetensors, write_saf
 from tokenformer_jax.interop.stored_array import ComputedArray
 
 ARRAYS = {
-    "second.w": np.arange(12, dtype=np.float32).reshape(3, 4),
-    "first": np.array([-1.5, 3e38], np.float32),
-    "empty": np.zeros((0, 4), np.float32),
+  "second.w": np.arange(12, dtype=np.float32).reshape(3, 4),
+  "first": np.array([-1.5, 3e38], np.float32),
+  "empty": np.zeros((0, 4), np.float32),
 }
 
 
@@ -49,8 +49,10 @@ def test_the_reference_library_reads_what_is_written(path, dtype):
 
 
 def test_what_the_reference_library_writes_is_read(path):
-  arrays = {dtype.__name__: np.arange(6).reshape(2, 3).astype(dtype) for dtype in
-            (np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_)}
+  arrays = {
+    dtype.__name__: np.arange(6).reshape(2, 3).astype(dtype)
+    for dtype in (np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_)
+  }
   arrays["scalar"] = np.array(1.5, np.float32)
   safetensors.numpy.save_file(arrays, path)
   read = read_safetensors(path)
@@ -79,7 +81,9 @@ def test_the_table_below_starts_from_a_good_file(path):
   assert read_safetensors(path).arrays["x"].read().tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("content, message", [
+@pytest.mark.parametrize(
+  "content, message",
+  [
     (b"", "a header of 0 bytes"),
     (PLAIN[:5], "truncated"),
     (PLAIN[:30], "truncated"),
@@ -120,7 +124,8 @@ def test_the_table_below_starts_from_a_good_file(path):
     (file_of({"x" * 201: entry()}), "is no array's name"),
     (file_of({"x": entry(), "__metadata__": {"a": 1}}), "__metadata__ is .* must hold strings"),
     (file_of({"x": entry(), "__metadata__": []}), "__metadata__ is"),
-])
+  ],
+)
 def test_hostile_and_damaged_files_are_refused_at_little_cost(path, content, message):
   path.write_bytes(content)
   tracemalloc.start()

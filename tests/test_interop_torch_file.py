@@ -17,30 +17,33 @@ from tokenformer_jax.interop.torch_file import read_torch, write_torch
 
 # torch 2.13.0 saved an OrderedDict: a and b are parts of one storage as zero_to_fp32 leaves them, c is
 # a Parameter, d bfloat16, e float16, f int64.
-SAVED_BY_TORCH = zlib.decompress(base64.b85decode(
-    'c-pO2O>7%Q6rSDnUpAq%X+jfzO8F@`C3V(bJGM*GxC>eVi-co@WH{8U?R9LivGdlGQb3U+p@eb*ao~u`g>x^68_JObNWg&;5|udh'
-    ')E>FPn;FO1-6Rd9%<5_6(fhvly`A^ox@;*CLJ|qGZ;g^Oq;-'
-    '9+X;VA3_MU4Rr^!3}*QVTP^jz0z&`z)0SKsiOj^{LA?lh<hWTpaAvMM2&4RV9_yhb}!Tc;hjuhu-LzTR=0HR^QxJ+F2xqk@u5R^#'
-    'a0M^Agjfrx;prrWdWo8nM~C@0h)R#k9stgS=bnxK$awq$&iZ5Xi>OWFqY(>4<@N@1)54{=Z(PP8#dJJOD}V{Hz5c-'
-    'cx=5$1o=lGt`iz{V+@uD}F`HDK}(@oTncuR7H6RCr{UnM2ZW2Ki+QQ_B`XVtE^;Q62I>D)=9x@OTBDxWRv%{REz@z&Va=!c&52ki'
-    '5aOPtOnYf10~x;28{{P<WOFP`2Q_C2hfTg8X?3$qLMHM+Yth_+GKy){yH3?xMr25POkv$y<<OTyug;qmZsZhC8-'
-    'E4{*KS>#hvBvfL#LIpmTk%!|Y^<Gk1kg0D#7QUzXI-'
-    '++bc2m)&O{%lrcu($!2tE}>1X#+~U60SL3AL|OPSW>^=ucyjZJh6E%`dL>dgjxB}>K(@it2fo^d8;<94TwzRM5u_<jPkp?zkkfcG'
-    'drAek}Pn_L3!3}x3kh+b-'
-    'L6v3J0~uzgqKICSd7(xP$2s`Mv_iNQ4Qfe?Xlc>oe0J#O+Y(I*em$@z3cPdd2R`F+yJ2?dmzrG?tDne6R+zmkHTK+d(5sgq%Ywp}'
-    'mW?iS{|#O|)BRJ7_<n-A22IMoOp@?IhY%iDh!<mhwZHWpP9%#bG9C)5wuy>Sub$4vTwf_KzP~pu`bzuMFd6Ok?rE-'
-    'r!G*rJdJ+MgQin3-$kYfBOG$f34KtAF=3nU!8dyLz2i5(WArYS<{e+xPOUZ;)$!@-'
-    'fkZK{#3kh<QR73!ULtCt1R*_U#+}#bpK3~Ja1qwzwdY*?BEY=_Tj2^nx>&2M~J57a_OR$F68u#rss-'
-    'UzL3}OFsl```D{9;=k-DnkC@7@6IahCQAd)il$h9|PXAOJ-KX659S#Hivuiv6`d%gnjKDD7KYAtu_)`iwc;1C6{F7%aK=Fm37*4D'
-    '((%<PL0pxEA*_%^gn7>hju$z%RSUL>zcUTZM72Shn!Z3ep1YuwLV0swl?}i|3BDM$1hGG6vRs*oAfE{v={^FVr;C>ajgUh~b#bUD'
-    'q$Fs^s-@m`$enS@f^|;s(7az3q?g+rMXiQ*6xxeuJ2O=3QT>'))
+SAVED_BY_TORCH = zlib.decompress(
+  base64.b85decode(
+    "c-pO2O>7%Q6rSDnUpAq%X+jfzO8F@`C3V(bJGM*GxC>eVi-co@WH{8U?R9LivGdlGQb3U+p@eb*ao~u`g>x^68_JObNWg&;5|udh"
+    ")E>FPn;FO1-6Rd9%<5_6(fhvly`A^ox@;*CLJ|qGZ;g^Oq;-"
+    "9+X;VA3_MU4Rr^!3}*QVTP^jz0z&`z)0SKsiOj^{LA?lh<hWTpaAvMM2&4RV9_yhb}!Tc;hjuhu-LzTR=0HR^QxJ+F2xqk@u5R^#"
+    "a0M^Agjfrx;prrWdWo8nM~C@0h)R#k9stgS=bnxK$awq$&iZ5Xi>OWFqY(>4<@N@1)54{=Z(PP8#dJJOD}V{Hz5c-"
+    "cx=5$1o=lGt`iz{V+@uD}F`HDK}(@oTncuR7H6RCr{UnM2ZW2Ki+QQ_B`XVtE^;Q62I>D)=9x@OTBDxWRv%{REz@z&Va=!c&52ki"
+    "5aOPtOnYf10~x;28{{P<WOFP`2Q_C2hfTg8X?3$qLMHM+Yth_+GKy){yH3?xMr25POkv$y<<OTyug;qmZsZhC8-"
+    "E4{*KS>#hvBvfL#LIpmTk%!|Y^<Gk1kg0D#7QUzXI-"
+    "++bc2m)&O{%lrcu($!2tE}>1X#+~U60SL3AL|OPSW>^=ucyjZJh6E%`dL>dgjxB}>K(@it2fo^d8;<94TwzRM5u_<jPkp?zkkfcG"
+    "drAek}Pn_L3!3}x3kh+b-"
+    "L6v3J0~uzgqKICSd7(xP$2s`Mv_iNQ4Qfe?Xlc>oe0J#O+Y(I*em$@z3cPdd2R`F+yJ2?dmzrG?tDne6R+zmkHTK+d(5sgq%Ywp}"
+    "mW?iS{|#O|)BRJ7_<n-A22IMoOp@?IhY%iDh!<mhwZHWpP9%#bG9C)5wuy>Sub$4vTwf_KzP~pu`bzuMFd6Ok?rE-"
+    "r!G*rJdJ+MgQin3-$kYfBOG$f34KtAF=3nU!8dyLz2i5(WArYS<{e+xPOUZ;)$!@-"
+    "fkZK{#3kh<QR73!ULtCt1R*_U#+}#bpK3~Ja1qwzwdY*?BEY=_Tj2^nx>&2M~J57a_OR$F68u#rss-"
+    "UzL3}OFsl```D{9;=k-DnkC@7@6IahCQAd)il$h9|PXAOJ-KX659S#Hivuiv6`d%gnjKDD7KYAtu_)`iwc;1C6{F7%aK=Fm37*4D"
+    "((%<PL0pxEA*_%^gn7>hju$z%RSUL>zcUTZM72Shn!Z3ep1YuwLV0swl?}i|3BDM$1hGG6vRs*oAfE{v={^FVr;C>ajgUh~b#bUD"
+    "q$Fs^s-@m`$enS@f^|;s(7az3q?g+rMXiQ*6xxeuJ2O=3QT>"
+  )
+)
 SAVED = {
-    "a": np.arange(2, 8, dtype=np.float32).reshape(2, 3) / 8,
-    "b": np.arange(8, 12, dtype=np.float32).reshape(4, 1) / 8,
-    "c": np.array([[1.5, -2.0]], np.float32),
-    "d": np.array([0.1, -3.0, 1e30], ml_dtypes.bfloat16),
-    "e": np.array([0.1, 65504.0], np.float16),
-    "f": np.array([[2**40]]),
+  "a": np.arange(2, 8, dtype=np.float32).reshape(2, 3) / 8,
+  "b": np.arange(8, 12, dtype=np.float32).reshape(4, 1) / 8,
+  "c": np.array([[1.5, -2.0]], np.float32),
+  "d": np.array([0.1, -3.0, 1e30], ml_dtypes.bfloat16),
+  "e": np.array([0.1, 65504.0], np.float16),
+  "f": np.array([[2**40]]),
 }
 
 
@@ -50,14 +53,21 @@ def text(value):
 
 def tensor(key, size, shape, offset=0, strides=None, storage="FloatStorage"):
   """The opcodes of one tensor, with numbers as BININT."""
+
   def numbers(values):
     return b"(" + b"".join(b"J" + int(value).to_bytes(4, "little", signed=True) for value in values) + b"t"
 
-  strides = strides or [int(np.prod(shape[axis + 1:])) for axis in range(len(shape))]
+  strides = strides or [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
   kind = f"ctorch\n{storage}\n".encode()
   persistent = b"(" + text("storage") + kind + text(key) + text("cpu") + numbers([size])[1:] + b"Q"
-  return (b"ctorch._utils\n_rebuild_tensor_v2\n(" + persistent + numbers([offset])[1:-1] + numbers(shape)
-          + numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR")
+  return (
+    b"ctorch._utils\n_rebuild_tensor_v2\n("
+    + persistent
+    + numbers([offset])[1:-1]
+    + numbers(shape)
+    + numbers(strides)
+    + b"\x89ccollections\nOrderedDict\n)RtR"
+  )
 
 
 def archive(path, program, storages=(), method=zipfile.ZIP_STORED, byteorder=b"little"):
@@ -101,7 +111,8 @@ class Plain(pickle.Unpickler):
     kinds = {"FloatStorage": np.float32, "BFloat16Storage": ml_dtypes.bfloat16}
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
       return lambda storage, offset, shape, strides, *_: np.lib.stride_tricks.as_strided(
-          storage[offset:], shape, [stride * storage.itemsize for stride in strides]).copy()
+        storage[offset:], shape, [stride * storage.itemsize for stride in strides]
+      ).copy()
     return kinds[name] if module == "torch" else super().find_class(module, name)
 
   def persistent_load(self, described):
@@ -186,7 +197,9 @@ def deep_tuple(levels):
   return b")" + b"".join(b"q\x00h\x00\x86" for _ in range(levels))
 
 
-@pytest.mark.parametrize("program, message", [
+@pytest.mark.parametrize(
+  "program, message",
+  [
     (b"\x80\x02cposix\nsystem\n" + text("true") + b"\x85R.", "wants to call 'posix system'"),
     (b"\x80\x02cbuiltins\ngetattr\n(cposix\nsystem\n" + text("__globals__") + b"tR.", "getattr"),
     (b"\x80\x02ccollections\nOrderedDict\n](K\x01K\x02e\x85R.", "wants to call"),
@@ -207,7 +220,8 @@ def deep_tuple(levels):
     (b"\x80\x02K\x01.", "holds a int"),
     (b"\x80\x02}.", "no arrays"),
     (b"garbage", "broken"),
-])
+  ],
+)
 def test_hostile_and_broken_pickles_cost_little(path, program, message):
   archive(path, program)
   start = time.process_time()
@@ -218,7 +232,9 @@ def test_hostile_and_broken_pickles_cost_little(path, program, message):
   assert len(str(caught.value)) < 600 + len(str(path)) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("arguments, settings, message", [
+@pytest.mark.parametrize(
+  "arguments, settings, message",
+  [
     (("0", 12, (4, 3)), dict(strides=(1, 4)), r"strides \(1, 4\); save it with .contiguous"),
     (("0", 12, (4, 3)), dict(offset=1), "array of 12 numbers at 1 in a storage of 12"),
     (("0", 12, (2,)), dict(offset=-1), "array of 2 numbers at -1"),
@@ -229,7 +245,8 @@ def test_hostile_and_broken_pickles_cost_little(path, program, message):
     (("0", -1, (2,)), {}, "no array's shape"),
     (("1", 12, (2,)), {}, "broken"),
     (("0", 12, (2,)), dict(storage="UntypedStorage"), "no storage of numbers"),
-])
+  ],
+)
 def test_arrays_that_cannot_be_are_refused(path, arguments, settings, message):
   one_tensor(path, "0", 12, (3, 4))
   np.testing.assert_array_equal(read_torch(path).arrays["x"].read(), np.arange(12.0).reshape(3, 4))
@@ -249,7 +266,7 @@ def test_damage_is_found(path):
     with pytest.raises(ValueError, match="damaged zip archive"):
       read_torch(path)
   at = SAVED_BY_TORCH.index(SAVED["c"].tobytes())
-  path.write_bytes(SAVED_BY_TORCH[:at] + b"\x01" + SAVED_BY_TORCH[at + 1:])
+  path.write_bytes(SAVED_BY_TORCH[:at] + b"\x01" + SAVED_BY_TORCH[at + 1 :])
   with pytest.raises(ValueError, match="Bad CRC-32"):
     read_torch(path)
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.models.language_model import LanguageModel
@@ -20,8 +20,17 @@ rows = pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[:1]], ids=["three ro
 
 @pytest.fixture(scope="module")
 def model():
-  config = ModelConfig(vocab_size=61, num_layers=3, hidden_size=32, num_heads=4, qkv_tokens=24,
-                       proj_tokens=20, ffn_tokens=40, seq_length=32, rotary_fraction=0.5)
+  config = ModelConfig(
+    vocab_size=61,
+    num_layers=3,
+    hidden_size=32,
+    num_heads=4,
+    qkv_tokens=24,
+    proj_tokens=20,
+    ffn_tokens=40,
+    seq_length=32,
+    rotary_fraction=0.5,
+  )
   model = LanguageModel(config, rngs=nnx.Rngs(0))
   # At their initial size the blocks hardly change x; make them count.
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -52,7 +61,7 @@ def left_padded(sequences, lengths):
   longest = max(lengths)
   tokens = np.zeros((len(lengths), longest), np.int32)
   for row, (ids, length) in enumerate(zip(sequences, lengths)):
-    tokens[row, longest - length:] = ids[:length]
+    tokens[row, longest - length :] = ids[:length]
   return jnp.asarray(tokens), jnp.asarray([longest - length for length in lengths])
 
 
@@ -69,9 +78,9 @@ def test_prompts_and_steps_equal_the_full_forward(model, read, extend, sequences
   assert int(cache.length) == max(lengths) + 6
   # Padded on the right, where no token before it looks.
   whole = np.asarray(jax.jit(model)(jnp.asarray([np.resize(ids, 15) for ids in sequences])))
-  for row, ids in enumerate(sequences[:len(lengths)]):
-    expected = whole[row, :len(ids)]
-    error = np.abs(logits[row, start[row]:] - expected).max()
+  for row, ids in enumerate(sequences[: len(lengths)]):
+    expected = whole[row, : len(ids)]
+    error = np.abs(logits[row, start[row] :] - expected).max()
     assert error <= 1e-5 * np.abs(expected).max(), (row, error)
 
 
@@ -115,8 +124,9 @@ def test_for_decoding_the_model_is_the_same_and_left_as_it_was(model, sequences)
   wide = [leaf.shape for leaf in jax.tree.leaves(split(decoding)[1]) if leaf.dtype != jnp.bfloat16]
   assert wide == [(config.hidden_size,)] * 2
 
-  run = jax.jit(lambda graphdef, leaves, tokens, cache: nnx.merge(graphdef, *leaves).extend(tokens, cache),
-                static_argnums=0)
+  run = jax.jit(
+    lambda graphdef, leaves, tokens, cache: nnx.merge(graphdef, *leaves).extend(tokens, cache), static_argnums=0
+  )
   given = jnp.asarray(sequences[0])[None], KVCache.empty(config, jnp.zeros(1, jnp.int32), 20)
   (expected, _), (hidden, _) = (run(graphdef, leaves, *given) for graphdef, *leaves in map(split, (model, decoding)))
   np.testing.assert_array_equal(hidden, expected)
@@ -134,8 +144,9 @@ def test_the_cache_has_the_compute_dtype():
   model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
   cache = jax.eval_shape(lambda: KVCache.empty(config, jnp.zeros(2, jnp.int32), 8))
   graphdef, *leaves = split(model)
-  hidden, cache = jax.eval_shape(lambda leaves, cache: nnx.merge(graphdef, *leaves).extend(
-      jnp.ones((2, 3), jnp.int32), cache), leaves, cache)
+  hidden, cache = jax.eval_shape(
+    lambda leaves, cache: nnx.merge(graphdef, *leaves).extend(jnp.ones((2, 3), jnp.int32), cache), leaves, cache
+  )
   assert hidden.dtype == jnp.bfloat16 and {a.dtype for a in (*cache.keys, *cache.values)} == {jnp.dtype("bfloat16")}
 
 

@@ -5,12 +5,12 @@ import functools
 import json
 import math
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from tests import oracle
 from tests.parity_table import GOLDEN
@@ -24,8 +24,17 @@ from tokenformer_jax.nn.rotary import rotation
 from tokenformer_jax.parameter_tokens import initial_tau
 
 # Square numbers of tokens, so that τ = √N is exact in float32.
-CONFIG = ModelConfig(vocab_size=40, num_layers=3, hidden_size=32, num_heads=4, qkv_tokens=25, proj_tokens=16,
-                     ffn_tokens=49, seq_length=16, rotary_fraction=0.5)
+CONFIG = ModelConfig(
+  vocab_size=40,
+  num_layers=3,
+  hidden_size=32,
+  num_heads=4,
+  qkv_tokens=25,
+  proj_tokens=16,
+  ffn_tokens=49,
+  seq_length=16,
+  rotary_fraction=0.5,
+)
 
 
 @functools.cache
@@ -40,10 +49,16 @@ def lively_model(parameters=None, **changes):
   """A model of CONFIG with `changes` and these parameters, by default the lively ones."""
   config = dataclasses.replace(CONFIG, **changes)
   graphdef, _, tau = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-  counts = {"query": config.qkv_tokens, "key": config.qkv_tokens, "value": config.qkv_tokens,
-            "proj": config.proj_tokens, "ffn": config.ffn_tokens}
+  counts = {
+    "query": config.qkv_tokens,
+    "key": config.qkv_tokens,
+    "value": config.qkv_tokens,
+    "proj": config.proj_tokens,
+    "ffn": config.ffn_tokens,
+  }
   tau = jax.tree_util.tree_map_with_path(
-      lambda path, a: np.full(a.shape, initial_tau(config.theta, counts[path[-2].key]), np.float32), tau)
+    lambda path, a: np.full(a.shape, initial_tau(config.theta, counts[path[-2].key]), np.float32), tau
+  )
   return nnx.merge(graphdef, parameters or lively_parameters(), tau)
 
 
@@ -105,18 +120,22 @@ def test_segments_isolate_documents(logits, restart):
   packed = logits(tokens, positions, segments)
   for start, stop in ((0, 5), (5, 9), (9, 12)):
     # Alone: at the beginning, where nothing that follows is seen.
-    alone = logits(np.roll(tokens, -start, axis=1), counting)[:, :stop - start]
+    alone = logits(np.roll(tokens, -start, axis=1), counting)[:, : stop - start]
     np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-4)
 
 
 # The oracle, for the parts that no golden file has.
 
 
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize(
+  "changes",
+  [
     {"theta": "gelu_l2_norm", "rotary_fraction": 1.0},
     {"theta": "softmax", "rotary_fraction": 0.0},
     {"gelu": "tanh", "rotary_base": 100.0},
-], ids=lambda changes: next(iter(changes.values())))
+  ],
+  ids=lambda changes: next(iter(changes.values())),
+)
 def test_model_is_the_oracle_s(changes):
   """Logits, and the loss's slope along a random direction in each parameter."""
   config = dataclasses.replace(CONFIG, **changes)
@@ -132,8 +151,11 @@ def test_model_is_the_oracle_s(changes):
   largest = max(np.abs(grad).max() for grad in grads.values())
   for name, array in arrays.items():
     direction = rng.normal(size=array.shape)
-    slope = oracle.slope(lambda x: oracle.cross_entropy(
-        oracle.language_model({**arrays, name: x}, tokens, config), labels), array, direction)
+    slope = oracle.slope(
+      lambda x: oracle.cross_entropy(oracle.language_model({**arrays, name: x}, tokens, config), labels),
+      array,
+      direction,
+    )
     noise = (1e-5 * np.abs(grads[name]).max() + 1e-7 * largest) * math.sqrt(array.size)
     np.testing.assert_allclose(np.sum(grads[name] * direction), slope, rtol=1e-5, atol=noise, err_msg=name)
 
@@ -147,8 +169,9 @@ def test_float64():
   with jax.enable_x64(True):
     logits = jax.jit(lively_model(**changes))(tokens)
     assert logits.dtype == np.float64
-  expected = oracle.language_model(oracle.wide(to_released(lively_parameters())), tokens,
-                                   dataclasses.replace(CONFIG, **changes))
+  expected = oracle.language_model(
+    oracle.wide(to_released(lively_parameters())), tokens, dataclasses.replace(CONFIG, **changes)
+  )
   np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
@@ -209,8 +232,9 @@ def test_a_layer_keeps_neither_norms_nor_narrowed_parameters():
   assert sizes == [16, 25, 25, 25, *[32] * 6, 49]
   # In float32 numbers for each row, and the parameters themselves.
   parameters = {leaf.shape for leaf in jax.tree.leaves(lively_parameters())}
-  assert all(leaf.size <= layers * tokens.size for leaf in kept
-             if leaf.dtype == jnp.float32 and leaf.shape not in parameters)
+  assert all(
+    leaf.size <= layers * tokens.size for leaf in kept if leaf.dtype == jnp.float32 and leaf.shape not in parameters
+  )
 
 
 # Parameters.
@@ -256,8 +280,7 @@ def test_initialisation():
 def test_no_two_arrays_are_born_alike():
   _, parameters, _ = split(LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
   released = to_released(parameters)
-  firsts = [np.asarray(released[name]).ravel()[:8].tobytes()
-            for name in released_names(3) if "norm" not in name]
+  firsts = [np.asarray(released[name]).ravel()[:8].tobytes() for name in released_names(3) if "norm" not in name]
   assert len(set(firsts)) == len(firsts)
 
 

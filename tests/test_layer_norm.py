@@ -1,10 +1,10 @@
 """Layer norm against the oracle, and in bfloat16."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests import oracle
 from tokenformer_jax.nn.layer_norm import LayerNorm, layer_norm

@@ -39,8 +39,11 @@ def text(tmp_path_factory):
 
 def config(text, **training):
   """A run with a growth in its middle."""
-  return small_run.config(f"text:{text}", [small_run.stage(GROWTH_STEP)], **{
-      "num_steps": STEPS, "log_every": 1, "eval_every": 3, "checkpoint_every": 2, "checkpoints_kept": 3, **training})
+  return small_run.config(
+    f"text:{text}",
+    [small_run.stage(GROWTH_STEP)],
+    **{"num_steps": STEPS, "log_every": 1, "eval_every": 3, "checkpoint_every": 2, "checkpoints_kept": 3, **training},
+  )
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +70,22 @@ def last_state(workdir):
 def losses(workdir):
   """What a run measured, less its speed."""
   rows = read_metrics(str(workdir))
-  return [{name: value for name, value in row.items() if name not in ("train/tokens_per_second", "train/utilisation")}
-          for row in rows]
+  return [
+    {name: value for name, value in row.items() if name not in ("train/tokens_per_second", "train/utilisation")}
+    for row in rows
+  ]
 
 
 def test_a_run_learns_and_leaves_all_that_it_says(run):
   workdir, loss = run
   assert {path.name for path in workdir.iterdir()} == {
-      "checkpoints", "config.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "loss.png"}
+    "checkpoints",
+    "config.json",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "loss.png",
+  }
   rows = read_metrics(str(workdir))
   assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
   held_out = {row["step"]: row["held_out/loss"] for row in rows if "held_out/loss" in row}
@@ -87,8 +98,10 @@ def test_held_out_loss_is_that_of_the_saved_model(run, text):
   workdir, loss = run
   model = tf.load(str(workdir))
   batches = data.open_data(config(text).data, seq_length=MODEL.seq_length).held_out_batches(2)
-  nats = [-np.take_along_axis(np.asarray(jax.nn.log_softmax(model(batch.inputs))), batch.labels[..., None], -1)
-          for batch in batches]
+  nats = [
+    -np.take_along_axis(np.asarray(jax.nn.log_softmax(model(batch.inputs))), batch.labels[..., None], -1)
+    for batch in batches
+  ]
   assert len(nats) == 2
   np.testing.assert_allclose(np.mean(nats), loss, rtol=1e-5)
 
@@ -96,10 +109,11 @@ def test_held_out_loss_is_that_of_the_saved_model(run, text):
 def test_growth_on_the_way_leaves_the_held_out_loss(run):
   workdir, _ = run
   rows = read_metrics(str(workdir))
-  seam, = [row for row in rows if "growth/parameters" in row]
+  (seam,) = [row for row in rows if "growth/parameters" in row]
   assert seam["step"] == GROWTH_STEP and seam["growth/parameters"] == GROWN.num_parameters
-  assert seam["growth/loss_before"] == next(row["held_out/loss"] for row in rows
-                                            if row["step"] == GROWTH_STEP and "held_out/loss" in row)
+  assert seam["growth/loss_before"] == next(
+    row["held_out/loss"] for row in rows if row["step"] == GROWTH_STEP and "held_out/loss" in row
+  )
   assert abs(seam["growth/loss_before"] - seam["growth/loss_after"]) <= 1e-5
   assert tf.load(str(workdir)).config == GROWN
   born = np.asarray(last_state(workdir).born["blocks"]["ffn"]["keys"])
@@ -112,18 +126,21 @@ def test_the_same_command_again_has_nothing_to_do_and_a_longer_run_goes_on(run, 
   assert losses(workdir) == before
   train(config(text, num_steps=STEPS + 2, log_every=2, eval_every=100), str(workdir), profile=True)
   rows = losses(workdir)
-  assert rows[:len(before)] == before
-  assert [(row["step"], "train/loss" in row) for row in rows[len(before):]] == [(14, True), (14, False)]
+  assert rows[: len(before)] == before
+  assert [(row["step"], "train/loss" in row) for row in rows[len(before) :]] == [(14, True), (14, False)]
   # The trace is written although the run is shorter than it.
   assert list((workdir / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_run_from_anothers_weights_has_a_fresh_optimizer(run, text, tmp_path):
   source, _ = run
-  new = dataclasses.replace(small_run.replace(config(text, num_steps=1, sample_tokens=4), growth=dict(stages=())),
-                            model=GROWN, init_from=str(source))
+  new = dataclasses.replace(
+    small_run.replace(config(text, num_steps=1, sample_tokens=4), growth=dict(stages=())),
+    model=GROWN,
+    init_from=str(source),
+  )
   train(new, str(tmp_path))
-  first, = [row for row in losses(tmp_path) if "train/loss" in row]
+  (first,) = [row for row in losses(tmp_path) if "train/loss" in row]
   program = make_program(new, GROWN, small_run.mesh(data=8))
   _, params, tau = split(tf.load(str(source), mesh=small_run.mesh(data=8)))
   batch = next(data.open_data(new.data, seq_length=MODEL.seq_length).train_batches())
@@ -142,17 +159,25 @@ def test_a_run_from_anothers_weights_has_a_fresh_optimizer(run, text, tmp_path):
 
 # Refusals.
 
-@pytest.mark.parametrize("change, message", [
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
     (lambda c: small_run.replace(c, mesh=dict(data=1, token=3)), "takes 3 devices, but there are 8"),
-    (lambda c: small_run.replace(c, mesh=dict(data=1, token=8), growth=dict(stages=(
-        small_run.stage(5, MODEL.grown(ffn_tokens=20)),))), "ffn/keys: param_token=20 cannot be split over the 8"),
+    (
+      lambda c: small_run.replace(
+        c, mesh=dict(data=1, token=8), growth=dict(stages=(small_run.stage(5, MODEL.grown(ffn_tokens=20)),))
+      ),
+      "ffn/keys: param_token=20 cannot be split over the 8",
+    ),
     (lambda c: small_run.replace(c, model=dict(theta="softmax")), "theta='softmax': new rows"),
     (lambda c: small_run.replace(c, model=dict(vocab_size=256)), "model.vocab_size=256: the tokenizer 'bytes' has 257"),
     (lambda c: small_run.replace(c, training=dict(sample_tokens=13)), "training.sample_tokens=13: with the prompt's 4"),
     (lambda c: small_run.replace(c, training=dict(sample_tokens=1, sample_prompt="")), "training.sample_prompt=''"),
     (lambda c: small_run.replace(c, data=dict(batch_size=4096)), "less than one batch of 4096"),
     (lambda c: dataclasses.replace(c, init_from="nowhere"), "nowhere: no checkpoint there"),
-])
+  ],
+)
 def test_a_run_that_cannot_be_is_refused_before_anything_is_written(text, tmp_path, change, message):
   with pytest.raises(ValueError, match=message):
     train(change(config(text)), str(tmp_path / "run"))
@@ -199,6 +224,7 @@ def test_another_text_of_the_same_name_is_refused_unless_allowed(workdir, text, 
 
 # Stopped and gone on with.
 
+
 class Stopped(Exception):
   pass
 
@@ -232,12 +258,19 @@ def test_a_run_stopped_before_at_and_after_its_growth_goes_on_to_the_bit(run, te
 def door(config, workdir, tmp_path, *flags):
   """`python -m tokenformer_jax.cli.train` on as many devices as here, so that programs are compiled once."""
   file = tmp_path / "config.py"
-  file.write_text(f"import json\nimport ml_collections\n\ndef get_config():\n"
-                  f"  return ml_collections.ConfigDict(json.loads({json.dumps(config.to_dict())!r}))\n")
+  file.write_text(
+    f"import json\nimport ml_collections\n\ndef get_config():\n"
+    f"  return ml_collections.ConfigDict(json.loads({json.dumps(config.to_dict())!r}))\n"
+  )
   env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
   return subprocess.Popen(
-      [sys.executable, "-m", "tokenformer_jax.cli.train", f"--config={file}", f"--workdir={workdir}", *flags],
-      cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    [sys.executable, "-m", "tokenformer_jax.cli.train", f"--config={file}", f"--workdir={workdir}", *flags],
+    cwd=ROOT,
+    env=env,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def kill_when(process, condition):
@@ -283,8 +316,7 @@ def test_a_run_that_is_no_longer_finite_ends_and_saves_nothing_of_it(run, text, 
   checkpoints = Checkpoints(str(source))
   checkpoints.save(STEPS + 1, state, checkpoints.record(STEPS))
   checkpoints.close()
-  new = dataclasses.replace(small_run.replace(config(text), growth=dict(stages=())), model=GROWN,
-                            init_from=str(source))
+  new = dataclasses.replace(small_run.replace(config(text), growth=dict(stages=())), model=GROWN, init_from=str(source))
   process = door(new, tmp_path / "run", tmp_path)
   _, errors = process.communicate()
   assert process.returncode == 1

@@ -18,8 +18,9 @@ from tokenformer_jax.training.program import make_program
 
 ROWS, TIME, WIDTH, VOCAB = 4, 6, 5, 16
 LABELS = np.random.default_rng(1).integers(0, VOCAB, (ROWS, TIME), np.int32)
-WEIGHTS = (np.random.default_rng(2).exponential(size=LABELS.shape)
-           * (np.arange(LABELS.size).reshape(LABELS.shape) % 4 != 0)).astype(np.float32)
+WEIGHTS = (
+  np.random.default_rng(2).exponential(size=LABELS.shape) * (np.arange(LABELS.size).reshape(LABELS.shape) % 4 != 0)
+).astype(np.float32)
 TABLE = np.random.default_rng(3).normal(size=(VOCAB, WIDTH)).astype(np.float32)
 Z_LOSS = 0.1
 
@@ -37,14 +38,17 @@ def in_float64(scale, weights):
   by_logits = (1 + 2 * Z_LOSS * log_z)[..., None] * special.softmax(logits, axis=-1) - np.eye(VOCAB)[LABELS]
   by_logits *= weights[..., None]
   nats, z = (weights * nats).sum(), (weights * log_z**2).sum()
-  return np.array([nats, z, weights.sum(), nats + Z_LOSS * z]), (by_logits @ table, np.einsum("btv,btd->vd", by_logits, h))
+  return np.array([nats, z, weights.sum(), nats + Z_LOSS * z]), (
+    by_logits @ table,
+    np.einsum("btv,btd->vd", by_logits, h),
+  )
 
 
 def ours(scale, weights, chunk, arrays=None):
   """[nats, z, weight, the loss], and its gradients by hidden and table, the `arrays`."""
   (total, sums), gradients = jax.value_and_grad(
-      lambda h, table: loss_sums(h, table, LABELS, weights, Z_LOSS, chunk), argnums=(0, 1), has_aux=True)(
-          *arrays or (jnp.asarray(hidden(scale)), jnp.asarray(TABLE)))
+    lambda h, table: loss_sums(h, table, LABELS, weights, Z_LOSS, chunk), argnums=(0, 1), has_aux=True
+  )(*arrays or (jnp.asarray(hidden(scale)), jnp.asarray(TABLE)))
   return jnp.stack([*sums, total]), gradients
 
 
@@ -61,8 +65,9 @@ def test_sums_and_gradients_are_those_of_float64(chunk, scale, weights):
   np.testing.assert_allclose(np.array(alone), sums[:3], rtol=1e-6)  # Without gradients, as in an evaluation.
 
 
-@pytest.mark.parametrize("sizes", [dict(data=4), dict(token=8), dict(fsdp=2, sequence=2, token=2), dict(data=8)],
-                         ids=str)  # On 8 devices the 4 rows stay whole.
+@pytest.mark.parametrize(
+  "sizes", [dict(data=4), dict(token=8), dict(fsdp=2, sequence=2, token=2), dict(data=8)], ids=str
+)  # On 8 devices the 4 rows stay whole.
 def test_every_mesh_gives_the_same(sizes):
   sums, gradients = in_float64(1.0, WEIGHTS)
   mesh = small_run.mesh(**sizes)
@@ -74,13 +79,24 @@ def test_every_mesh_gives_the_same(sizes):
 
 def test_batches_add_up_to_their_whole():
   whole, _ = ours(1.0, WEIGHTS, CHUNK)
-  parts = [loss_sums(jnp.asarray(hidden()[rows]), jnp.asarray(TABLE), LABELS[rows], WEIGHTS[rows])[1]
-           for rows in (slice(0, 1), slice(1, None))]
+  parts = [
+    loss_sums(jnp.asarray(hidden()[rows]), jnp.asarray(TABLE), LABELS[rows], WEIGHTS[rows])[1]
+    for rows in (slice(0, 1), slice(1, None))
+  ]
   np.testing.assert_allclose(np.array(LossSums(*map(sum, zip(*parts)))), np.array(whole)[:3], rtol=1e-6)
 
 
-MODEL = ModelConfig(vocab_size=4104, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8,
-                    ffn_tokens=16, seq_length=CHUNK, compute_dtype="bfloat16")
+MODEL = ModelConfig(
+  vocab_size=4104,
+  num_layers=2,
+  hidden_size=16,
+  num_heads=2,
+  qkv_tokens=8,
+  proj_tokens=8,
+  ffn_tokens=16,
+  seq_length=CHUNK,
+  compute_dtype="bfloat16",
+)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -89,8 +105,11 @@ def test_logits_of_a_batch_never_exist(train, sizes):
   mesh = small_run.mesh(**sizes)
   program = make_program(small_run.config(), MODEL, mesh)
   ids = small_run.placed(data.Batch(*np.zeros((2, 8, CHUNK), np.int32)), mesh)
-  lowered = program.train_step.lower(program.shapes, ids) if train else \
-      program.eval_step.lower(program.shapes.params, program.shapes.tau, ids)
+  lowered = (
+    program.train_step.lower(program.shapes, ids)
+    if train
+    else program.eval_step.lower(program.shapes.params, program.shapes.tau, ids)
+  )
   compiled = lowered.compile()
   vocab = MODEL.vocab_size // sizes.get("token", 1)
   shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())]

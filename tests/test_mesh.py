@@ -7,14 +7,17 @@ from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 
 
-@pytest.mark.parametrize("config, sizes", [
+@pytest.mark.parametrize(
+  "config, sizes",
+  [
     (MeshConfig(), (8, 1, 1, 1)),
     (MeshConfig(data=1, fsdp=-1), (1, 8, 1, 1)),
     (MeshConfig(data=2, fsdp=2, token=-1), (2, 2, 1, 2)),
     (MeshConfig(data=2, fsdp=1, token=4), (2, 1, 1, 4)),
     (MeshConfig(data=-1, fsdp=2, token=4), (1, 2, 1, 4)),
     (MeshConfig(data=1, sequence=4, token=2), (1, 1, 4, 2)),
-])
+  ],
+)
 def test_sizes(config, sizes):
   mesh = make_mesh(config)
   assert dict(mesh.shape) == dict(zip(("data", "fsdp", "sequence", "token"), sizes))
@@ -27,13 +30,19 @@ def test_chosen_devices():
   assert set(make_mesh(MeshConfig(), devices).devices.flat) == set(devices)
 
 
-@pytest.mark.parametrize("config, message", [
-    (MeshConfig(data=3), "mesh data=3, fsdp=1, sequence=1, token=1 takes 3 devices, but there are 8: "
-                         "choose sizes whose product is 8, or -1 for the rest"),
+@pytest.mark.parametrize(
+  "config, message",
+  [
+    (
+      MeshConfig(data=3),
+      "mesh data=3, fsdp=1, sequence=1, token=1 takes 3 devices, but there are 8: "
+      "choose sizes whose product is 8, or -1 for the rest",
+    ),
     (MeshConfig(data=4, fsdp=4), "takes 16 devices, but there are 8"),
     (MeshConfig(fsdp=3), "mesh data=-1, fsdp=3, sequence=1, token=1 takes a multiple of 3 devices, but there are 8"),
     (MeshConfig(token=16), "takes a multiple of 16 devices, but there are 8"),
-])
+  ],
+)
 def test_what_does_not_fit_is_refused(config, message):
   with pytest.raises(ValueError, match=message):
     make_mesh(config)

@@ -33,8 +33,9 @@ def test_a_checkpoint_of_any_mesh_is_the_same_on_any_other(shapes, saved_on, tmp
 
 def test_heads_that_do_not_divide_are_told():
   assert whole_heads(small_run.mesh(token=8), 12) == (
-      "12 heads cannot be split over the 8 devices along mesh axis token: q, k and v are whole on each, and each does "
-      "all of the attention between tokens.")
+    "12 heads cannot be split over the 8 devices along mesh axis token: q, k and v are whole on each, and each does "
+    "all of the attention between tokens."
+  )
   assert whole_heads(small_run.mesh(token=8), 16) == whole_heads(small_run.mesh(data=8), 12) == ""
 
 
@@ -45,8 +46,9 @@ def test_a_run_that_moves_from_mesh_to_mesh_and_grows_is_the_run_that_stays(tmp_
   text.write_text(small_run.TEXT)
 
   def run(name, num_steps, **sizes):
-    config = small_run.config(f"text:{text}", [small_run.stage(3)], num_steps=num_steps, log_every=1, eval_every=100,
-                              checkpoint_every=2)
+    config = small_run.config(
+      f"text:{text}", [small_run.stage(3)], num_steps=num_steps, log_every=1, eval_every=100, checkpoint_every=2
+    )
     train(small_run.replace(config, mesh={"data": 1, **sizes}), str(tmp_path / name))
     return capsys.readouterr()
 
@@ -54,8 +56,10 @@ def test_a_run_that_moves_from_mesh_to_mesh_and_grows_is_the_run_that_stays(tmp_
   assert "heads" not in "".join(run("moves", 2, fsdp=8))
   assert "2 heads cannot be split over the 8 devices" in "".join(run("moves", 4, token=8))
   run("moves", 6, data=2, sequence=4)
-  stays, moves = ([row["train/loss"] for row in read_metrics(str(tmp_path / name)) if "train/loss" in row]
-                  for name in ("stays", "moves"))
+  stays, moves = (
+    [row["train/loss"] for row in read_metrics(str(tmp_path / name)) if "train/loss" in row]
+    for name in ("stays", "moves")
+  )
   assert len(stays) == 6
   np.testing.assert_allclose(moves, stays, rtol=1e-5)
   target = make_program(small_run.config(), small_run.GROWN, small_run.mesh()).shapes

@@ -24,8 +24,9 @@ OLD = 4  # Of the six rows of `keys`, the last two are new.
 def draws(steps, seed=0):
   """Gradients of a few steps, their norm now above and now below 1; new rows have none at first."""
   rng = np.random.default_rng(seed)
-  return [{name: rng.normal(size=shape) * 10.0**rng.integers(-2, 2) for name, shape in SHAPES.items()}
-          for _ in range(steps)]
+  return [
+    {name: rng.normal(size=shape) * 10.0 ** rng.integers(-2, 2) for name, shape in SHAPES.items()} for _ in range(steps)
+  ]
 
 
 def born(step):
@@ -56,8 +57,9 @@ def test_warmup_cosine(warmup):
   peak, floor, steps = 6e-4, 6e-5, 50
   config = OptimizerConfig("warmup_cosine", peak, floor, warmup_steps=warmup)
   counts = np.arange(steps + 10)
-  cosine = floor + (peak - floor) / 2 * (np.cos(np.pi * np.minimum(counts - warmup, steps - warmup)
-                                                / (steps - warmup)) + 1)
+  cosine = floor + (peak - floor) / 2 * (
+    np.cos(np.pi * np.minimum(counts - warmup, steps - warmup) / (steps - warmup)) + 1
+  )
   expected = np.where(counts < warmup, peak * counts / max(warmup, 1), cosine)
   np.testing.assert_allclose(learning_rate_schedule(config, steps)(counts), expected, rtol=1e-5, atol=1e-12)
 
@@ -74,8 +76,18 @@ def test_warmup_stable_decay(warmup, decay):
 
 
 def test_adamw_is_that_of_float64():
-  config = OptimizerConfig("warmup_stable_decay", 0.1, 0.01, warmup_steps=2, decay_steps=3, beta1=0.8, beta2=0.97,
-                           eps=1e-3, weight_decay=0.3, clip_norm=1.0)
+  config = OptimizerConfig(
+    "warmup_stable_decay",
+    0.1,
+    0.01,
+    warmup_steps=2,
+    decay_steps=3,
+    beta1=0.8,
+    beta2=0.97,
+    eps=1e-3,
+    weight_decay=0.3,
+    clip_norm=1.0,
+  )
   optimizer = make_optimizer(config, 8, GrowthConfig(), AXES)
   rates = [0, 0.05, 0.1, 0.1, 0.1, 0.1, 0.07, 0.04]
   wide = {name: np.random.default_rng(9).normal(size=shape) for name, shape in SHAPES.items()}
@@ -101,10 +113,12 @@ def test_decay_falls_on_all_but_the_final_norm():
   config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
   optimizer = make_optimizer(config, 10, GrowthConfig(), axes)
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
-  ages = jax.tree.map(lambda leaf, axes: jnp.zeros(leaf.shape[1:2] if "param_token" in axes else (), jnp.int32),
-                      shapes, axes)
-  updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params,
-                                         born=ages)
+  ages = jax.tree.map(
+    lambda leaf, axes: jnp.zeros(leaf.shape[1:2] if "param_token" in axes else (), jnp.int32), shapes, axes
+  )
+  updates, _ = jax.jit(optimizer.update)(
+    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, born=ages
+  )
   moved = {path: float(leaf.min()) for path, leaf in leaves_by_path(updates).items()}
   expected = {path: 0.0 if path.startswith("final_norm/") else -0.25 for path in moved}
   assert moved == expected and sorted(expected.values()) == [-0.25] * 11 + [0.0] * 2
@@ -157,7 +171,7 @@ def test_no_first_step_of_a_new_row_exceeds_the_learning_rate(beta2, birth):
   config = dataclasses.replace(small_run.OPTIMIZER, beta2=beta2, eps=1e-8, learning_rate=1e-3)
   optimizer = make_optimizer(config, 10**4, GrowthConfig(warmup_steps=0), AXES)
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
-  gradients = {name: 10.0**np.linspace(-12, 6, np.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
+  gradients = {name: 10.0 ** np.linspace(-12, 6, np.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
   clip, adam, *rest = optimizer.init(params)
   state = (clip, adam._replace(count=jnp.int32(birth)), *rest)
   updates, _ = jax.jit(optimizer.update)(narrow(gradients), state, params, born=born(birth))
@@ -168,8 +182,10 @@ def test_no_first_step_of_a_new_row_exceeds_the_learning_rate(beta2, birth):
 @pytest.mark.parametrize("new_rate, old_rate", [(0.5, 0.0), (1.0, 0.25)])
 def test_rows_of_the_last_growth_and_those_before_have_rates_of_their_own(new_rate, old_rate):
   config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.3)
-  plain, rated = (make_optimizer(config, 10, GrowthConfig(warmup_steps=0, new_rows_rate=new, old_rows_rate=old), AXES)
-                  for new, old in ((1.0, 1.0), (new_rate, old_rate)))
+  plain, rated = (
+    make_optimizer(config, 10, GrowthConfig(warmup_steps=0, new_rows_rate=new, old_rows_rate=old), AXES)
+    for new, old in ((1.0, 1.0), (new_rate, old_rate))
+  )
 
   def of_step_9(state):
     return (state[0], state[1]._replace(count=jnp.int32(9)), *state[2:])
@@ -178,8 +194,10 @@ def test_rows_of_the_last_growth_and_those_before_have_rates_of_their_own(new_ra
   gradients = narrow(draws(1)[0])
   for births, factors in ((np.zeros(6), np.ones(6)), ([0, 0, 3, 3, 5, 5], [old_rate] * 4 + [new_rate] * 2)):
     ages = {**born(0), "keys": jnp.asarray(births, jnp.int32)}
-    one, other = (jax.jit(optimizer.update)(gradients, of_step_9(optimizer.init(params)), params, born=ages)[0]
-                  for optimizer in (plain, rated))
+    one, other = (
+      jax.jit(optimizer.update)(gradients, of_step_9(optimizer.init(params)), params, born=ages)[0]
+      for optimizer in (plain, rated)
+    )
     expected = {**one, "keys": np.asarray(one["keys"]) * np.float32(factors)[:, None]}
     small_run.assert_close(other, expected, 1e-6)
     assert np.all((np.asarray(other["keys"]) == 0) == (np.asarray(expected["keys"]) == 0))

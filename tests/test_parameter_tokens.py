@@ -6,9 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.test_util import check_grads
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from tests import oracle
 from tokenformer_jax.parameter_tokens import GELUS, THETAS, ParameterTokens, initial_tau, pattention, row_products
@@ -17,9 +17,13 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 L2_VARIANTS = [(theta, gelu) for theta in ("l2_norm_gelu", "gelu_l2_norm") for gelu in ("erf", "tanh")]
 every_theta = pytest.mark.parametrize("theta, gelu", [*L2_VARIANTS, ("softmax", "erf")])
-every_theta_and_dtype = pytest.mark.parametrize("theta, gelu, dtype", [
+every_theta_and_dtype = pytest.mark.parametrize(
+  "theta, gelu, dtype",
+  [
     *((*choice, jnp.float32) for choice in [*L2_VARIANTS, ("softmax", "erf")]),
-    *((theta, "erf", jnp.bfloat16) for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax"))])
+    *((theta, "erf", jnp.bfloat16) for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax")),
+  ],
+)
 l2_variants = pytest.mark.parametrize("theta, gelu", L2_VARIANTS)
 
 N = 12
@@ -29,8 +33,7 @@ apply = jax.jit(pattention, static_argnums=(2, 3))
 def random_layer(n=N, d_in=8, d_out=6, theta="l2_norm_gelu"):
   """(x [5, d_in], tokens)."""
   rng = np.random.default_rng(0)
-  x, keys, values = (jnp.asarray(rng.normal(size=shape), jnp.float32)
-                     for shape in ((5, d_in), (n, d_in), (n, d_out)))
+  x, keys, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, d_in), (n, d_in), (n, d_out)))
   return x, ParameterTokens(keys, values, initial_tau(theta, n))
 
 
@@ -126,8 +129,11 @@ def test_softmax_of_zeros_is_uniform():
 @every_theta_and_dtype
 def test_finite_wherever_the_scores_are(theta, gelu, dtype):
   signs = np.random.default_rng(4).choice([-1.0, 0.0, 1.0], size=N)
-  rows = [size * pattern for size in (1e-45, 1e-38, 1e-20, 1.0, 1e4, 1e19, 1e30, 3e38)
-          for pattern in (signs, np.abs(signs), -np.abs(signs), -np.ones(N), np.eye(N)[0])]
+  rows = [
+    size * pattern
+    for size in (1e-45, 1e-38, 1e-20, 1.0, 1e4, 1e19, 1e30, 3e38)
+    for pattern in (signs, np.abs(signs), -np.abs(signs), -np.ones(N), np.eye(N)[0])
+  ]
   rows += [-1e4 + signs, np.where(signs > 0, 3e38, -1e-45), np.zeros(N)]
 
   @jax.jit
@@ -171,8 +177,9 @@ def test_scores_out_of_float16_s_range_are_scores(theta, gelu):
 def test_zero_keys_and_kept_tau_change_nothing(theta, gelu):
   """Exact growth: a zero key scores 0, adds nothing to the norm and weighs GeLU(0) = 0."""
   x, tokens = random_layer(theta=theta)
-  grown = ParameterTokens(jnp.pad(tokens.keys, ((0, 7), (0, 0))),
-                          jnp.concatenate([tokens.values, 100 * jnp.ones((7, 6))]), tokens.tau)
+  grown = ParameterTokens(
+    jnp.pad(tokens.keys, ((0, 7), (0, 0))), jnp.concatenate([tokens.values, 100 * jnp.ones((7, 6))]), tokens.tau
+  )
   np.testing.assert_allclose(apply(x, grown, theta, gelu), apply(x, tokens, theta, gelu), atol=5e-6)
 
 
@@ -190,9 +197,11 @@ def test_zero_keys_in_softmax_take_their_share():
 def test_copies_that_share_a_value_change_nothing(theta, gelu):
   """All keys k times, values split among the copies, τ that of the new count: exact for every Θ."""
   x, tokens = random_layer(theta=theta)
-  copies = ParameterTokens(jnp.tile(tokens.keys, (3, 1)),
-                           jnp.concatenate([share * tokens.values for share in (0.5, 0.2, 0.3)]),
-                           initial_tau(theta, 3 * N))
+  copies = ParameterTokens(
+    jnp.tile(tokens.keys, (3, 1)),
+    jnp.concatenate([share * tokens.values for share in (0.5, 0.2, 0.3)]),
+    initial_tau(theta, 3 * N),
+  )
   np.testing.assert_allclose(apply(x, copies, theta, gelu), apply(x, tokens, theta, gelu), atol=2e-5)
 
 
@@ -201,8 +210,9 @@ def test_new_rows_learn(theta, gelu):
   """At the seam the gradient of a zero key is not zero where its value is not, and that of the value is."""
   x, tokens = random_layer(theta=theta)
   keys, values = tokens.keys.at[-1].set(0.0), tokens.values
-  d_keys, d_values = jax.grad(lambda k, v: jnp.sum(jnp.square(
-      apply(x, ParameterTokens(k, v, tokens.tau), theta, gelu))), argnums=(0, 1))(keys, values)
+  d_keys, d_values = jax.grad(
+    lambda k, v: jnp.sum(jnp.square(apply(x, ParameterTokens(k, v, tokens.tau), theta, gelu))), argnums=(0, 1)
+  )(keys, values)
   assert np.all(d_keys[-1] != 0)
   np.testing.assert_array_equal(d_values[-1], 0)
 
@@ -319,13 +329,16 @@ def test_tau_is_any_scalar(tau):
   np.testing.assert_array_equal(y, pattention(x, ParameterTokens(tokens.keys, tokens.values, jnp.float32(3.0))))
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     ({"theta": "l2_norm"}, "theta='l2_norm': choose one of l2_norm_gelu, gelu_l2_norm, softmax"),
     ({"gelu": "exact"}, "gelu='exact': choose one of erf, tanh"),
     ({"x": jnp.ones((2, 7))}, r"x \(2, 7\) and keys \(12, 8\): the last axes must be equal"),
     ({"x": jnp.ones((2, 8), jnp.int32)}, "x of int32: expected floating point"),
     ({"values": jnp.ones((11, 6))}, r"keys \(12, 8\) and values \(11, 6\): expected \[N, d_in\] and "),
-])
+  ],
+)
 def test_what_does_not_fit_is_named(change, message):
   x, tokens = random_layer()
   tokens = ParameterTokens(tokens.keys, change.pop("values", tokens.values), tokens.tau)

@@ -1,20 +1,27 @@
 """How parameters are declared, stacked, and taken apart."""
 
-from flax import nnx
 import jax
 import numpy as np
+from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import RULES
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tau, logical_axes, parameter, split, stack_layers
 
-CONFIG = ModelConfig(vocab_size=12, num_layers=3, hidden_size=8, num_heads=2, qkv_tokens=3, proj_tokens=4,
-                     ffn_tokens=5, rotary_fraction=0.5)
+CONFIG = ModelConfig(
+  vocab_size=12,
+  num_layers=3,
+  hidden_size=8,
+  num_heads=2,
+  qkv_tokens=3,
+  proj_tokens=4,
+  ffn_tokens=5,
+  rotary_fraction=0.5,
+)
 
 
 class Layer(nnx.Module):
-
   def __init__(self, rngs):
     self.weight = parameter(rngs, (4, 5), ("param_token", "embed"), nnx.initializers.normal(1.0))
     self.tau = Tau(np.float32(2.0), axes=())

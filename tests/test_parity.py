@@ -40,6 +40,9 @@ def test_oracle_is_the_released_model():
   rng = np.random.default_rng(0)
   for name, array in arrays.items():
     direction = rng.normal(size=array.shape)
-    slope = oracle.slope(lambda x: oracle.cross_entropy(
-        oracle.language_model({**arrays, name: x}, a["tokens"], config), a["labels"]), array, direction)
+    slope = oracle.slope(
+      lambda x: oracle.cross_entropy(oracle.language_model({**arrays, name: x}, a["tokens"], config), a["labels"]),
+      array,
+      direction,
+    )
     np.testing.assert_allclose(slope, np.sum(a[f"grad/{name}__f64"] * direction), atol=1e-7, err_msg=name)

@@ -1,11 +1,11 @@
 """The layer as a drop-in for nnx.Linear."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import tokenformer_jax as tf
 from tests import oracle

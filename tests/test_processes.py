@@ -41,11 +41,15 @@ class Sharding:
     self.mesh, self._sharding, self._places = sharding.mesh, sharding, places
 
   def devices_indices_map(self, shape):
-    return {Device(device.id, self._places[device.id]): index
-            for device, index in self._sharding.devices_indices_map(shape).items()}
+    return {
+      Device(device.id, self._places[device.id]): index
+      for device, index in self._sharding.devices_indices_map(shape).items()
+    }
 
 
-@pytest.mark.parametrize("sizes, places, share", [
+@pytest.mark.parametrize(
+  "sizes, places, share",
+  [
     ((8, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1], (0, 2)),
     ((8, 1, 1), [1, 1, 0, 0, 2, 2, 3, 3], (1, 4)),
     ((2, 2, 2), [1, 1, 1, 1, 0, 0, 0, 0], (1, 2)),
@@ -54,7 +58,8 @@ class Sharding:
     ((2, 1, 4), [1, 1, 2, 2, 0, 0, 3, 3], (1, 2)),
     # As on a torus, where a process's devices need not be neighbours in the mesh.
     ((8, 1, 1), [0, 1, 0, 1, 2, 3, 2, 3], (0, 4)),
-])
+  ],
+)
 def test_a_process_reads_the_rows_of_its_devices(sizes, places, share):
   sharding = batch_sharding(small_run.mesh(*sizes), (16,))
   assert share_of_rows(Sharding(sharding, places), (16,)) == share
@@ -74,19 +79,28 @@ def test_one_process_agrees_with_itself_and_has_all_of_an_array():
 
 # Real processes.
 
+
 def run(count, *command, **variables):
   """`python COMMAND` in `count` processes that know each other; {process} in it is the number of each."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DEFAULT_MATMUL_PRECISION": "highest", **variables,
-                      # Compiled in half the time.
-                      "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+  env = os.environ | {
+    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    **variables,
+    # Compiled in half the time.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+  }
   several = [f"--coordinator_address={address}", f"--num_processes={count}"] if count > 1 else []
   several += ["--process_id={process}"] if several else []
   commands = [[word.replace("{process}", str(i)) for word in (*command, *several)] for i in range(count)]
-  return [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE) for command in commands]
+  return [
+    subprocess.Popen(
+      [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for command in commands
+  ]
 
 
 def outcome(processes, timeout=280):
@@ -101,10 +115,18 @@ def config_file(tmp_path_factory):
   """A run with a growth and an evaluation."""
   folder = tmp_path_factory.mktemp("config")
   (folder / "text.txt").write_text(small_run.TEXT)
-  config = small_run.config(f"text:{folder}/text.txt", [small_run.stage(GROWTH_STEP)], num_steps=STEPS,
-                            log_every=1, eval_every=STEPS, checkpoint_every=STEPS)
-  (folder / "config.py").write_text(f"import json\nimport ml_collections\n\ndef get_config():\n  return "
-                                    f"ml_collections.ConfigDict(json.loads({json.dumps(config.to_dict())!r}))\n")
+  config = small_run.config(
+    f"text:{folder}/text.txt",
+    [small_run.stage(GROWTH_STEP)],
+    num_steps=STEPS,
+    log_every=1,
+    eval_every=STEPS,
+    checkpoint_every=STEPS,
+  )
+  (folder / "config.py").write_text(
+    f"import json\nimport ml_collections\n\ndef get_config():\n  return "
+    f"ml_collections.ConfigDict(json.loads({json.dumps(config.to_dict())!r}))\n"
+  )
   return config, folder / "config.py"
 
 
@@ -138,8 +160,10 @@ def together(config_file, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_and_then_four_processes_have_the_numbers_of_one(alone, together):
-  ours, theirs = ([{name: value for name, value in row.items() if name not in SPEED}
-                   for row in read_metrics(str(workdir))] for workdir in (together, alone))
+  ours, theirs = (
+    [{name: value for name, value in row.items() if name not in SPEED} for row in read_metrics(str(workdir))]
+    for workdir in (together, alone)
+  )
   assert [row.keys() for row in ours] == [row.keys() for row in theirs]
   for row, other in zip(ours, theirs):
     assert row == pytest.approx(other, rel=1e-5)
@@ -156,17 +180,35 @@ def test_the_state_that_four_processes_save_is_that_of_one(config_file, alone, t
 @pytest.mark.slow
 def test_two_processes_write_as_one(config_file, together):
   prompt = "def f1(x):\n"
-  text, = tf.generate(tf.load(str(together)), tf.load_tokenizer(str(together)), prompt, max_new_tokens=4,
-                      temperature=0)
-  codes, out, errors = outcome(run(2, "-m", "tokenformer_jax.cli.generate", f"--workdir={together}",
-                                   f"--prompt={prompt}", "--max_new_tokens=4", "--temperature=0"))
+  (text,) = tf.generate(
+    tf.load(str(together)), tf.load_tokenizer(str(together)), prompt, max_new_tokens=4, temperature=0
+  )
+  codes, out, errors = outcome(
+    run(
+      2,
+      "-m",
+      "tokenformer_jax.cli.generate",
+      f"--workdir={together}",
+      f"--prompt={prompt}",
+      "--max_new_tokens=4",
+      "--temperature=0",
+    )
+  )
   assert codes == [0, 0] and out == [prompt + text + "\n", ""], errors
 
 
 @pytest.mark.slow
 def test_processes_that_do_not_agree_all_say_so_and_write_nothing(config_file, tmp_path):
-  codes, out, errors = outcome(run(2, "-m", "tokenformer_jax.cli.train", f"--config={config_file[1]}",
-                                   f"--workdir={tmp_path}/run", "--config.training.num_steps=1{process}"))
+  codes, out, errors = outcome(
+    run(
+      2,
+      "-m",
+      "tokenformer_jax.cli.train",
+      f"--config={config_file[1]}",
+      f"--workdir={tmp_path}/run",
+      "--config.training.num_steps=1{process}",
+    )
+  )
   assert codes == [2, 2] and out == ["", ""] and not (tmp_path / "run").exists()
   for said in errors:
     assert said.startswith("error: configuration is not the same on all 2 processes: [1] have another than")
@@ -175,7 +217,6 @@ def test_processes_that_do_not_agree_all_say_so_and_write_nothing(config_file, t
 
 @pytest.mark.slow
 def test_a_proxy_is_not_asked_for_the_way_to_this_machine():
-  program = ("import jax; from tokenformer_jax.distributed import processes; processes.start(); "
-             "print(jax.devices())")
+  program = "import jax; from tokenformer_jax.distributed import processes; processes.start(); print(jax.devices())"
   codes, out, errors = outcome(run(1, "-c", program, http_proxy="http://127.0.0.1:9"), timeout=60)
   assert codes == [0] and "CpuDevice" in out[0] and errors == [""]

@@ -9,8 +9,7 @@ from tests import small_run
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax import data
 from tokenformer_jax.config import MeshConfig
-from tokenformer_jax.training.resume import (
-    check_same_model, check_same_run, check_same_tokenizer, check_same_weights)
+from tokenformer_jax.training.resume import check_same_model, check_same_run, check_same_tokenizer, check_same_weights
 
 CONFIG = small_run.config(stages=[small_run.stage(10)])
 
@@ -23,8 +22,11 @@ def stored(model=MODEL):
 def test_the_model_is_that_of_the_step_and_at_a_growth_the_one_before(step, model):
   assert check_same_model(stored(model), CONFIG, step, "runs/a") == model
   other = GROWN if model == MODEL else MODEL
-  with pytest.raises(ValueError, match=f"runs/a: its model at step {step} has qkv_tokens={other.qkv_tokens}, "
-                                       f"this run's would have {model.qkv_tokens}; use another --workdir"):
+  with pytest.raises(
+    ValueError,
+    match=f"runs/a: its model at step {step} has qkv_tokens={other.qkv_tokens}, "
+    f"this run's would have {model.qkv_tokens}; use another --workdir",
+  ):
     check_same_model(stored(other), CONFIG, step, "runs/a")
 
 
@@ -33,9 +35,19 @@ def test_growth_to_come_may_change():
     assert check_same_model(stored(), small_run.config(stages=stages), 5, "runs/a") == MODEL
 
 
-@pytest.mark.parametrize("field, value", [
-    ("vocab_size", 512), ("num_layers", 3), ("num_heads", 1), ("seq_length", 32), ("theta", "gelu_l2_norm"),
-    ("gelu", "tanh"), ("rotary_base", 1e5), ("compute_dtype", "bfloat16")])
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("vocab_size", 512),
+    ("num_layers", 3),
+    ("num_heads", 1),
+    ("seq_length", 32),
+    ("theta", "gelu_l2_norm"),
+    ("gelu", "tanh"),
+    ("rotary_base", 1e5),
+    ("compute_dtype", "bfloat16"),
+  ],
+)
 def test_another_model_is_refused_by_its_field(field, value):
   with pytest.raises(ValueError, match=f"has {field}={getattr(MODEL, field)!r}, this run's would have {value!r}"):
     check_same_model(stored(), small_run.replace(CONFIG, model={field: value}), 3, "runs/a")
@@ -54,19 +66,36 @@ def workdir(tmp_path):
 
 def test_a_run_may_change_all_but_model_and_data(workdir):
   changed = small_run.replace(
-      CONFIG, optimizer=dict(learning_rate=1.0), training=dict(num_steps=3, seed=5, gradient_accumulation=4),
-      mesh=dict(token=2), growth=dict(stages=()), model=dict(remat="dots"))
+    CONFIG,
+    optimizer=dict(learning_rate=1.0),
+    training=dict(num_steps=3, seed=5, gradient_accumulation=4),
+    mesh=dict(token=2),
+    growth=dict(stages=()),
+    model=dict(remat="dots"),
+  )
   assert changed.mesh != MeshConfig()
   check_same_run(changed, workdir, allow_data_change=False)
   check_same_run(small_run.config("text:elsewhere"), workdir + "/new", allow_data_change=False)
 
 
-@pytest.mark.parametrize("field, value", [("source", "text:b"), ("batch_size", 4), ("seed", 1), ("tokenizer", "x.json"),
-                                          ("held_out_fraction", 0.5), ("packing", "documents")])
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("source", "text:b"),
+    ("batch_size", 4),
+    ("seed", 1),
+    ("tokenizer", "x.json"),
+    ("held_out_fraction", 0.5),
+    ("packing", "documents"),
+  ],
+)
 def test_other_data_is_refused_unless_allowed(workdir, field, value):
   changed = small_run.replace(CONFIG, data={field: value})
-  with pytest.raises(ValueError, match=f"reads data.{field}={getattr(CONFIG.data, field)!r}, this one {value!r}; use "
-                                       "another --workdir, or pass --allow_data_change"):
+  with pytest.raises(
+    ValueError,
+    match=f"reads data.{field}={getattr(CONFIG.data, field)!r}, this one {value!r}; use "
+    "another --workdir, or pass --allow_data_change",
+  ):
     check_same_run(changed, workdir, allow_data_change=False)
   check_same_run(changed, workdir, allow_data_change=True)
 
@@ -93,6 +122,9 @@ def test_another_tokenizer_is_refused():
 def test_weights_fit_another_length_precision_and_remat_and_no_other_model():
   check_same_weights(MODEL, dataclasses.replace(MODEL, seq_length=64, compute_dtype="bfloat16", remat="full"), "runs/a")
   for field, value in (("ffn_tokens", 32), ("theta", "gelu_l2_norm"), ("rotary_fraction", 0.5), ("num_heads", 1)):
-    with pytest.raises(ValueError, match=f"init_from=runs/a: its model has {field}={getattr(MODEL, field)!r}, this "
-                                         f"run's {value!r}; set model.{field}={getattr(MODEL, field)!r}"):
+    with pytest.raises(
+      ValueError,
+      match=f"init_from=runs/a: its model has {field}={getattr(MODEL, field)!r}, this "
+      f"run's {value!r}; set model.{field}={getattr(MODEL, field)!r}",
+    ):
       check_same_weights(MODEL, dataclasses.replace(MODEL, **{field: value}), "runs/a")

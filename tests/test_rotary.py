@@ -35,8 +35,9 @@ def test_bfloat16_is_rounded_once():
 
 def test_turns_add_up_and_keep_lengths():
   x = random_heads()
-  first, then, both = (rotation(positions, 8, 100.0) for positions in
-                       (POSITIONS, POSITIONS[:, ::-1], POSITIONS + POSITIONS[:, ::-1]))
+  first, then, both = (
+    rotation(positions, 8, 100.0) for positions in (POSITIONS, POSITIONS[:, ::-1], POSITIONS + POSITIONS[:, ::-1])
+  )
   at_once = rotate(x, both)
   np.testing.assert_allclose(rotate(rotate(x, first), then), at_once, atol=2e-3)
   np.testing.assert_allclose(jnp.linalg.norm(at_once, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-6)

@@ -46,7 +46,7 @@ def test_metrics_are_on_disk_at_once(tmp_path):
 
 def test_tensorboard_gets_scalars_and_text(tmp_path):
   write(tmp_path, 0, range(1, 4))
-  file, = (tmp_path / "tensorboard").iterdir()
+  (file,) = (tmp_path / "tensorboard").iterdir()
   values = [(value.tag, event.step, value) for event in events(file.read_bytes()) for value in event.summary.value]
   scalars = [(step, value.simple_value) for tag, step, value in values if tag == "train/loss"]
   assert scalars == [(1, 9.0), (2, 8.0), (3, 7.0)]
@@ -57,9 +57,9 @@ def test_tensorboard_gets_scalars_and_text(tmp_path):
 def events(records: bytes):
   """The events of a TensorBoard file: length, its checksum, the event, its checksum."""
   while records:
-    length, = struct.unpack("<Q", records[:8])
-    yield Event.FromString(records[12:12 + length])
-    records = records[16 + length:]
+    (length,) = struct.unpack("<Q", records[:8])
+    yield Event.FromString(records[12 : 12 + length])
+    records = records[16 + length :]
 
 
 def test_no_metrics_are_no_rows(tmp_path):

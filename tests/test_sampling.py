@@ -7,7 +7,6 @@ import pytest
 
 from tokenformer_jax.inference.sampling import Sampling, greedy, sample, truncate, within_vocabulary
 
-
 _sample = jax.jit(sample)
 _truncate = jax.jit(jax.vmap(truncate, in_axes=(0, None, None)))
 
@@ -104,12 +103,15 @@ def test_the_order_is_temperature_then_top_k_then_top_p():
   assert set(draw(logits, top_k=2, top_p=0.6, temperature=10.0).tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.parametrize(
+  "settings",
+  [
     dict(temperature=0.0),
     dict(temperature=100.0),
     dict(temperature=100.0, top_k=9),
     dict(temperature=100.0, top_p=0.999),
-])
+  ],
+)
 def test_padding_ids_are_never_drawn(settings):
   logits = jnp.zeros((2000, 12)).at[:, 7:].set(20.0)
   sampling = Sampling.checked(vocab_size=7, **settings)
@@ -132,7 +134,9 @@ def test_a_draw_depends_on_seed_row_and_index_only():
   assert _sample(four, wide, jnp.int32(3)).tolist() == drawn.tolist()
 
 
-@pytest.mark.parametrize("settings, message", [
+@pytest.mark.parametrize(
+  "settings, message",
+  [
     (dict(temperature=-0.1), "temperature=-0.1"),
     (dict(temperature=float("nan")), "temperature=nan"),
     (dict(temperature=float("inf")), "temperature=inf"),
@@ -144,7 +148,8 @@ def test_a_draw_depends_on_seed_row_and_index_only():
     (dict(seed=-1), "seed=-1"),
     (dict(seed=2**32), "seed=4294967296"),
     (dict(vocab_size=0), "vocab_size=0"),
-])
+  ],
+)
 def test_a_value_out_of_range_is_named(settings, message):
   with pytest.raises(ValueError, match=f"^{message}: must be"):
     Sampling.checked(**{"vocab_size": 10, **settings})

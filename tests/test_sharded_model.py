@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from tests import communication
 from tokenformer_jax import data
@@ -20,11 +20,18 @@ from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.program import make_program
 
 # No two of the sizes that are sent are equal.
-CONFIG = ModelConfig(vocab_size=64, num_layers=3, hidden_size=64, num_heads=8, qkv_tokens=24, proj_tokens=16,
-                     ffn_tokens=40, seq_length=48)
+CONFIG = ModelConfig(
+  vocab_size=64, num_layers=3, hidden_size=64, num_heads=8, qkv_tokens=24, proj_tokens=16, ffn_tokens=40, seq_length=48
+)
 ROWS = 8
-MESHES = [dict(data=8), dict(fsdp=8), dict(token=8), dict(data=2, fsdp=2, token=2), dict(sequence=8),
-          dict(fsdp=2, sequence=2, token=2)]
+MESHES = [
+  dict(data=8),
+  dict(fsdp=8),
+  dict(token=8),
+  dict(data=2, fsdp=2, token=2),
+  dict(sequence=8),
+  dict(fsdp=2, sequence=2, token=2),
+]
 
 
 def mesh_of(sizes):
@@ -38,7 +45,8 @@ class Case:
     self.module = LanguageModel(config, rngs=nnx.Rngs(0))
     self.graphdef, parameters, tau = split(self.module)
     parameters = jax.tree_util.tree_map_with_path(
-        lambda path, a: 2.0 * a if path[-1].key == "values" else a, parameters)
+      lambda path, a: 2.0 * a if path[-1].key == "values" else a, parameters
+    )
     rng = np.random.default_rng(0)
     self.arguments = parameters, tau, rng.integers(0, 64, (2, ROWS, config.seq_length)).astype(np.int32)
     self.alone = jax.jit(jax.value_and_grad(self.loss))(*self.arguments)
@@ -53,8 +61,11 @@ class Case:
     mesh = mesh_of(sizes)
     parameters, tau, batch = self.arguments
     axes = logical_axes(self.module)
-    where = [tree_shardings(mesh, axes[0], parameters), tree_shardings(mesh, axes[1], tau),
-             (batch_sharding(mesh, batch[0].shape),) * 2]
+    where = [
+      tree_shardings(mesh, axes[0], parameters),
+      tree_shardings(mesh, axes[1], tau),
+      (batch_sharding(mesh, batch[0].shape),) * 2,
+    ]
     arguments = jax.device_put((parameters, tau, tuple(batch)), tuple(where))
     key = str(sizes)
     if key not in self.compiled:
@@ -95,9 +106,11 @@ def train_step_sends(model, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat, sizes", [
-    *(("none", sizes) for sizes in MESHES), ("dots", MESHES[3]), ("full", MESHES[3]), ("full", dict(token=4, data=2))],
-    ids=str)
+@pytest.mark.parametrize(
+  "remat, sizes",
+  [*(("none", sizes) for sizes in MESHES), ("dots", MESHES[3]), ("full", MESHES[3]), ("full", dict(token=4, data=2))],
+  ids=str,
+)
 def test_train_step_of_150m(remat, sizes):
   """On paper, layer by layer; and parameter tokens are never gathered but along fsdp."""
   model = dataclasses.replace(ModelConfig.named("150m"), seq_length=136, remat=remat)

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import tokenformer_jax as tf
 from tests import oracle, small_run
@@ -31,7 +31,9 @@ def model():
   """A model far from the initial one."""
   graphdef, params, tau = split(tf.LanguageModel(MODEL, rngs=nnx.Rngs(0)))
   rng = np.random.default_rng(0)
-  return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params), tau)
+  return nnx.merge(
+    graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params), tau
+  )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,9 @@ def test_use_is_the_mean_absolute_contribution(model, usage):
   contributions = [np.abs(weight) * np.linalg.norm(value) for weight, value in zip(weights.T, query["values"])]
   np.testing.assert_allclose(usage["blocks/attention/query"][0], np.mean(contributions, axis=1), rtol=1e-5)
   assert {path: use.shape for path, use in usage.items()} == {
-      **{f"blocks/attention/{name}": (2, 8) for name in ("query", "key", "value", "proj")}, "blocks/ffn": (2, 16)}
+    **{f"blocks/attention/{name}": (2, 8) for name in ("query", "key", "value", "proj")},
+    "blocks/ffn": (2, 16),
+  }
 
 
 def test_use_is_the_mean_over_positions_however_they_are_batched(model, usage):
@@ -65,11 +69,14 @@ def test_the_least_used_of_each_layer_go_and_the_others_keep_their_order(model, 
     use = usage["blocks/ffn"][layer]
     stay = use > np.sort(use)[6]
     for leaf in ("keys", "values"):
-      np.testing.assert_array_equal(getattr(smaller.blocks.ffn, leaf)[...][layer],
-                                    getattr(model.blocks.ffn, leaf)[...][layer][stay])
+      np.testing.assert_array_equal(
+        getattr(smaller.blocks.ffn, leaf)[...][layer], getattr(model.blocks.ffn, leaf)[...][layer][stay]
+      )
   small_run.assert_same(split(smaller)[2], split(model)[2])
   assert report.tokens["blocks/attention/proj"] == (8, 8, 0.0)
-  shares = [1 - np.sort(use)[:, use.shape[1] - 5:].sum() / use.sum() for path, use in usage.items() if path.endswith("key")]
+  shares = [
+    1 - np.sort(use)[:, use.shape[1] - 5 :].sum() / use.sum() for path, use in usage.items() if path.endswith("key")
+  ]
   assert report.tokens["blocks/attention/key"] == (8, 5, pytest.approx(shares[0]))
 
 
@@ -87,7 +94,9 @@ def test_the_reported_losses_are_those_of_the_two_models(model):
 
 
 def test_of_tokens_used_alike_the_newest_go_first():
-  kept = most_used({"blocks/ffn": np.array([[0.0, 2.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]])}, MODEL.grown(ffn_tokens=3))
+  kept = most_used(
+    {"blocks/ffn": np.array([[0.0, 2.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]])}, MODEL.grown(ffn_tokens=3)
+  )
   assert kept["blocks/ffn"].tolist() == [[0, 1, 3], [0, 1, 2]]
 
 
@@ -103,7 +112,9 @@ def test_untrained_growth_is_undone_to_the_bit(theta):
   run = small_run.replace(small_run.config(), model=dict(theta=theta))
   state = small_run.noise(make_program(run, config, small_run.mesh()).shapes)
   grown, *_ = grow_state(state, config, dataclasses.replace(GROWN, theta=theta))
-  graphdef, *_ = split(nnx.eval_shape(lambda: tf.LanguageModel(dataclasses.replace(GROWN, theta=theta), rngs=nnx.Rngs(0))))
+  graphdef, *_ = split(
+    nnx.eval_shape(lambda: tf.LanguageModel(dataclasses.replace(GROWN, theta=theta), rngs=nnx.Rngs(0)))
+  )
   kept = most_used(token_usage(nnx.merge(graphdef, grown.params, grown.tau), BATCHES), config)
   small_run.assert_same(shrink_tree(grown, kept), state)
 
@@ -116,8 +127,17 @@ def test_a_grown_work_folder_is_shrunk_back_to_what_it_was(tmp_path):
   state = dataclasses.replace(small_run.noise(shapes), step=jnp.int32(6))
   tokenizer = data.open_tokenizer("bytes")
   checkpoints = Checkpoints(str(tmp_path / "run"))
-  checkpoints.save(6, state, {"model": dataclasses.asdict(MODEL), "config": config.to_dict(), "data": {"next_batch": 7},
-                              "fingerprint": {}, "tokenizer": tokenizer.fingerprint})
+  checkpoints.save(
+    6,
+    state,
+    {
+      "model": dataclasses.asdict(MODEL),
+      "config": config.to_dict(),
+      "data": {"next_batch": 7},
+      "fingerprint": {},
+      "tokenizer": tokenizer.fingerprint,
+    },
+  )
   checkpoints.close()
   (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
   data.save_tokenizer(tokenizer, tmp_path / "run" / "tokenizer.json")
@@ -138,13 +158,17 @@ def test_a_grown_work_folder_is_shrunk_back_to_what_it_was(tmp_path):
   assert not list(tmp_path.glob("none*"))
 
 
-@pytest.mark.parametrize("batches, counts, message", [
+@pytest.mark.parametrize(
+  "batches, counts, message",
+  [
     (BATCHES, dict(), "shrinking changes nothing: qkv_tokens=8, proj_tokens=8, ffn_tokens=16"),
     (BATCHES, dict(qkv_tokens=9, ffn_tokens=8), "qkv_tokens: 8 -> 9: shrinking cannot add rows"),
     (BATCHES, dict(ffn_tokens=0), "ffn_tokens=0: must be at least 1"),
     ([], dict(ffn_tokens=8), "batches: there are none"),
     ([np.zeros((2, 1), np.int32)], dict(ffn_tokens=8), r"batch \(2, 1\): expected token ids \[B, T\]"),
-    ([np.full((2, 4), 264)], dict(ffn_tokens=8), "ids from 264 to 264; expected 0 to 263")])
+    ([np.full((2, 4), 264)], dict(ffn_tokens=8), "ids from 264 to 264; expected 0 to 263"),
+  ],
+)
 def test_what_cannot_be_shrunk_is_refused(model, batches, counts, message):
   with pytest.raises(ValueError, match=message):
     tf.shrink(model, batches, **counts)

@@ -19,7 +19,7 @@ def program(model=small_run.MODEL, **sizes):
 
 def part(path: str, shape: tuple[int, ...], data=1, fsdp=1, token=1, sequence=1) -> tuple[int, ...]:
   """What a device holds of a leaf: rows of tokens or words along `token`, channels along `fsdp`."""
-  owner, _, name = path.rpartition("/")
+  _owner, _, name = path.rpartition("/")
   if path.startswith("born/") and shape:
     return (shape[0] // token,)
   if name in ("keys", "values"):
@@ -57,14 +57,23 @@ def test_a_state_is_born_in_parts():
   assert on_the_way < alone / 3
 
 
-@pytest.mark.parametrize("name, token, message", [
-    ("354m", 8, "blocks/attention/key/keys: param_token=2140 cannot be split over the 8 devices along mesh "
-                "axis token of mesh {'data': 1, 'fsdp': 1, 'sequence': 1, 'token': 8}; the nearest sizes that can: "
-                "2136 or 2144."),
+@pytest.mark.parametrize(
+  "name, token, message",
+  [
+    (
+      "354m",
+      8,
+      "blocks/attention/key/keys: param_token=2140 cannot be split over the 8 devices along mesh "
+      "axis token of mesh {'data': 1, 'fsdp': 1, 'sequence': 1, 'token': 8}; the nearest sizes that can: "
+      "2136 or 2144.",
+    ),
     ("757m", 4, "param_token=4850 cannot be split over the 4 devices along mesh axis token"),
     ("1.3b", 8, "param_token=8620 cannot be split over the 8 devices"),
-    ("354m", 4, ""), ("757m", 2, ""), ("1.3b", 4, ""),
-])
+    ("354m", 4, ""),
+    ("757m", 2, ""),
+    ("1.3b", 4, ""),
+  ],
+)
 def test_token_counts_of_the_paper(name, token, message):
   """Refused when the program is made, before anything is compiled."""
   model = ModelConfig.named(name)
@@ -80,8 +89,12 @@ def test_token_counts_of_the_paper(name, token, message):
 
 def test_a_batch_that_does_not_divide_is_refused():
   batch = jax.tree.map(lambda x: x[:, :15], small_run.batch())
-  with pytest.raises(ValueError, match="time=15 cannot be split over the 4 devices along mesh axis sequence .*12 or 16"):
+  with pytest.raises(
+    ValueError, match="time=15 cannot be split over the 4 devices along mesh axis sequence .*12 or 16"
+  ):
     small_run.placed(batch, small_run.mesh(sequence=4))
   batch = jax.tree.map(lambda x: np.tile(x, (3, 1))[:12], small_run.batch())
-  with pytest.raises(ValueError, match="batch=12 cannot be split over the 8 devices along mesh axis data × fsdp .*8 or 16"):
+  with pytest.raises(
+    ValueError, match="batch=12 cannot be split over the 8 devices along mesh axis data × fsdp .*8 or 16"
+  ):
     small_run.placed(batch, small_run.mesh(data=2, fsdp=4))

@@ -3,12 +3,12 @@
 import dataclasses
 import re
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from scipy import special
 
 from tests import oracle, small_run
@@ -92,8 +92,12 @@ def run(program, start, batches):
   return states, state, losses
 
 
-CONFIG = small_run.replace(small_run.config(), data=dict(batch_size=16), optimizer=dict(learning_rate=1e-3),
-                           training=dict(gradient_accumulation=2))
+CONFIG = small_run.replace(
+  small_run.config(),
+  data=dict(batch_size=16),
+  optimizer=dict(learning_rate=1e-3),
+  training=dict(gradient_accumulation=2),
+)
 BATCHES = [small_run.batch(rows=16, weights=True)] * 3
 
 
@@ -117,8 +121,9 @@ def test_an_update_moves_all_parameters_and_tau_never(one_device):
   assert losses[0] > losses[1] > losses[2]
   for state in states:
     small_run.assert_same((start.tau, start.born), (state.tau, state.born))
-  moved = {path: np.any(leaf != leaves_by_path(start.params)[path])
-           for path, leaf in leaves_by_path(states[0].params).items()}
+  moved = {
+    path: np.any(leaf != leaves_by_path(start.params)[path]) for path, leaf in leaves_by_path(states[0].params).items()
+  }
   assert all(moved.values()) and len(moved) == 13
   assert [int(state.step) for state in states] == [1, 2, 3]
   # Moments for the parameters alone.
@@ -133,9 +138,10 @@ def test_parameters_begin_the_same_on_a_mesh(one_device):
   def some(state):
     return state.params["embedding"], state.params["blocks"]["attention"]["proj"]["values"]
 
-  begin = jax.jit(lambda: some(initial_state(small_run.MODEL, program.optimizer, program.tau_rule,
-                                              CONFIG.training.seed)),
-                  out_shardings=some(program.shardings))
+  begin = jax.jit(
+    lambda: some(initial_state(small_run.MODEL, program.optimizer, program.tau_rule, CONFIG.training.seed)),
+    out_shardings=some(program.shardings),
+  )
   small_run.assert_close(begin(), some(start), 1e-6)
 
 
@@ -157,7 +163,10 @@ def test_bfloat16_compute_keeps_a_float32_state(one_device):
   start, _, _, losses = one_device
   program = make_program(CONFIG, dataclasses.replace(small_run.MODEL, compute_dtype="bfloat16"), small_run.mesh())
   state, metrics = jax.eval_shape(program.train_step, program.shapes, BATCHES[0])
-  assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.tau, state.opt_state))} == {"float32", "int32"}
+  assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.tau, state.opt_state))} == {
+    "float32",
+    "int32",
+  }
   assert {leaf.dtype.name for leaf in metrics.values()} == {"float32"}
   sums = program.eval_step(start.params, start.tau, BATCHES[0])
   np.testing.assert_allclose(sums.nats / sums.weight, losses[0], rtol=1e-3)

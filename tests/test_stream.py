@@ -40,12 +40,21 @@ def shapes(config=CONFIG, model=MODEL):
 def write_source(workdir, config=CONFIG):
   tokenizer = data.open_tokenizer("bytes")
   # Noise, but for the counts of updates: a row cannot be younger than its optimizer.
-  state = jax.tree.map(lambda leaf: leaf if leaf.ndim or leaf.dtype.kind != "i" else jax.numpy.int32(STEP),
-                       small_run.noise(shapes(config)))
+  state = jax.tree.map(
+    lambda leaf: leaf if leaf.ndim or leaf.dtype.kind != "i" else jax.numpy.int32(STEP), small_run.noise(shapes(config))
+  )
   checkpoints = Checkpoints(str(workdir))
-  checkpoints.save(STEP, state, {
-      "model": dataclasses.asdict(MODEL), "config": config.to_dict(), "data": {"next_batch": 7},
-      "fingerprint": {"a": 1}, "tokenizer": tokenizer.fingerprint})
+  checkpoints.save(
+    STEP,
+    state,
+    {
+      "model": dataclasses.asdict(MODEL),
+      "config": config.to_dict(),
+      "data": {"next_batch": 7},
+      "fingerprint": {"a": 1},
+      "tokenizer": tokenizer.fingerprint,
+    },
+  )
   checkpoints.close()
   (workdir / "config.json").write_text(json.dumps(config.to_dict()))
   data.save_tokenizer(tokenizer, workdir / "tokenizer.json")
@@ -71,7 +80,10 @@ def restored(workdir, config, model):
 
 # Slices.
 
-@pytest.mark.parametrize("shape, rows", [((), 1), ((7,), 7), ((12, 10, 5), 1), ((12, 10, 5), 5), ((1, 400), 1), ((300, 2), 100)])
+
+@pytest.mark.parametrize(
+  "shape, rows", [((), 1), ((7,), 7), ((12, 10, 5), 1), ((12, 10, 5), 5), ((1, 400), 1), ((300, 2), 100)]
+)
 def test_slices_are_all_rows_in_order_and_small(shape, rows):
   leaf = stream.LeafStream(shape, np.dtype("float32"), rows, read=None)
   slices = leaf.slices()
@@ -82,6 +94,7 @@ def test_slices_are_all_rows_in_order_and_small(shape, rows):
 
 
 # What is grown.
+
 
 @pytest.mark.parametrize("how", ["exact", "released", "duplicate"])
 def test_the_grown_checkpoint_is_that_of_growth_in_memory(source, tmp_path, how):
@@ -109,12 +122,15 @@ def test_no_more_than_a_layer_of_a_large_leaf_is_read_at_a_time(source, tmp_path
     def watched(start, stop):
       read.setdefault(info.name, []).append((start, stop))
       return leaf.read(start, stop)
+
     return dataclasses.replace(leaf, read=watched)
 
   monkeypatch.setattr(stream, "_open", open_and_watch)
   grow_run(str(source), str(tmp_path / "grown"), ffn_tokens=32)
   assert len(read) == len(leaves_by_path(shapes()))
-  assert all(read[name] == [(0, 1), (1, 2)] for name in read if name.endswith(("keys", "values")) and "born" not in name)
+  assert all(
+    read[name] == [(0, 1), (1, 2)] for name in read if name.endswith(("keys", "values")) and "born" not in name
+  )
 
 
 def test_growths_that_are_done_leave_the_configuration_and_those_to_come_stay(source, tmp_path):
@@ -139,13 +155,16 @@ def test_train_goes_on_on_a_wider_mesh_as_after_growth_inside_the_run(tmp_path):
   onward = small_run.replace(stored_config(str(tmp_path / "grown")), training=dict(num_steps=5))
   train(onward, str(tmp_path / "grown"))
   train(config([small_run.stage(2)], 5), str(tmp_path / "whole"))
-  after = [{row["step"]: row["train/loss"] for row in read_metrics(str(tmp_path / name)) if "train/loss" in row}
-           for name in ("grown", "whole")]
+  after = [
+    {row["step"]: row["train/loss"] for row in read_metrics(str(tmp_path / name)) if "train/loss" in row}
+    for name in ("grown", "whole")
+  ]
   assert list(after[0]) == [3, 4, 5]
   np.testing.assert_allclose(list(after[0].values()), [after[1][step] for step in after[0]], rtol=1e-5)
 
 
 # All of it or nothing.
+
 
 def grow_and_be_killed(source, output, moment):
   def die(*args):
@@ -198,6 +217,7 @@ def test_a_checkpoint_that_lacks_a_leaf_is_not_finished(source, tmp_path, monkey
 
 # Mistakes.
 
+
 def overwrite(run, name, text):
   (run / name).write_text(text)
 
@@ -209,21 +229,37 @@ def damage(run):
 
 OTHER = small_run.replace(CONFIG, model=dict(num_layers=3))
 MISTAKES = {
-    "no change": (lambda run: None, dict(ffn_tokens=16), "growth changes nothing: qkv_tokens=8, proj_tokens=8, ffn_tokens=16"),
-    "fewer": (lambda run: None, dict(ffn_tokens=15), "ffn_tokens: 16 -> 15: growth cannot take rows away"),
-    "a stage to come has fewer": (lambda run: None, dict(ffn_tokens=65), "ffn_tokens at step 50=64: growth cannot take"),
-    "a mesh that does not divide": (lambda run: None, dict(proj_tokens=12, token_axis=8),
-                                    "blocks/attention/proj/keys: param_token=12 cannot be split over the 8 devices"),
-    "no such step": (lambda run: None, dict(step=39, ffn_tokens=32), "no checkpoint of step 39; there are 40"),
-    "an interrupted source": (lambda run: shutil.rmtree(run / "checkpoints" / "40" / "optimizer"), dict(ffn_tokens=32),
-                              "no checkpoint there; train first"),
-    "a damaged source": (damage, dict(ffn_tokens=32), "cannot be read"),
-    "another model's configuration": (lambda run: overwrite(run, "config.json", json.dumps(OTHER.to_dict())),
-                                      dict(ffn_tokens=32), "at step 40 has num_layers=2, this run's would have 3"),
-    "no configuration": (lambda run: (run / "config.json").unlink(), dict(ffn_tokens=32), "no config.json there"),
-    "something else for a configuration": (lambda run: overwrite(run, "config.json", "{"), dict(ffn_tokens=32),
-                                           "config.json: not the configuration of a run"),
-    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), dict(ffn_tokens=32), "tokenizer.json cannot be read"),
+  "no change": (
+    lambda run: None,
+    dict(ffn_tokens=16),
+    "growth changes nothing: qkv_tokens=8, proj_tokens=8, ffn_tokens=16",
+  ),
+  "fewer": (lambda run: None, dict(ffn_tokens=15), "ffn_tokens: 16 -> 15: growth cannot take rows away"),
+  "a stage to come has fewer": (lambda run: None, dict(ffn_tokens=65), "ffn_tokens at step 50=64: growth cannot take"),
+  "a mesh that does not divide": (
+    lambda run: None,
+    dict(proj_tokens=12, token_axis=8),
+    "blocks/attention/proj/keys: param_token=12 cannot be split over the 8 devices",
+  ),
+  "no such step": (lambda run: None, dict(step=39, ffn_tokens=32), "no checkpoint of step 39; there are 40"),
+  "an interrupted source": (
+    lambda run: shutil.rmtree(run / "checkpoints" / "40" / "optimizer"),
+    dict(ffn_tokens=32),
+    "no checkpoint there; train first",
+  ),
+  "a damaged source": (damage, dict(ffn_tokens=32), "cannot be read"),
+  "another model's configuration": (
+    lambda run: overwrite(run, "config.json", json.dumps(OTHER.to_dict())),
+    dict(ffn_tokens=32),
+    "at step 40 has num_layers=2, this run's would have 3",
+  ),
+  "no configuration": (lambda run: (run / "config.json").unlink(), dict(ffn_tokens=32), "no config.json there"),
+  "something else for a configuration": (
+    lambda run: overwrite(run, "config.json", "{"),
+    dict(ffn_tokens=32),
+    "config.json: not the configuration of a run",
+  ),
+  "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), dict(ffn_tokens=32), "tokenizer.json cannot be read"),
 }
 
 
@@ -238,8 +274,15 @@ def test_a_mistake_is_told_and_nothing_is_written(source, tmp_path, mistake):
   assert small_run.folder_digest(tmp_path) == before
 
 
-@pytest.mark.parametrize("output, message", [("run", "run: already there; choose another"), ("empty", "already there"),
-                                             ("run/grown", "lies in the run's own folder"), ("gs://a/b", "local disk")])
+@pytest.mark.parametrize(
+  "output, message",
+  [
+    ("run", "run: already there; choose another"),
+    ("empty", "already there"),
+    ("run/grown", "lies in the run's own folder"),
+    ("gs://a/b", "local disk"),
+  ],
+)
 def test_a_target_that_cannot_be_is_refused(source, tmp_path, output, message):
   run = shutil.copytree(source, tmp_path / "run")
   (tmp_path / "empty").mkdir()

@@ -38,6 +38,7 @@ def test_splash_is_xla_is_float64(splash, mesh):
     def run(q, k, v, segments):
       y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, segments, how), q, k, v)
       return y, *pull(by_output)
+
     return run
 
   xla = jax.jit(traced_on(mesh, both("xla")))(q, k, v, SEGMENTS)

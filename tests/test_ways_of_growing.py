@@ -34,6 +34,7 @@ def grown(state, how, theta="l2_norm_gelu", **growth):
 
 # The function.
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how, theta", growth_table.CASES)
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-6)])
@@ -55,9 +56,13 @@ def test_a_layer_stays_and_its_new_rows_are_in_it(how, theta):
   x, keys, values = rng.normal(size=(5, 6)), rng.normal(size=(1, 4, 6)), rng.normal(size=(1, 4, 3))
   rows = {"exact": (NewRows.ZERO, NewRows.RANDOM), "duplicate": (NewRows.REPEATED, NewRows.PARTS)}[how]
   with jax.enable_x64(True):
-    plans = [LeafPlan("values", leaf.shape, (1, 12, leaf.shape[2]), 1, kind, 1.0) for leaf, kind in zip((keys, values), rows)]
-    new_keys, new_values = (np.asarray(jax.jit(lambda leaf: grow_leaf(leaf, plan, jax.random.key(3), jnp.int32(0)))(leaf))
-                            for leaf, plan in zip((keys, values), plans))
+    plans = [
+      LeafPlan("values", leaf.shape, (1, 12, leaf.shape[2]), 1, kind, 1.0) for leaf, kind in zip((keys, values), rows)
+    ]
+    new_keys, new_values = (
+      np.asarray(jax.jit(lambda leaf: grow_leaf(leaf, plan, jax.random.key(3), jnp.int32(0)))(leaf))
+      for leaf, plan in zip((keys, values), plans)
+    )
     tau = initial_tau(theta, 4)
     new_tau = tau * initial_tau(theta, 12) / initial_tau(theta, 4) if how == "duplicate" else tau
     before = pattention(x, ParameterTokens(keys[0], values[0], tau), theta)
@@ -70,6 +75,7 @@ def test_a_layer_stays_and_its_new_rows_are_in_it(how, theta):
 
 # As released.
 
+
 def test_released_rows_are_random_and_tau_is_that_of_a_new_layer(state):
   bigger, rows = grown(state, "released")
   for name in ("query", "proj"):
@@ -81,11 +87,13 @@ def test_released_rows_are_random_and_tau_is_that_of_a_new_layer(state):
 
 
 def test_released_growth_is_no_growth_of_the_function():
-  assert all(change("released", theta, SHALLOW, "float32")[0] > 0.05
-             for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax"))
+  assert all(
+    change("released", theta, SHALLOW, "float32")[0] > 0.05 for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+  )
 
 
 # Duplicates.
+
 
 @pytest.mark.parametrize("theta", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
 def test_duplicates_are_as_if_they_had_always_been_there(state, theta):
@@ -108,11 +116,14 @@ def test_duplicates_moments_are_cut_as_their_gradients_are(state, theta):
 
   def gradients(layer, tau):
     tokens = [leaf[0].astype(jnp.float32) for leaf in (layer["keys"], layer["values"])]
-    return jax.grad(lambda tokens: jnp.sum(aim * pattention(jnp.asarray(x, jnp.float32),
-                                                            ParameterTokens(*tokens, tau), theta)))(tokens)
+    return jax.grad(
+      lambda tokens: jnp.sum(aim * pattention(jnp.asarray(x, jnp.float32), ParameterTokens(*tokens, tau), theta))
+    )(tokens)
 
   bigger, rows = grown(state, "duplicate", theta)
-  old, new = (gradients(s.params["blocks"]["ffn"], initial_tau(theta, count)) for s, count in ((state, 16), (bigger, 48)))
+  old, new = (
+    gradients(s.params["blocks"]["ffn"], initial_tau(theta, count)) for s, count in ((state, 16), (bigger, 48))
+  )
   np.testing.assert_allclose(new[1], np.tile(old[1], (3, 1)), rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(new[0].reshape(3, 16, 16).sum(axis=0), old[0], rtol=1e-3, atol=1e-4)
   for name in ("mu", "nu"):
@@ -122,16 +133,20 @@ def test_duplicates_moments_are_cut_as_their_gradients_are(state, theta):
     assert rows[f"opt_state/1/{name}/blocks/ffn/values"] is NewRows.REPEATED
 
 
-@pytest.mark.parametrize("counts, message", [
+@pytest.mark.parametrize(
+  "counts, message",
+  [
     (dict(ffn_tokens=40), "ffn_tokens: 16 -> 40: how='duplicate' repeats all rows; choose a whole multiple, 32 or 48"),
     (dict(qkv_tokens=12, ffn_tokens=32), "qkv_tokens: 8 -> 12: .* 8 or 16, or how='exact'"),
-])
+  ],
+)
 def test_duplicates_of_a_part_are_refused(counts, message):
   with pytest.raises(ValueError, match=message):
     tf.grow(growth_table.lively(MODEL), how="duplicate", **counts)
 
 
 # τ and the values at the seam.
+
 
 def test_tau_is_kept_or_recomputed(state):
   kept, rows = grown(state, "exact")
@@ -143,19 +158,24 @@ def test_tau_is_kept_or_recomputed(state):
 
 
 def test_value_scale_is_that_of_the_new_values(state):
-  new = [np.asarray(grown(state, "exact", value_scale=scale)[0].params["blocks"]["ffn"]["values"])
-         for scale in (1.0, 5.0)]
+  new = [
+    np.asarray(grown(state, "exact", value_scale=scale)[0].params["blocks"]["ffn"]["values"]) for scale in (1.0, 5.0)
+  ]
   np.testing.assert_allclose(new[1][:, 16:], 5 * new[0][:, 16:], rtol=1e-6)
   np.testing.assert_array_equal(new[1][:, :16], new[0][:, :16])
 
 
-@pytest.mark.parametrize("fields, message", [
+@pytest.mark.parametrize(
+  "fields, message",
+  [
     (dict(how="zero"), "how='zero': choose one of exact, released, duplicate"),
     (dict(tau="grow"), "tau='grow': choose one of kept"),
     (dict(value_scale=0.0), "value_scale=0.0: .* would never learn"),
-    (dict(tau_steps=0), "tau_steps=0"), (dict(old_rows_rate=-1.0), "old_rows_rate=-1.0"),
+    (dict(tau_steps=0), "tau_steps=0"),
+    (dict(old_rows_rate=-1.0), "old_rows_rate=-1.0"),
     (dict(new_rows_rate=0.0), "new_rows_rate=0.0"),
-])
+  ],
+)
 def test_ways_that_are_none_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     GrowthConfig(**fields)

@@ -11,15 +11,28 @@ from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 # Read when first used: they bring checkpoints or tokenizers with them, which a layer does not need.
 _LATER = {
-    "from_pretrained": "tokenformer_jax.interop.pretrained",
-    "generate": "tokenformer_jax.inference.generate",
-    "int8_tokens": "tokenformer_jax.inference.int8",
-    "load": "tokenformer_jax.training.checkpoints",
-    "load_tokenizer": "tokenformer_jax.training.checkpoints",
+  "from_pretrained": "tokenformer_jax.interop.pretrained",
+  "generate": "tokenformer_jax.inference.generate",
+  "int8_tokens": "tokenformer_jax.inference.int8",
+  "load": "tokenformer_jax.training.checkpoints",
+  "load_tokenizer": "tokenformer_jax.training.checkpoints",
 }
 
-__all__ = ["Config", "LanguageModel", "ModelConfig", "ParameterTokens", "Pattention", "from_pretrained", "generate",
-           "grow", "int8_tokens", "load", "load_tokenizer", "pattention", "shrink"]
+__all__ = [
+  "Config",
+  "LanguageModel",
+  "ModelConfig",
+  "ParameterTokens",
+  "Pattention",
+  "from_pretrained",
+  "generate",
+  "grow",
+  "int8_tokens",
+  "load",
+  "load_tokenizer",
+  "pattention",
+  "shrink",
+]
 
 
 def __getattr__(name: str):

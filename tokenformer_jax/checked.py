@@ -61,8 +61,7 @@ def build(cls, fields, path: str):
         raise ValueError(f"{path}.{key}={value!r}: expected a sequence of {element.__name__}.")
       value = tuple(build(element, v, f"{path}.{key}[{i}]") for i, v in enumerate(value))
     values[key] = value
-  missing = [f.name for f in dataclasses.fields(cls)
-             if f.name not in values and f.default is dataclasses.MISSING]
+  missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and f.default is dataclasses.MISSING]
   if missing:
     raise ValueError(f"{path}.{missing[0]} is missing: give {cls.__name__} its {', '.join(missing)}.")
   try:

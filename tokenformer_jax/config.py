@@ -54,22 +54,42 @@ class ModelConfig(Checked):
   kernel: str = "auto"
 
   def validate(self):
-    for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "qkv_tokens", "proj_tokens",
-                  "ffn_tokens", "seq_length"):
+    for field in (
+      "vocab_size",
+      "num_layers",
+      "hidden_size",
+      "num_heads",
+      "qkv_tokens",
+      "proj_tokens",
+      "ffn_tokens",
+      "seq_length",
+    ):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
-    require(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads,
-            f"must divide hidden_size={self.hidden_size}.")
+    require(
+      self.hidden_size % self.num_heads == 0,
+      "num_heads",
+      self.num_heads,
+      f"must divide hidden_size={self.hidden_size}.",
+    )
     require(0.0 <= self.rotary_fraction <= 1.0, "rotary_fraction", self.rotary_fraction, "must be in [0, 1].")
-    require(self.rotary_dims % 2 == 0, "rotary_fraction", self.rotary_fraction,
-            f"rotates {self.rotary_dims} of {self.head_dim} channels a head; the number must be even.")
+    require(
+      self.rotary_dims % 2 == 0,
+      "rotary_fraction",
+      self.rotary_fraction,
+      f"rotates {self.rotary_dims} of {self.head_dim} channels a head; the number must be even.",
+    )
     require(self.rotary_base > 0, "rotary_base", self.rotary_base, "must be positive.")
     require_choice("theta", self.theta, THETAS)
     require_choice("gelu", self.gelu, GELUS)
     require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
     require_choice("remat", self.remat, REMAT_POLICIES)
     require_choice("kernel", self.kernel, KERNELS)
-    require(self.kernel != "fused" or self.theta != "softmax", "kernel", self.kernel,
-            f"theta={self.theta!r} has none; choose reference.")
+    require(
+      self.kernel != "fused" or self.theta != "softmax",
+      "kernel",
+      self.kernel,
+      f"theta={self.theta!r} has none; choose reference.",
+    )
 
   @property
   def head_dim(self) -> int:
@@ -105,40 +125,50 @@ class ModelConfig(Checked):
   def named(cls, name: str, **changes) -> "ModelConfig":
     """A named size; `changes` replace fields, e.g. `ModelConfig.named("tiny", vocab_size=384)`."""
     if name not in NAMED_SIZES:
-      raise ValueError(f"model size {name!r} is unknown: choose one of {', '.join(NAMED_SIZES)}."
-                       + nearest(name, NAMED_SIZES))
+      raise ValueError(
+        f"model size {name!r} is unknown: choose one of {', '.join(NAMED_SIZES)}." + nearest(name, NAMED_SIZES)
+      )
     layers, hidden, heads, attention_tokens, ffn_tokens, seq_length = NAMED_SIZES[name]
-    fields = dict(vocab_size=50304, num_layers=layers, hidden_size=hidden, num_heads=heads,
-                  qkv_tokens=attention_tokens, proj_tokens=attention_tokens, ffn_tokens=ffn_tokens,
-                  seq_length=seq_length)
+    fields = dict(
+      vocab_size=50304,
+      num_layers=layers,
+      hidden_size=hidden,
+      num_heads=heads,
+      qkv_tokens=attention_tokens,
+      proj_tokens=attention_tokens,
+      ffn_tokens=ffn_tokens,
+      seq_length=seq_length,
+    )
     unknown = set(changes) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
-      raise ValueError(f"model field {sorted(unknown)[0]!r} is unknown."
-                       + nearest(sorted(unknown)[0], [f.name for f in dataclasses.fields(cls)]))
+      raise ValueError(
+        f"model field {sorted(unknown)[0]!r} is unknown."
+        + nearest(sorted(unknown)[0], [f.name for f in dataclasses.fields(cls)])
+      )
     return cls(**{**fields, **changes})
 
 
 # name: layers, hidden, heads, tokens in each of q, k, v and proj, feed-forward tokens, sequence length
 NAMED_SIZES = {
-    # For CPUs and tests.
-    "tiny": (2, 64, 4, 64, 256, 128),
-    "mini": (4, 128, 4, 128, 512, 128),
-    "small": (4, 256, 4, 256, 1024, 256),
-    # The released Pile models.
-    "150m": (12, 768, 12, 768, 3072, 2048),
-    "450m": (24, 1024, 16, 1024, 4096, 2048),
-    "900m": (32, 1280, 16, 1280, 5120, 2048),
-    "1.5b": (40, 1536, 16, 1536, 6144, 2048),
-    # Continues them; nobody has released one. Its counts divide by every mesh of 2^k chips.
-    "7b": (26, 4096, 32, 4096, 16384, 2048),
-    # The paper's growth chain on OpenWebText (Table 9); it prints the last as 1.4B.
-    "124m": (12, 768, 12, 576, 2304, 1024),
-    "354m": (12, 768, 12, 2140, 8560, 1024),
-    "757m": (12, 768, 12, 4850, 19400, 1024),
-    "1.3b": (12, 768, 12, 8620, 34480, 1024),
-    # The released growth chain on OpenWebText2: deeper and wider models than the paper's.
-    "owt2-354m": (24, 1024, 16, 768, 3072, 1024),
-    "owt2-757m": (24, 1024, 16, 1792, 7168, 1024),
+  # For CPUs and tests.
+  "tiny": (2, 64, 4, 64, 256, 128),
+  "mini": (4, 128, 4, 128, 512, 128),
+  "small": (4, 256, 4, 256, 1024, 256),
+  # The released Pile models.
+  "150m": (12, 768, 12, 768, 3072, 2048),
+  "450m": (24, 1024, 16, 1024, 4096, 2048),
+  "900m": (32, 1280, 16, 1280, 5120, 2048),
+  "1.5b": (40, 1536, 16, 1536, 6144, 2048),
+  # Continues them; nobody has released one. Its counts divide by every mesh of 2^k chips.
+  "7b": (26, 4096, 32, 4096, 16384, 2048),
+  # The paper's growth chain on OpenWebText (Table 9); it prints the last as 1.4B.
+  "124m": (12, 768, 12, 576, 2304, 1024),
+  "354m": (12, 768, 12, 2140, 8560, 1024),
+  "757m": (12, 768, 12, 4850, 19400, 1024),
+  "1.3b": (12, 768, 12, 8620, 34480, 1024),
+  # The released growth chain on OpenWebText2: deeper and wider models than the paper's.
+  "owt2-354m": (24, 1024, 16, 768, 3072, 1024),
+  "owt2-757m": (24, 1024, 16, 1792, 7168, 1024),
 }
 
 
@@ -165,8 +195,7 @@ class DataConfig(Checked):
 
   def validate(self):
     require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
-    require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction,
-            "must be between 0 and 1.")
+    require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction, "must be between 0 and 1.")
     require_choice("packing", self.packing, PACKINGS)
     require_choice("bad_text", self.bad_text, BAD_TEXTS)
     require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
@@ -203,16 +232,24 @@ class OptimizerConfig(Checked):
     for field in ("first_moment_dtype", "second_moment_dtype"):
       require_choice(field, getattr(self, field), MOMENT_DTYPES)
     require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive.")
-    require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate",
-            self.min_learning_rate, f"must be in [0, learning_rate={self.learning_rate}].")
+    require(
+      0 <= self.min_learning_rate <= self.learning_rate,
+      "min_learning_rate",
+      self.min_learning_rate,
+      f"must be in [0, learning_rate={self.learning_rate}].",
+    )
     for field in ("warmup_steps", "decay_steps", "weight_decay", "z_loss"):
       require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
     for field in ("beta1", "beta2"):
       require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
     for field in ("eps", "clip_norm"):
       require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
-    require(self.second_moment_dtype == "float32" or self.beta2 <= 0.99, "beta2", self.beta2,
-            "must be at most 0.99 with second_moment_dtype=bfloat16: what a step takes off would be rounded away.")
+    require(
+      self.second_moment_dtype == "float32" or self.beta2 <= 0.99,
+      "beta2",
+      self.beta2,
+      "must be at most 0.99 with second_moment_dtype=bfloat16: what a step takes off would be rounded away.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,14 +296,17 @@ class GrowthConfig(Checked):
     require_choice("how", self.how, WAYS_OF_GROWING)
     require_choice("tau", self.tau, TAUS_AFTER_GROWTH)
     require(self.tau_steps >= 1, "tau_steps", self.tau_steps, "must be at least 1.")
-    require(self.value_scale > 0, "value_scale", self.value_scale,
-            "must be positive: new rows with zero keys and zero values would never learn.")
+    require(
+      self.value_scale > 0,
+      "value_scale",
+      self.value_scale,
+      "must be positive: new rows with zero keys and zero values would never learn.",
+    )
     require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative.")
     require(self.new_rows_rate > 0, "new_rows_rate", self.new_rows_rate, "must be positive.")
     require(self.old_rows_rate >= 0, "old_rows_rate", self.old_rows_rate, "must not be negative.")
     steps = [stage.step for stage in self.stages]
-    require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps,
-            "the steps must be at least 1 and rise.")
+    require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps, "the steps must be at least 1 and rise.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,8 +345,15 @@ class TrainingConfig(Checked):
   sample_tokens: int = 100
 
   def validate(self):
-    for field in ("num_steps", "gradient_accumulation", "log_every", "eval_every", "eval_batches",
-                  "checkpoint_every", "checkpoints_kept"):
+    for field in (
+      "num_steps",
+      "gradient_accumulation",
+      "log_every",
+      "eval_every",
+      "eval_batches",
+      "checkpoint_every",
+      "checkpoints_kept",
+    ):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
     for field in ("seed", "sample_tokens"):
       require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
@@ -328,12 +375,20 @@ class Config(Checked):
     model = self.model
     for stage in self.growth.stages:
       for field, count in stage.tokens.items():
-        require(count >= getattr(model, field), f"stages: {field} at step {stage.step}", count,
-                 f"growth cannot take rows away; the model has {getattr(model, field)}.")
+        require(
+          count >= getattr(model, field),
+          f"stages: {field} at step {stage.step}",
+          count,
+          f"growth cannot take rows away; the model has {getattr(model, field)}.",
+        )
       model = model.grown(**stage.tokens)
     accumulation = self.training.gradient_accumulation
-    require(self.data.batch_size % accumulation == 0, "gradient_accumulation", accumulation,
-            f"must divide data.batch_size={self.data.batch_size}.")
+    require(
+      self.data.batch_size % accumulation == 0,
+      "gradient_accumulation",
+      accumulation,
+      f"must divide data.batch_size={self.data.batch_size}.",
+    )
 
   def model_at(self, step: int) -> ModelConfig:
     """The model's configuration after `step` updates and the growths due by then."""

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Num
 
 # ‖s‖₂ below this counts as a row of zeros.
@@ -40,8 +40,9 @@ _FEW_ROWS, _MANY_ROWS = 64, 512
 SCORES, OUTPUT = "pattention_scores", "pattention_output"
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
-                   data_fields=["keys", "values", "tau", "key_scales", "value_scales"])
+@functools.partial(
+  jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "tau", "key_scales", "value_scales"]
+)
 @dataclasses.dataclass(frozen=True)
 class ParameterTokens:
   """N parameter tokens: `keys` [N, d_in], `values` [N, d_out] and the scale `tau` [] inside Θ.
@@ -57,10 +58,10 @@ class ParameterTokens:
 
 
 def pattention(
-    x: Float[Array, "*batch d_in"],
-    tokens: ParameterTokens,
-    theta: str = "l2_norm_gelu",
-    gelu: str = "erf",
+  x: Float[Array, "*batch d_in"],
+  tokens: ParameterTokens,
+  theta: str = "l2_norm_gelu",
+  gelu: str = "erf",
 ) -> Float[Array, "*batch d_out"]:
   """Θ(x Kᵀ) V in x's dtype, with Θ and all sums in float32 (float64 for a float64 x).
 
@@ -80,6 +81,7 @@ def pattention(
   Raises:
     ValueError: unknown `theta` or `gelu`, or shapes that do not fit.
   """
+
   @scores_kept
   def weighted_sum(x, tokens):
     scores_MxN = checkpoint_name(_scores(x, tokens, theta, gelu), SCORES)
@@ -88,8 +90,9 @@ def pattention(
     if len(weights_MxN) > 1:
       return _weighted_sum(weights_MxN, values_NxE)
     # Of one row, in the form in which XLA reads V once and at the memory's rate.
-    return jax.lax.platform_dependent(weights_MxN, values_NxE, cpu=_sum_by_blocks, cuda=_sum_of_two_rows,
-                                      default=_weighted_sum)
+    return jax.lax.platform_dependent(
+      weights_MxN, values_NxE, cpu=_sum_by_blocks, cuda=_sum_of_two_rows, default=_weighted_sum
+    )
 
   y_MxE = weighted_sum(x, tokens)
   if tokens.value_scales is not None:
@@ -97,8 +100,9 @@ def pattention(
   return y_MxE.astype(x.dtype).reshape(*x.shape[:-1], tokens.values.shape[1])
 
 
-def token_weights(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, theta: str = "l2_norm_gelu",
-                  gelu: str = "erf") -> Float[Array, "rows param_token"]:
+def token_weights(
+  x: Float[Array, "*batch d_in"], tokens: ParameterTokens, theta: str = "l2_norm_gelu", gelu: str = "erf"
+) -> Float[Array, "rows param_token"]:
   """Θ(x Kᵀ), what `pattention` weighs the values with: a row for each of x's, in the dtype of its sums."""
   return _weights(_scores(x, tokens, theta, gelu), tokens.tau, theta, gelu)
 
@@ -114,8 +118,10 @@ def _scores(x, tokens, theta, gelu):
     raise ValueError(f"x {x.shape} and keys {keys.shape}: the last axes must be equal.")
   for name, scales, size in (("key", tokens.key_scales, len(keys)), ("value", tokens.value_scales, values.shape[1])):
     if scales is not None and scales.shape != (size,):
-      raise ValueError(f"{name}_scales {scales.shape}: expected {(size,)}, one for each "
-                       f"{'token' if name == 'key' else 'output channel'}.")
+      raise ValueError(
+        f"{name}_scales {scales.shape}: expected {(size,)}, one for each "
+        f"{'token' if name == 'key' else 'output channel'}."
+      )
   # Flat rows: XLA's CPU products on [B·T, d] take about half the time of those on [B, T, d].
   scores_MxN = row_products(x.reshape(-1, x.shape[-1]), _for_rows_like(x, keys.astype(x.dtype)))
   if tokens.key_scales is not None:
@@ -202,7 +208,8 @@ def _gradient_by_channel_jvp(primals, tangents):
   # XLA:CPU sums over rows faster with the wider side on the right: a gradient [N, d] as the transpose of [d, N].
   (tangent_NxD,) = tangents
   return *primals, jax.lax.platform_dependent(
-      tangent_NxD, cpu=lambda tangent: jax.lax.optimization_barrier(tangent.T).T, default=lambda tangent: tangent)
+    tangent_NxD, cpu=lambda tangent: jax.lax.optimization_barrier(tangent.T).T, default=lambda tangent: tangent
+  )
 
 
 def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -237,8 +244,10 @@ def _widening_einsum_backward(equation, saved, by_y):
   operands, of_y = equation.split("->")
   of_a, of_b = operands.split(",")
   by_y = by_y.astype(a.dtype)
-  return (_widening_einsum(f"{of_y},{of_b}->{of_a}", by_y, b).astype(a.dtype),
-          _widening_einsum(f"{of_y},{of_a}->{of_b}", by_y, a).astype(b.dtype))
+  return (
+    _widening_einsum(f"{of_y},{of_b}->{of_a}", by_y, b).astype(a.dtype),
+    _widening_einsum(f"{of_y},{of_a}->{of_b}", by_y, a).astype(b.dtype),
+  )
 
 
 _widening_einsum.defvjp(_widening_einsum_forward, _widening_einsum_backward)
@@ -269,8 +278,9 @@ THETAS = {"l2_norm_gelu": _l2_norm_gelu, "gelu_l2_norm": _gelu_l2_norm, "softmax
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _rows_of_norm(norm: Float[Array, ""], s: Float[Array, "m n"], scale: Float[Array, "..."], zero_norm: float,
-                  over=()) -> Float[Array, "m n"]:
+def _rows_of_norm(
+  norm: Float[Array, ""], s: Float[Array, "m n"], scale: Float[Array, "..."], zero_norm: float, over=()
+) -> Float[Array, "m n"]:
   """norm · s / ‖s‖₂ along the last axis; 0, with zero gradient, where ‖s‖₂ < `zero_norm`.
 
   The squares are taken of s · `scale` (a scalar or [m, 1]), to keep their sum within float32.
@@ -312,6 +322,7 @@ def _largest(s, over):
 
 def gelu_by(normal_cdf: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
   """x Φ(x) and its derivative, of a function that computes Φ."""
+
   @jax.custom_jvp
   def gelu(x):
     return x * normal_cdf(x)
@@ -360,6 +371,11 @@ class _Gelu(NamedTuple):
   tail: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-GELUS = {"erf": _Gelu(gelu_by(lambda x: 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))),
-                      gelu_by(lambda x: 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))), _gelu_erf_tail),
-         "tanh": _Gelu(_gelu_tanh, _gelu_tanh, _gelu_tanh_tail)}
+GELUS = {
+  "erf": _Gelu(
+    gelu_by(lambda x: 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))),
+    gelu_by(lambda x: 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))),
+    _gelu_erf_tail,
+  ),
+  "tanh": _Gelu(_gelu_tanh, _gelu_tanh, _gelu_tanh_tail),
+}

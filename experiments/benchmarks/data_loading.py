@@ -41,8 +41,9 @@ from tokenformer_jax.data.sources import open_documents
 from tokenformer_jax.data.spec import parse_sources
 
 _TEXT = flags.DEFINE_string("text", "python-sources", "The source of text to tokenize.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Tokenizer to tokenize with; a BPE of 5000 ids learnt "
-                                 "from the text if not given.")
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", "", "Tokenizer to tokenize with; a BPE of 5000 ids learnt from the text if not given."
+)
 _TOKENS = flags.DEFINE_integer("tokens", 1_000_000_000, "Ids in the token file whose whole epoch is read.")
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each rate is measured.")
 
@@ -63,8 +64,12 @@ def loading(folder: pathlib.Path) -> None:
   print("\nLoader alone, batches of 16 rows\nsource          packing      row    million tokens/s")
   write_tokens(folder / "tokens.bin", 100_000_000)
   rates = {}
-  for source, length in (("python-sources", config.model.seq_length), (f"tokens:{folder}/tokens.bin", 128),
-                         (f"tokens:{folder}/tokens.bin", 1024), (f"tokens:{folder}/tokens.bin", 2048)):
+  for source, length in (
+    ("python-sources", config.model.seq_length),
+    (f"tokens:{folder}/tokens.bin", 128),
+    (f"tokens:{folder}/tokens.bin", 1024),
+    (f"tokens:{folder}/tokens.bin", 2048),
+  ):
     for packing in ("contiguous", "documents"):
       data = open_data(DataConfig(source=source, packing=packing), seq_length=length)
       rates[source, packing, length] = rate(data.train_batches().__next__, 16 * length)
@@ -72,8 +77,7 @@ def loading(folder: pathlib.Path) -> None:
   loader = rates["python-sources", "contiguous", config.model.seq_length]
   for name, model in (("before growth", config.model), ("after growth", config.model_at(10**9))):
     eaten = training_rate(config, model)
-    print(f"quickstart's model {name}: {eaten:,.0f} tokens/s trained; the loader alone gives "
-          f"{loader / eaten:.0f}×")
+    print(f"quickstart's model {name}: {eaten:,.0f} tokens/s trained; the loader alone gives {loader / eaten:.0f}×")
 
 
 def training_rate(config: Config, model: ModelConfig) -> float:
@@ -82,6 +86,7 @@ def training_rate(config: Config, model: ModelConfig) -> float:
 
   from tokenformer_jax.distributed.mesh import make_mesh
   from tokenformer_jax.training.program import make_program
+
   batch = next(open_data(config.data, seq_length=model.seq_length).train_batches())
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
@@ -112,10 +117,12 @@ def tokenizing(folder: pathlib.Path) -> None:
     start = time.perf_counter()
     manifest = prepare(source, tokenizer, folder / f"prepared{attempt}")
     ours.append(manifest["tokens"] / (time.perf_counter() - start))
-  print(f"\nTokenizing {manifest['bytes']:,} bytes into {manifest['tokens']:,} tokens\n"
-        f"tokenizers' encode_batch_fast   {max(own) / 1e6:.2f} million tokens/s\n"
-        f"prepare, with reading, writing  {max(ours) / 1e6:.2f} million tokens/s "
-        f"({max(ours) / max(own):.0%})")
+  print(
+    f"\nTokenizing {manifest['bytes']:,} bytes into {manifest['tokens']:,} tokens\n"
+    f"tokenizers' encode_batch_fast   {max(own) / 1e6:.2f} million tokens/s\n"
+    f"prepare, with reading, writing  {max(ours) / 1e6:.2f} million tokens/s "
+    f"({max(ours) / max(own):.0%})"
+  )
 
 
 def memory(folder: pathlib.Path) -> None:
@@ -131,9 +138,11 @@ def memory(folder: pathlib.Path) -> None:
     if step % max(steps // 10, 1) == 0:
       used.append(anonymous_megabytes())
   seconds = time.perf_counter() - start
-  print(f"\nOne epoch of {_TOKENS.value:,} tokens ({_TOKENS.value * 2 / 1e9:.1f} GB), {seconds:.0f} s, "
-        f"{_TOKENS.value / seconds / 1e6:.1f} million tokens/s\nMB of memory at each tenth: "
-        + " ".join(f"{value:.0f}" for value in used))
+  print(
+    f"\nOne epoch of {_TOKENS.value:,} tokens ({_TOKENS.value * 2 / 1e9:.1f} GB), {seconds:.0f} s, "
+    f"{_TOKENS.value / seconds / 1e6:.1f} million tokens/s\nMB of memory at each tenth: "
+    + " ".join(f"{value:.0f}" for value in used)
+  )
 
 
 def anonymous_megabytes() -> float:

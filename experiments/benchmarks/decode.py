@@ -16,11 +16,11 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import statistics
 import time
 
-from absl import app, flags
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
+from flax import nnx
 
 import tokenformer_jax as tf
 from tokenformer_jax.inference.generate import bucket, decoding_programs
@@ -46,16 +46,18 @@ class Ours:
     graphdef, *self._leaves = split(tf.LanguageModel(config, rngs=nnx.Rngs(0)).for_decoding())
     self._prefill, self._decode_step = decoding_programs(graphdef)
     self._prompts, self._start = prompts, np.zeros(len(prompts), np.int32)
-    self._sampling = Sampling.checked(vocab_size=config.vocab_size, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
-                                      top_p=_TOP_P.value)
+    self._sampling = Sampling.checked(
+      vocab_size=config.vocab_size, temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
+    )
     self._draw = jax.jit(sample)
     self._read = jax.jit(lambda leaves: sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(leaves)))
 
   def run(self):
     """Seconds (of the prompts, of all new tokens)."""
     begin = time.perf_counter()
-    logits, cache = self._prefill(self._leaves, self._prompts, self._start,
-                                  num_slots=bucket(_PROMPT.value + _NEW.value))
+    logits, cache = self._prefill(
+      self._leaves, self._prompts, self._start, num_slots=bucket(_PROMPT.value + _NEW.value)
+    )
     tokens = self._draw(logits, self._sampling, np.int32(0)).block_until_ready()
     read = time.perf_counter()
     for index in range(_NEW.value):
@@ -90,9 +92,17 @@ class HuggingFace:
   def __init__(self, prompts):
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
     torch.manual_seed(0)
-    config = GPTNeoXConfig(vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-                           intermediate_size=3072, max_position_embeddings=2048, rotary_pct=0.25)
+    config = GPTNeoXConfig(
+      vocab_size=50304,
+      hidden_size=768,
+      num_hidden_layers=12,
+      num_attention_heads=12,
+      intermediate_size=3072,
+      max_position_embeddings=2048,
+      rotary_pct=0.25,
+    )
     self._model = GPTNeoXForCausalLM(config).eval().to(getattr(torch, _DTYPE.value))
     self._prompts, self._torch = torch.from_numpy(prompts.astype(np.int64)), torch
     self._sampling = dict(do_sample=False)
@@ -102,9 +112,16 @@ class HuggingFace:
   def run(self):
     def seconds(new):
       begin = time.perf_counter()
-      self._model.generate(self._prompts, attention_mask=self._torch.ones_like(self._prompts), pad_token_id=0,
-                           max_new_tokens=new, min_new_tokens=new, **self._sampling)
+      self._model.generate(
+        self._prompts,
+        attention_mask=self._torch.ones_like(self._prompts),
+        pad_token_id=0,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        **self._sampling,
+      )
       return time.perf_counter() - begin
+
     with self._torch.inference_mode():
       first = seconds(1)
       return first, seconds(1 + _NEW.value) - first
@@ -120,9 +137,12 @@ def main(argv):
     side.run()
   programs = sides["ours"].num_programs()
   taken, limits, draws = {name: [] for name in sides}, [], []
-  print(f"batch {_BATCH.value}, {_PROMPT.value} + {_NEW.value} tokens, {_DTYPE.value}, temperature "
-        f"{_TEMPERATURE.value:g}, top_k {_TOP_K.value}, top_p {_TOP_P.value:g}; {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
+  print(
+    f"batch {_BATCH.value}, {_PROMPT.value} + {_NEW.value} tokens, {_DTYPE.value}, temperature "
+    f"{_TEMPERATURE.value:g}, top_k {_TOP_K.value}, top_p {_TOP_P.value:g}; {os.cpu_count()} cores, "
+    f"load {os.getloadavg()[0]:.1f}, jax {jax.__version__}",
+    flush=True,
+  )
   for _ in range(_ROUNDS.value):
     for name, side in sides.items():
       taken[name].append(side.run())
@@ -131,16 +151,20 @@ def main(argv):
   if sides["ours"].num_programs() != programs:
     raise SystemExit("something was compiled again.")
   limit, size = statistics.median(limit for limit, _ in limits), limits[0][1]
-  print(f"limit: {1e3 * limit / _NEW.value:.1f} ms a step, {size * _NEW.value / limit / 1e9:.1f} GB/s of "
-        f"{size / 1e9:.2f} GB; our draw of a token: {1e3 * statistics.median(draws):.1f} ms\n\n"
-        "| | prompts, ms | ms a step (least – most) | new tokens/s | share of the limit "
-        "| ours is faster |\n|---|---|---|---|---|---|")
+  print(
+    f"limit: {1e3 * limit / _NEW.value:.1f} ms a step, {size * _NEW.value / limit / 1e9:.1f} GB/s of "
+    f"{size / 1e9:.2f} GB; our draw of a token: {1e3 * statistics.median(draws):.1f} ms\n\n"
+    "| | prompts, ms | ms a step (least – most) | new tokens/s | share of the limit "
+    "| ours is faster |\n|---|---|---|---|---|---|"
+  )
   step = {name: statistics.median(new for _, new in rounds) / _NEW.value for name, rounds in taken.items()}
   for name, rounds in taken.items():
     new = [1e3 * seconds / _NEW.value for _, seconds in rounds]
-    print(f"| {name} | {1e3 * statistics.median(read for read, _ in rounds):.0f} "
-          f"| {1e3 * step[name]:.1f} ({min(new):.1f} – {max(new):.1f}) | {_BATCH.value / step[name]:.1f} "
-          f"| {100 * limit / _NEW.value / step[name]:.0f} % | {step[name] / step['ours']:.2f} |")
+    print(
+      f"| {name} | {1e3 * statistics.median(read for read, _ in rounds):.0f} "
+      f"| {1e3 * step[name]:.1f} ({min(new):.1f} – {max(new):.1f}) | {_BATCH.value / step[name]:.1f} "
+      f"| {100 * limit / _NEW.value / step[name]:.0f} % | {step[name] / step['ours']:.2f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import flags
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
 from orbax.checkpoint import v1
 
 from tokenformer_jax import data
@@ -54,13 +54,22 @@ _WAY = flags.DEFINE_string("way", None, "Run one way and print what it took; use
 _FOLDER = flags.DEFINE_string("folder", None, "With --way: where the checkpoint lies.")
 
 STEP = 100
-MODEL = ModelConfig(vocab_size=264, num_layers=12, hidden_size=768, num_heads=12, qkv_tokens=496, proj_tokens=496,
-                    ffn_tokens=1488, seq_length=16)
+MODEL = ModelConfig(
+  vocab_size=264,
+  num_layers=12,
+  hidden_size=768,
+  num_heads=12,
+  qkv_tokens=496,
+  proj_tokens=496,
+  ffn_tokens=1488,
+  seq_length=16,
+)
 GROWN = MODEL.grown(qkv_tokens=992, proj_tokens=992, ffn_tokens=2976)
 
 
-TINY = ModelConfig(vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8,
-                   ffn_tokens=24, seq_length=16)
+TINY = ModelConfig(
+  vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8, ffn_tokens=24, seq_length=16
+)
 
 
 def program(model: ModelConfig):
@@ -79,16 +88,24 @@ def source(folder: pathlib.Path, model: ModelConfig) -> None:
   state = jax.tree.map(draw, program(model).shapes)
   config = Config(model=model).to_dict()
   checkpoints = Checkpoints(str(folder))
-  checkpoints.save(STEP, state, {"model": config["model"], "config": config, "data": {}, "fingerprint": {},
-                                 "tokenizer": tokenizer.fingerprint})
+  checkpoints.save(
+    STEP,
+    state,
+    {"model": config["model"], "config": config, "data": {}, "fingerprint": {}, "tokenizer": tokenizer.fingerprint},
+  )
   checkpoints.close()
   (folder / CONFIG).write_text(json.dumps(config))
   data.save_tokenizer(tokenizer, folder / TOKENIZER)
 
 
 def stream(folder: pathlib.Path) -> None:
-  grow_run(str(folder / "source"), str(folder / "stream"), qkv_tokens=GROWN.qkv_tokens,
-           proj_tokens=GROWN.proj_tokens, ffn_tokens=GROWN.ffn_tokens)
+  grow_run(
+    str(folder / "source"),
+    str(folder / "stream"),
+    qkv_tokens=GROWN.qkv_tokens,
+    proj_tokens=GROWN.proj_tokens,
+    ffn_tokens=GROWN.ffn_tokens,
+  )
 
 
 def tiny(folder: pathlib.Path) -> None:
@@ -107,11 +124,12 @@ def plain(folder: pathlib.Path) -> None:
         args = ocp.ArrayRestoreArgs(global_shape=plan[path].new_shape, strict=False, sharding=leaf.sharding)
 
         def only(given, path=path):
-          return jax.tree_util.tree_map_with_path(
-              lambda p, _: given if path_name(p) == path else ocp.PLACEHOLDER, tree)
+          return jax.tree_util.tree_map_with_path(lambda p, _: given if path_name(p) == path else ocp.PLACEHOLDER, tree)
 
-        restored = checkpointer.restore(folder / "source" / "checkpoints" / str(STEP) / item,
-                                        args=ocp.args.PyTreeRestore(item=only(leaf), restore_args=only(args)))
+        restored = checkpointer.restore(
+          folder / "source" / "checkpoints" / str(STEP) / item,
+          args=ocp.args.PyTreeRestore(item=only(leaf), restore_args=only(args)),
+        )
         array = leaves_by_path(restored)[path]
         assert array.shape == plan[path].new_shape
         v1.partial.save(folder / "plain" / item, {path.replace("/", "."): array})
@@ -145,14 +163,19 @@ def main(argv):
       measured("source", folder)
       for way in WAYS:
         took[way].append(json.loads(measured(way, folder).splitlines()[-1]))
-      sizes = [sum(path.stat().st_size for path in pathlib.Path(folder, name).rglob("*") if path.is_file())
-               for name in ("source", "stream")]
-  print(f"{sizes[0] / 1e6:.0f} MB -> {sizes[1] / 1e6:.0f} MB on disk\n"
-        "way            seconds   CPU seconds   peak memory, MB   above tiny")
+      sizes = [
+        sum(path.stat().st_size for path in pathlib.Path(folder, name).rglob("*") if path.is_file())
+        for name in ("source", "stream")
+      ]
+  print(
+    f"{sizes[0] / 1e6:.0f} MB -> {sizes[1] / 1e6:.0f} MB on disk\n"
+    "way            seconds   CPU seconds   peak memory, MB   above tiny"
+  )
   least = max(peak for _, _, peak in took["tiny"])
   for way, runs in took.items():
     wall, cpu, peak = (pick(column) for pick, column in zip((min, min, max), zip(*runs)))
     print(f"{way:12} {wall:9.1f} {cpu:13.1f} {peak / 1e6:17.0f} {(peak - least) / 1e6:12.0f}")
+  return None
 
 
 def measured(way: str, folder: str) -> str:

@@ -11,11 +11,11 @@ what one reads at least (its arguments) and what it holds besides, where keys in
 import statistics
 import time
 
-from absl import app, flags
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
+from flax import nnx
 
 import tokenformer_jax as tf
 from tokenformer_jax.config import MeshConfig
@@ -52,14 +52,19 @@ def print_perplexities():
 
 def print_times():
   """Median milliseconds of one layer."""
+
   class Layers(nnx.Module):
     def __init__(self, rngs):
-      self.layers = nnx.List(tf.Pattention(_TIMED["channels"], _TIMED["channels"], _TIMED["num_tokens"], rngs=rngs)
-                             for _ in range(_TIMED["layers"]))
+      self.layers = nnx.List(
+        tf.Pattention(_TIMED["channels"], _TIMED["channels"], _TIMED["num_tokens"], rngs=rngs)
+        for _ in range(_TIMED["layers"])
+      )
 
   models = {name: split(form(Layers(nnx.Rngs(0)))) for name, form in FORMS.items()}
-  runs = {name: jax.jit(lambda leaves, x, graphdef=graphdef: [layer(x) for layer in nnx.merge(graphdef, *leaves).layers])
-          for name, (graphdef, *_) in models.items()}
+  runs = {
+    name: jax.jit(lambda leaves, x, graphdef=graphdef: [layer(x) for layer in nnx.merge(graphdef, *leaves).layers])
+    for name, (graphdef, *_) in models.items()
+  }
   row = jax.random.normal(jax.random.key(0), (1, _TIMED["channels"]))
   seconds = {name: [] for name in FORMS}
   for _ in range(1 + _TIMED["rounds"]):
@@ -67,9 +72,12 @@ def print_times():
       begin = time.perf_counter()
       jax.block_until_ready(runs[name](leaves, row))
       seconds[name].append(time.perf_counter() - begin)
-  print(f"\nA row through {_TIMED['num_tokens']} tokens of {_TIMED['channels']} channels on {jax.devices()[0].device_kind}: "
-        + ", ".join(f"{name} {1e3 * statistics.median(taken[1:]) / _TIMED['layers']:.2f} ms"
-                    for name, taken in seconds.items()))
+  print(
+    f"\nA row through {_TIMED['num_tokens']} tokens of {_TIMED['channels']} channels on {jax.devices()[0].device_kind}: "
+    + ", ".join(
+      f"{name} {1e3 * statistics.median(taken[1:]) / _TIMED['layers']:.2f} ms" for name, taken in seconds.items()
+    )
+  )
 
 
 def print_bytes():
@@ -81,14 +89,18 @@ def print_bytes():
     for name, form in FORMS.items():
       graphdef, *leaves = split(form(tf.LanguageModel(config, rngs=nnx.Rngs(0))).for_decoding())
       cache = jax.eval_shape(lambda: KVCache.empty(config, jnp.zeros(rows, jnp.int32), 256))
-      given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-                           (leaves, jax.ShapeDtypeStruct((rows,), jnp.int32), cache))
+      given = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        (leaves, jax.ShapeDtypeStruct((rows,), jnp.int32), cache),
+      )
       with kept_out_of_the_cache(), platform_of(mesh):
         _, decode_step = decoding_programs(graphdef)
         compiled = decode_step.lower(*given).compile()
       memory = compiled.memory_analysis()
-      print(f"| {rows} | {name} | {memory.argument_size_in_bytes / 1e6:.0f} "
-            f"| {1e3 * memory.argument_size_in_bytes / chip.memory_bandwidth:.3f} | {memory.temp_size_in_bytes / 1e6:.1f} |")
+      print(
+        f"| {rows} | {name} | {memory.argument_size_in_bytes / 1e6:.0f} "
+        f"| {1e3 * memory.argument_size_in_bytes / chip.memory_bandwidth:.3f} | {memory.temp_size_in_bytes / 1e6:.1f} |"
+      )
 
 
 def main(argv):

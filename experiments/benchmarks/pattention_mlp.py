@@ -10,10 +10,10 @@ import os
 import statistics
 import time
 
-from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 
 from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
 
@@ -43,8 +43,10 @@ def seconds(function, arguments) -> float:
 
 def main(argv):
   del argv
-  print(f"load average {os.getloadavg()[0]:.1f}, jax {jax.__version__}, {jax.devices()[0].device_kind}\n\n"
-        "| d | N | rows | MLP, ms | pattention, ms | ratio (quartiles) |\n|---|---|---|---|---|---|")
+  print(
+    f"load average {os.getloadavg()[0]:.1f}, jax {jax.__version__}, {jax.devices()[0].device_kind}\n\n"
+    "| d | N | rows | MLP, ms | pattention, ms | ratio (quartiles) |\n|---|---|---|---|---|---|"
+  )
   for width in _WIDTHS.value:
     rng = np.random.default_rng(0)
     shapes = [(_ROWS.value, width), (4 * width, width), (4 * width, width), (_ROWS.value, width)]

@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 
-from absl import flags
 import numpy as np
+from absl import flags
 
 from tokenformer_jax.cli import door
 
@@ -39,9 +39,12 @@ def write(folder):
   from tokenformer_jax.interop.names import released_shapes
   from tokenformer_jax.interop.stored_array import ComputedArray
   from tokenformer_jax.interop.torch_file import write_torch
+
   rng = np.random.default_rng(0)
-  arrays = {name: ComputedArray(shape, lambda shape=shape: 0.02 * rng.standard_normal(shape, np.float32))
-            for name, shape in released_shapes(ModelConfig.named(_SIZE.value)).items()}
+  arrays = {
+    name: ComputedArray(shape, lambda shape=shape: 0.02 * rng.standard_normal(shape, np.float32))
+    for name, shape in released_shapes(ModelConfig.named(_SIZE.value)).items()
+  }
   write_torch(folder / "pytorch_model.bin", arrays, "float32")
   return {"gigabytes": (folder / "pytorch_model.bin").stat().st_size / 1e9}
 
@@ -49,7 +52,9 @@ def write(folder):
 def load(folder, path="pytorch_model.bin"):
   """from_pretrained, and the logits of 16 tokens."""
   import jax
+
   from tokenformer_jax.interop.pretrained import from_pretrained
+
   before = resident()
   start = time.perf_counter()
   model = jax.block_until_ready(from_pretrained(folder / path))
@@ -57,9 +62,13 @@ def load(folder, path="pytorch_model.bin"):
   loaded = peak()
   logits = np.asarray(jax.jit(model)(np.arange(16)[None]))
   np.save(folder / f"{pathlib.Path(path).parent.name}logits.npy", logits)
-  return {"load_seconds": seconds, "parameters": model.config.num_parameters,
-          "parameters_gib": 4 * model.config.num_parameters / _GIB, "resident_before_gib": before / _GIB,
-          "peak_after_loading_gib": loaded / _GIB}
+  return {
+    "load_seconds": seconds,
+    "parameters": model.config.num_parameters,
+    "parameters_gib": 4 * model.config.num_parameters / _GIB,
+    "resident_before_gib": before / _GIB,
+    "peak_after_loading_gib": loaded / _GIB,
+  }
 
 
 def load_ours(folder):
@@ -72,10 +81,15 @@ def load_ours(folder):
 def convert(folder, source="pytorch_model.bin", target="ours"):
   """The door, .bin to a folder of ours."""
   start = time.perf_counter()
-  subprocess.run([sys.executable, "-m", "tokenformer_jax.cli.convert", f"--from={folder / source}",
-                  f"--to={folder / target}"], check=True, stdout=subprocess.DEVNULL)
-  return {"convert_seconds": time.perf_counter() - start,
-          "peak_of_the_door_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / _GIB}
+  subprocess.run(
+    [sys.executable, "-m", "tokenformer_jax.cli.convert", f"--from={folder / source}", f"--to={folder / target}"],
+    check=True,
+    stdout=subprocess.DEVNULL,
+  )
+  return {
+    "convert_seconds": time.perf_counter() - start,
+    "peak_of_the_door_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / _GIB,
+  }
 
 
 def convert_back(folder):
@@ -90,14 +104,18 @@ def write_text(folder):
   from tokenformer_jax.data.tokenizer import ByteTokenizer
   from tokenformer_jax.inference.generate import generate
   from tokenformer_jax.interop.pretrained import from_pretrained
+
   model = from_pretrained(folder / "ours")
   prompt, seconds = list(range(64)), []
   for count in (64, 64, 1):
     start = time.perf_counter()
     generate(model, ByteTokenizer(), [prompt], max_new_tokens=count, temperature=0)
     seconds.append(time.perf_counter() - start)
-  return {"first_call_seconds": seconds[0], "tokens_a_second_when_compiled": 63 / (seconds[1] - seconds[2]),
-          "peak_gib": peak() / _GIB}
+  return {
+    "first_call_seconds": seconds[0],
+    "tokens_a_second_when_compiled": 63 / (seconds[1] - seconds[2]),
+    "peak_gib": peak() / _GIB,
+  }
 
 
 STEPS = {step.__name__: step for step in (write, load, convert, load_ours, convert_back, write_text)}
@@ -123,8 +141,10 @@ def main(argv):
       flags_given = [f"--step={step}", f"--folder={_FOLDER.value or folder}", f"--size={_SIZE.value}"]
       command = [sys.executable, __file__, *flags_given]
       done = subprocess.run(command, check=True, capture_output=True, text=True)
-      found = {name: round(value, 3) if type(value) is float else value for name, value in
-               json.loads(done.stdout.splitlines()[-1]).items()}
+      found = {
+        name: round(value, 3) if type(value) is float else value
+        for name, value in json.loads(done.stdout.splitlines()[-1]).items()
+      }
       print(f"{step:12}", ", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
 
 

@@ -20,19 +20,19 @@ from tokenformer_jax.distributed.chips import CHIPS
 
 _FSDP_BYTES, _GRADIENT_BYTES, _ACTIVATION_BYTES = 9.6, 8, 2
 _TABLE = [  # model, chip, data, fsdp, token, rows of the whole batch
-    ("150m", "v5e", 256, 1, 1, 1024),
-    ("450m", "v5e", 256, 1, 1, 512),
-    ("1.5b", "v5e", 64, 4, 1, 512),
-    ("7b", "v5e", 16, 16, 1, 256),
-    ("7b", "v5e", 16, 16, 1, 512),
-    ("7b", "v5e", 4, 16, 4, 128),
-    ("7b", "v5p", 16, 16, 1, 512),
-    ("150m", "v5p", 4096, 1, 1, 4096),
-    ("1.5b", "v5p", 1024, 4, 1, 4096),
-    ("7b", "v5p", 256, 16, 1, 4096),
-    ("7b", "v5p", 256, 16, 1, 8192),
-    ("7b", "v5p", 64, 16, 4, 2048),
-    ("7b", "v5p", 64, 8, 8, 2048),
+  ("150m", "v5e", 256, 1, 1, 1024),
+  ("450m", "v5e", 256, 1, 1, 512),
+  ("1.5b", "v5e", 64, 4, 1, 512),
+  ("7b", "v5e", 16, 16, 1, 256),
+  ("7b", "v5e", 16, 16, 1, 512),
+  ("7b", "v5e", 4, 16, 4, 128),
+  ("7b", "v5p", 16, 16, 1, 512),
+  ("150m", "v5p", 4096, 1, 1, 4096),
+  ("1.5b", "v5p", 1024, 4, 1, 4096),
+  ("7b", "v5p", 256, 16, 1, 4096),
+  ("7b", "v5p", 256, 16, 1, 8192),
+  ("7b", "v5p", 64, 16, 4, 2048),
+  ("7b", "v5p", 64, 8, 8, 2048),
 ]
 
 
@@ -49,15 +49,19 @@ def seconds(model: ModelConfig, chip: str, data: int, fsdp: int, token: int, row
   def sent(size: float, n: int) -> float:
     return size * (n - 1) / n / chip.axis_bandwidth
 
-  return {"products": (4 * layers - last + 3 * vocab) * positions / token / chip.peak_flops,
-          "fsdp": sent(_FSDP_BYTES * model.num_parameters / token, fsdp),
-          "data": sent(_GRADIENT_BYTES * model.num_parameters / (fsdp * token), data),
-          "token": sent(activations, token)}
+  return {
+    "products": (4 * layers - last + 3 * vocab) * positions / token / chip.peak_flops,
+    "fsdp": sent(_FSDP_BYTES * model.num_parameters / token, fsdp),
+    "data": sent(_GRADIENT_BYTES * model.num_parameters / (fsdp * token), data),
+    "token": sent(activations, token),
+  }
 
 
 def main():
-  print("| model | chip | data × fsdp × token | tokens a step | state, GB | products | fsdp | data | token | "
-        "utilisation, all hidden – none | limit |\n|---|---|---|---|---|---|---|---|---|---|---|")
+  print(
+    "| model | chip | data × fsdp × token | tokens a step | state, GB | products | fsdp | data | token | "
+    "utilisation, all hidden – none | limit |\n|---|---|---|---|---|---|---|---|---|---|---|"
+  )
   for name, chip, data, fsdp, token, rows in _TABLE:
     model = ModelConfig.named(name, seq_length=2048)
     took = seconds(model, chip, data, fsdp, token, rows)
@@ -65,9 +69,11 @@ def main():
     ideal = needed / CHIPS[chip].peak_flops
     state = 12 * model.num_parameters / (fsdp * token) / 1e9
     times = " | ".join(f"{1e3 * value:.0f} ms" if value else "" for value in took.values())
-    print(f"| {name} | {data * fsdp * token} {chip} | {data} × {fsdp} × {token} | {rows * 2048 / 1e6:.2f} M | {state:.1f} "
-          f"| {times} | {ideal / max(took.values()):.0%} – {ideal / sum(took.values()):.0%} "
-          f"| {max(took, key=took.get)} |")
+    print(
+      f"| {name} | {data * fsdp * token} {chip} | {data} × {fsdp} × {token} | {rows * 2048 / 1e6:.2f} M | {state:.1f} "
+      f"| {times} | {ideal / max(took.values()):.0%} – {ideal / sum(took.values()):.0%} "
+      f"| {max(took, key=took.get)} |"
+    )
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ program = make_program(config, model, mesh)
 program.train_step.lower(program.shapes, data.Batch(ids, ids)).compile()
 """
 _MEASURED = {
-    "import jax": "import jax",
-    "import jax, flax, optax": "import jax, flax.nnx, optax",
-    "import tokenformer_jax": "import tokenformer_jax",
-    "train step, L = 4": _COMPILE.format(layers=4),
-    "train step, L = 40": _COMPILE.format(layers=40),
+  "import jax": "import jax",
+  "import jax, flax, optax": "import jax, flax.nnx, optax",
+  "import tokenformer_jax": "import tokenformer_jax",
+  "train step, L = 4": _COMPILE.format(layers=4),
+  "train step, L = 40": _COMPILE.format(layers=40),
 }
 
 
@@ -49,8 +49,12 @@ def seconds_to_the_first_step(environment: dict[str, str], folder: str) -> float
   """Of the quickstart in a new work folder, told by its progress bar."""
   quickstart = pathlib.Path(__file__).parent.parent / "quickstart.py"
   begin, told = time.perf_counter(), b""
-  with subprocess.Popen([sys.executable, str(quickstart), f"--workdir={folder}"], env=environment,
-                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+  with subprocess.Popen(
+    [sys.executable, str(quickstart), f"--workdir={folder}"],
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+  ) as process:
     while b" 1/600" not in told:
       told += os.read(process.stderr.fileno(), 4096) or sys.exit(told.decode())
     taken = time.perf_counter() - begin
@@ -64,8 +68,9 @@ def main(argv):
   seconds = {name: [] for name in _MEASURED}
   for _ in range(_ROUNDS.value):
     for name, code in _MEASURED.items():
-      told = subprocess.run([sys.executable, "-c", _CLOCKS + code + _TELL], env=environment, check=True,
-                            capture_output=True, text=True).stdout
+      told = subprocess.run(
+        [sys.executable, "-c", _CLOCKS + code + _TELL], env=environment, check=True, capture_output=True, text=True
+      ).stdout
       seconds[name].append([float(number) for number in told.split()])
   print("| | clock s | processor s |\n|---|---|---|")
   medians = {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in seconds.items()}

@@ -29,8 +29,11 @@ def main(argv):
     model = ModelConfig.named(name, compute_dtype="bfloat16", remat=remat, kernel=kernel)
     config = Config(model=model, data=DataConfig(batch_size=_BATCH_SIZE.value))
     config = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, first_moment_dtype=_MOMENTS.value,
-                                              second_moment_dtype=_MOMENTS.value))
+      config,
+      optimizer=dataclasses.replace(
+        config.optimizer, first_moment_dtype=_MOMENTS.value, second_moment_dtype=_MOMENTS.value
+      ),
+    )
     mesh = slice_mesh(config.mesh, topology)
     try:
       step = _train_step(config, make_program(config, model, mesh), mesh, parse_topology(topology)[0])
@@ -38,8 +41,11 @@ def main(argv):
       print(f"| {remat} | {kernel} | {error} |", flush=True)
       continue
     rest = step.peak - sum(step.held.values())
-    print(f"| {remat} | {kernel} | {step.peak / 2**30:.2f} | {rest / 2**30:.2f} | {step.flops / 1e12:.2f} | "
-          f"{1e3 * step.step_seconds[0]:.1f} |", flush=True)
+    print(
+      f"| {remat} | {kernel} | {step.peak / 2**30:.2f} | {rest / 2**30:.2f} | {step.flops / 1e12:.2f} | "
+      f"{1e3 * step.step_seconds[0]:.1f} |",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import math
 import statistics
 import time
 
-from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 
 from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from tokenformer_jax.data import Batch
@@ -31,9 +31,9 @@ from tokenformer_jax.training.program import make_program
 
 # Layers, channels, heads, tokens in each of q, k, v and proj, feed-forward tokens, T, B, vocabulary.
 _SHAPES = {
-    "tiny": (2, 64, 4, 64, 256, 64, 2, 512),
-    "l4-d256": (4, 256, 4, 256, 1024, 256, 8, 5120),
-    "l6-d384": (6, 384, 6, 384, 1536, 256, 8, 5120),
+  "tiny": (2, 64, 4, 64, 256, 64, 2, 512),
+  "l4-d256": (4, 256, 4, 256, 1024, 256, 8, 5120),
+  "l6-d384": (6, 384, 6, 384, 1536, 256, 8, 5120),
 }
 _SHAPE = flags.DEFINE_enum("shape", "l4-d256", list(_SHAPES), "Of the model and its batch.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, of which the median is told.")
@@ -71,6 +71,7 @@ class Torch:
 
   def __init__(self, config, batches, weights, compiled):
     import torch
+
     self._torch, self._clip_norm = torch, config.optimizer.clip_norm
     self._weights = {name: torch.from_numpy(array.copy()).requires_grad_() for name, array in weights.items()}
     decays = {True: [], False: []}
@@ -78,9 +79,11 @@ class Torch:
       decays["norm" not in name].append(weight)
     settings = config.optimizer
     self._optimizer = torch.optim.AdamW(
-        [dict(params=decays[True], weight_decay=settings.weight_decay),
-         dict(params=decays[False], weight_decay=0.0)],
-        betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+      [dict(params=decays[True], weight_decay=settings.weight_decay), dict(params=decays[False], weight_decay=0.0)],
+      betas=(settings.beta1, settings.beta2),
+      eps=settings.eps,
+      fused=True,
+    )
     self._rate = learning_rate_schedule(settings, config.training.num_steps)
     self._batches = [tuple(torch.from_numpy(ids.astype(np.int64)) for ids in batch) for batch in batches]
     loss = _torch_loss(config.model)
@@ -127,9 +130,12 @@ def _torch_loss(model: ModelConfig):
     for index in range(model.num_layers):
       layer = f"sequential.{index + 2}"
       normed_MxD = functional.layer_norm(x_MxD, width)
-      q, k, v = (pattention(normed_MxD, weights, f"{layer}.attention.{name}")
-                 .view(batch, time, model.num_heads, -1).transpose(1, 2)
-                 for name in ("query", "key", "value"))
+      q, k, v = (
+        pattention(normed_MxD, weights, f"{layer}.attention.{name}")
+        .view(batch, time, model.num_heads, -1)
+        .transpose(1, 2)
+        for name in ("query", "key", "value")
+      )
       y_BxHxTxC = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
       y_MxD = y_BxHxTxC.transpose(1, 2).reshape(batch * time, -1)
       x_MxD = x_MxD + pattention(y_MxD, weights, f"{layer}.attention.proj")
@@ -144,6 +150,7 @@ def _torch_loss(model: ModelConfig):
 def _products():
   """A product of two large float32 matrices by each library, (JAX's, PyTorch's)."""
   import torch
+
   numbers = np.random.default_rng(0).normal(size=(_PRODUCT, _PRODUCT)).astype(np.float32)
   ours, theirs, product = jnp.asarray(numbers), torch.from_numpy(numbers), jax.jit(jnp.matmul)
   return lambda: product(ours, ours).block_until_ready(), lambda: theirs @ theirs
@@ -159,29 +166,49 @@ def _seconds(work):
 def main(argv):
   del argv
   import torch
+
   layers, channels, heads, tokens, ffn_tokens, length, rows, vocabulary = _SHAPES[_SHAPE.value]
-  model = ModelConfig(vocab_size=vocabulary, num_layers=layers, hidden_size=channels, num_heads=heads,
-                      qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=ffn_tokens, seq_length=length)
-  config = Config(model=model, data=DataConfig(batch_size=rows),
-                  optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=100))
+  model = ModelConfig(
+    vocab_size=vocabulary,
+    num_layers=layers,
+    hidden_size=channels,
+    num_heads=heads,
+    qkv_tokens=tokens,
+    proj_tokens=tokens,
+    ffn_tokens=ffn_tokens,
+    seq_length=length,
+  )
+  config = Config(
+    model=model, data=DataConfig(batch_size=rows), optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=100)
+  )
   rng = np.random.default_rng(0)
   likely = 1.0 / np.arange(1, vocabulary + 1)  # So there is something to learn: which ids are frequent.
   likely /= likely.sum()
   ids = rng.choice(vocabulary, size=(_STEPS_THAT_AGREE, rows, length + 1), p=likely).astype(np.int32)
   batches = [(window[:, :-1], window[:, 1:]) for window in ids]
 
-  print(f"{_SHAPE.value}, {rows} × {length} tokens, {vocabulary} entries; {os.cpu_count()} cores; "
-        f"jax {jax.__version__}, torch {torch.__version__}; load {_load()}", flush=True)
+  print(
+    f"{_SHAPE.value}, {rows} × {length} tokens, {vocabulary} entries; {os.cpu_count()} cores; "
+    f"jax {jax.__version__}, torch {torch.__version__}; load {_load()}",
+    flush=True,
+  )
   ours = Ours(config, batches)
-  sides = {"ours": ours, "torch eager": Torch(config, batches, ours.weights, False),
-           "torch.compile": Torch(config, batches, ours.weights, True)}
+  sides = {
+    "ours": ours,
+    "torch eager": Torch(config, batches, ours.weights, False),
+    "torch.compile": Torch(config, batches, ours.weights, True),
+  }
   losses = {}
   for name, side in sides.items():
     seconds = _seconds(lambda: losses.update({name: side.run(range(_STEPS_THAT_AGREE))}))
     apart = max(abs(a - b) for a, b in zip(losses["ours"], losses[name]))
-    print(f"{name}: losses {losses[name][0]:.4f} … {losses[name][-1]:.4f}"
-          + (f", at most {apart:.1e} from ours" if name != "ours" else "") + "; "
-          f"compiled and trained in {seconds[0]:.0f} s, of the processor {seconds[1]:.0f} s", flush=True)
+    print(
+      f"{name}: losses {losses[name][0]:.4f} … {losses[name][-1]:.4f}"
+      + (f", at most {apart:.1e} from ours" if name != "ours" else "")
+      + "; "
+      f"compiled and trained in {seconds[0]:.0f} s, of the processor {seconds[1]:.0f} s",
+      flush=True,
+    )
     if not apart <= _TOLERANCE:
       raise SystemExit(f"{name}: losses {apart:.1e} apart, more than {_TOLERANCE}; no times of unequal work.")
 
@@ -204,13 +231,14 @@ def main(argv):
 
 def _print_table(model, num_tokens, taken):
   median = {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in taken.items()}
-  print("| | clock ms, median (least – most) | processor ms | ours is faster: clock | processor "
-        "| share of the product's rate: clock | processor |\n|---|---|---|---|---|---|---|")
+  print(
+    "| | clock ms, median (least – most) | processor ms | ours is faster: clock | processor "
+    "| share of the product's rate: clock | processor |\n|---|---|---|---|---|---|---|"
+  )
   work, product_work = 3 * model.forward_flops_per_token * num_tokens, 2 * _PRODUCT**3
   for name, seconds in median.items():
     clocks = [clock for clock, _ in taken[name]]
-    cells = [f"{1e3 * seconds[0]:.0f} ({1e3 * min(clocks):.0f} – {1e3 * max(clocks):.0f})",
-             f"{1e3 * seconds[1]:.0f}"]
+    cells = [f"{1e3 * seconds[0]:.0f} ({1e3 * min(clocks):.0f} – {1e3 * max(clocks):.0f})", f"{1e3 * seconds[1]:.0f}"]
     if name.startswith("product"):
       cells += ["", "", *(f"{product_work / s / 1e9:.0f} GFLOP/s" for s in seconds)]
     else:

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow_datasets")
-import tensorflow_datasets as tfds  # noqa: E402
+import tensorflow_datasets as tfds
 
-from tokenformer_jax.config import DataConfig  # noqa: E402
-from tokenformer_jax.data import open_data  # noqa: E402
-from tokenformer_jax.data.catalogues import huggingface_documents, tfds_documents  # noqa: E402
-from tokenformer_jax.data.documents import BadText  # noqa: E402
+from tokenformer_jax.config import DataConfig
+from tokenformer_jax.data import open_data
+from tokenformer_jax.data.catalogues import huggingface_documents, tfds_documents
+from tokenformer_jax.data.documents import BadText
 
 TEXTS = [f"{i} is the number of this tfds document. " * 3 for i in range(40)]
 
@@ -22,7 +22,8 @@ class LocalBooks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self):
     features = tfds.features.FeaturesDict(
-        {"text": tfds.features.Text(), "title": tfds.features.Text(), "length": np.int64})
+      {"text": tfds.features.Text(), "title": tfds.features.Text(), "length": np.int64}
+    )
     return tfds.core.DatasetInfo(builder=self, features=features)
 
   def _split_generators(self, dl_manager):
@@ -46,9 +47,15 @@ def read(source):
   return [document.text for document in source.read(BadText())]
 
 
-@pytest.mark.parametrize("rest, count", [
-    ("local_books#text", 40), ("local_books:1.0.0#text", 40), ("local_books@test#text", 4),
-    ("local_books:1.0.0@train[:25%]#text", 10)])
+@pytest.mark.parametrize(
+  "rest, count",
+  [
+    ("local_books#text", 40),
+    ("local_books:1.0.0#text", 40),
+    ("local_books@test#text", 4),
+    ("local_books:1.0.0@train[:25%]#text", 10),
+  ],
+)
 def test_tfds_names_splits_and_features(rest, count, tfds_folder):
   texts = read(tfds_documents(rest))
   assert len(texts) == count and set(texts) <= set(TEXTS)
@@ -56,8 +63,10 @@ def test_tfds_names_splits_and_features(rest, count, tfds_folder):
 
 
 def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
-  data = open_data(DataConfig(source="tfds:local_books#text", held_out_source="tfds:local_books@test#text",
-                              batch_size=2), seq_length=16)
+  data = open_data(
+    DataConfig(source="tfds:local_books#text", held_out_source="tfds:local_books@test#text", batch_size=2),
+    seq_length=16,
+  )
   assert "tensorflow" not in sys.modules
   assert next(data.train_batches()).inputs.shape == (2, 16)
   tokens = data.train_tokens()
@@ -66,7 +75,9 @@ def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
   assert len(data.held_out_tokens()) == sum(len(text) + 1 for text in TEXTS[:4])
 
 
-@pytest.mark.parametrize("rest, words", [
+@pytest.mark.parametrize(
+  "rest, words",
+  [
     ("local_boks#text", r"no data set 'local_boks'.*Did you mean 'local_books'\?"),
     ("local_books:2.0.0#text", "other versions or configs of 'local_books': 1.0.0"),
     ("local_books/large#text", "other versions or configs of 'local_books': 1.0.0"),
@@ -74,7 +85,8 @@ def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
     ("local_books", r"name one of its text features after '#': text, title \(features: length, text, title\)"),
     ("local_books#length", r"'length' is not one of its text features.*text, title"),
     ("local_books#txet", "Did you mean 'text'"),
-])
+  ],
+)
 def test_tfds_mistakes(rest, words, tfds_folder):
   with pytest.raises(ValueError, match=words) as error:
     tfds_documents(rest)
@@ -97,8 +109,10 @@ def test_data_sets_that_cannot_be_made_here_say_why(tfds_folder, monkeypatch):
     def _fail(self):
       raise self._error
 
-  for error, words in ((ImportError("No module named 'tensorflow'"), "'tensorflow'.*install it"),
-                       (OSError("no network"), r"could not be made there \(OSError: no network\)")):
+  for error, words in (
+    (ImportError("No module named 'tensorflow'"), "'tensorflow'.*install it"),
+    (OSError("no network"), r"could not be made there \(OSError: no network\)"),
+  ):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", Catalogue(error))
     with pytest.raises(ValueError, match=words):
       tfds_documents("local_books#text")

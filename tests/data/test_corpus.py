@@ -35,10 +35,13 @@ def test_documents_lie_end_to_end_with_an_end_after_each(batch_characters, monke
 def test_identity_is_the_text_and_the_files_names_alone():
   def sha(texts, name):
     return tokenize(source(texts, name), ByteTokenizer()).identity["sha256"]
+
   assert sha(["aa", "b"], "here") == sha(["aa", "b"], "there")
   assert len({sha(texts, "") for texts in (["aa", "b"], ["b", "aa"], ["a", "ab"], ["aab"])}) == 4
-  nameless = [DocumentSource("", lambda bad, texts=texts: (Document(text, text) for text in texts))
-              for texts in (["aa", "b"], ["a", "ab"], ["aab"])]
+  nameless = [
+    DocumentSource("", lambda bad, texts=texts: (Document(text, text) for text in texts))
+    for texts in (["aa", "b"], ["a", "ab"], ["aab"])
+  ]
   assert len({tokenize(s, ByteTokenizer()).identity["sha256"] for s in nameless}) == 3
 
 
@@ -49,10 +52,12 @@ def test_a_source_without_text_is_refused():
 
 def test_a_document_is_held_out_whatever_else_is_in_the_corpus():
   texts = [f"{i} is the number of this text" for i in range(400)]
+
   def held_out(texts):
     train, held = split(tokenize(source(texts), ByteTokenizer()), 0.2)
     assert sorted(documents_of(train) + documents_of(held)) == sorted(documents_of(Part(train.corpus)))
     return set(documents_of(held))
+
   everything = held_out(texts)
   assert 50 < len(everything) < 110  # 80 expected, standard deviation 8.
   assert held_out(texts[::-1]) == everything
@@ -89,4 +94,4 @@ def test_a_part_reads_like_its_documents_end_to_end():
   for start in range(0, len(expected), 7):
     for length in (1, 5, len(expected) - start):
       length = min(length, len(expected) - start)
-      assert part.read(start, length).tolist() == expected[start:start + length].tolist()
+      assert part.read(start, length).tolist() == expected[start : start + length].tolist()

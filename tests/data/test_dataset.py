@@ -48,14 +48,16 @@ def test_an_epoch_is_every_training_window_once(texts):
   assert data.report["train"][0]["dropped_tokens"] == len(tokens) - (windows * T + 1)
   iterator = data.train_batches()
   rows = np.concatenate([next(iterator).labels for _ in range(-(-windows // 4))])[:windows]
-  expected = tokens[1:windows * T + 1].reshape(windows, T)
+  expected = tokens[1 : windows * T + 1].reshape(windows, T)
   assert sorted(rows.tolist()) == sorted(expected.tolist())
 
 
 def test_train_and_held_out_texts_are_all_the_documents_and_share_none(texts):
   data = open_data(config_of(texts), seq_length=T)
+
   def documents(tokens):
     return set(bytes(np.where(tokens == 256, 0, tokens).tolist()).decode().split("\0")[:-1])
+
   train, held_out = documents(data.train_tokens()), documents(data.held_out_tokens())
   assert not train & held_out and held_out
   assert train | held_out == {path.read_text() for path in texts.iterdir()}
@@ -65,8 +67,10 @@ def test_held_out_batches_are_the_same_at_every_call_and_for_every_seed(texts):
   data = open_data(config_of(texts), seq_length=T)
   everything = list(data.held_out_batches())
   assert len(everything) == data.report["held_out"][0]["windows"] // 4 > 3
-  for again in (list(data.held_out_batches(3)),
-                list(open_data(config_of(texts, seed=7), seq_length=T).held_out_batches(3))):
+  for again in (
+    list(data.held_out_batches(3)),
+    list(open_data(config_of(texts, seed=7), seq_length=T).held_out_batches(3)),
+  ):
     assert len(again) == 3 and all(equal(a, b) for a, b in zip(again, everything))
   assert len(list(data.held_out_batches(10**6))) == len(everything)
 
@@ -120,15 +124,19 @@ def test_a_held_out_mixture_without_a_batch_is_refused(texts, tmp_path_factory):
 def test_the_fingerprint_follows_content_and_settings_but_not_the_folder(texts, tmp_path_factory):
   def fingerprint(folder, seq_length=T, **changes):
     return json.loads(json.dumps(open_data(config_of(folder, **changes), seq_length=seq_length).fingerprint))
+
   before = fingerprint(texts)
   moved = tmp_path_factory.mktemp("moved")
   for path in texts.iterdir():
     (moved / path.name).write_bytes(path.read_bytes())
   check_same(before, fingerprint(moved))
-  for path, now in (("seed", fingerprint(texts, seed=1)), ("seq_length", fingerprint(texts, seq_length=9)),
-                    ("batch_size", fingerprint(texts, batch_size=2)),
-                    ("packing", fingerprint(texts, packing="documents")),
-                    ("held_out.fraction", fingerprint(texts, held_out_fraction=0.3))):
+  for path, now in (
+    ("seed", fingerprint(texts, seed=1)),
+    ("seq_length", fingerprint(texts, seq_length=9)),
+    ("batch_size", fingerprint(texts, batch_size=2)),
+    ("packing", fingerprint(texts, packing="documents")),
+    ("held_out.fraction", fingerprint(texts, held_out_fraction=0.3)),
+  ):
     with pytest.raises(ValueError, match=f"data.{path} was"):
       check_same(before, now)
   (moved / "7.txt").write_text("changed")
@@ -150,7 +158,9 @@ def test_the_default_is_pythons_own_library():
   assert data.tokenizer.decode(data.train_tokens()).count("\nimport ") > 1000
 
 
-@pytest.mark.parametrize("changes, words", [
+@pytest.mark.parametrize(
+  "changes, words",
+  [
     (dict(batch_size=3), "batch_size=3 cannot be shared by 2 processes"),
     (dict(batch_size=10**4), r"training text fills \d+ windows of 8 tokens, less than one batch of 10000"),
     (dict(held_out_fraction=1e-9, batch_size=40), "the held-out text fills .* held_out_source"),
@@ -158,7 +168,8 @@ def test_the_default_is_pythons_own_library():
     (dict(source="tokens:nowhere"), "there is no file nowhere.bin"),
     (dict(held_out_source="jsonl:nowhere"), "name the field"),
     (dict(tokenizer="./nowhere.json"), "does not exist"),
-])
+  ],
+)
 def test_what_does_not_do_is_said_at_once(changes, words, texts):
   with pytest.raises(ValueError, match=words):
     open_data(config_of(texts, **changes), seq_length=T, process_count=2)

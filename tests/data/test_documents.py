@@ -46,7 +46,7 @@ BAD = b"good\n<m>\nna\xefve \xff!\n<m>\nalso good\n"
 def test_bytes_that_are_not_utf8_are_named_by_file_and_offset(tmp_path):
   (tmp_path / "a.txt").write_bytes(BAD)
   for marker in ("", "#<m>"):
-    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 at byte {BAD.index(0xef)} \(0xef\)"):
+    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 at byte {BAD.index(0xEF)} \(0xef\)"):
       read(text_files(f"{tmp_path}/a.txt{marker}"))
 
 
@@ -85,7 +85,7 @@ def test_gzip_that_breaks_off(break_it, tmp_path):
       read(text_files(f"{tmp_path}/*{marker}"))
     documents, bad = read(text_files(f"{tmp_path}/*{marker}"), "skip")
     good = [d.text for d in documents[:-1]]
-    assert good == (parts[:len(good)] if marker else [])
+    assert good == (parts[: len(good)] if marker else [])
     assert documents[-1].text == "whole" and bad.skipped == 1
 
 
@@ -98,14 +98,17 @@ def test_jsonl_takes_one_field_of_every_line(tmp_path):
   assert [d.text for d in documents] == ["one\nline", "zwölf"] * 2
 
 
-@pytest.mark.parametrize("line, words", [
+@pytest.mark.parametrize(
+  "line, words",
+  [
     (b'{"text": "a"', r"a\.jsonl line 2 \(byte 14\) is not JSON"),
     (b'{"txt": "a", "n": 1}', r"line 2 \(byte 14\) has no field 'text'; it has txt, n\."),
     (b'["text"]', r"has no field 'text'; it has only a list"),
     (b'{"text": 3}', r"field 'text' is a int, not text"),
     (b'{"text": "\xff"}', r"line 2 \(byte 14\) is not UTF-8 at byte 24"),
     (b'{"text": "a\\ud800"}', r"line 2 \(byte 14\): field 'text' is not Unicode at character 1"),
-])
+  ],
+)
 def test_jsonl_lines_that_are_bad(line, words, tmp_path):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
   with pytest.raises(ValueError, match=words):

@@ -6,9 +6,12 @@ import pytest
 from tokenformer_jax.data import fingerprint
 from tokenformer_jax.data.fingerprint import check_same, hash_file
 
-STORED = dict(source=[dict(kind="text", weight=1.0, sha256="aa"),
-                      dict(kind="jsonl", weight=2.0, sha256="bb")],
-              held_out={"fraction": 0.05}, seq_length=128, seed=0)
+STORED = dict(
+  source=[dict(kind="text", weight=1.0, sha256="aa"), dict(kind="jsonl", weight=2.0, sha256="bb")],
+  held_out={"fraction": 0.05},
+  seq_length=128,
+  seed=0,
+)
 
 
 def changed(path, value):
@@ -25,13 +28,16 @@ def test_a_fingerprint_equals_itself_after_storage():
   check_same(dict(a=(1, 2)), dict(a=[1, 2]))
 
 
-@pytest.mark.parametrize("path, value, words", [
+@pytest.mark.parametrize(
+  "path, value, words",
+  [
     (["seed"], 1, "data.seed was 0 when this run began and is 1 now"),
     (["source", 1, "sha256"], "cc", r"data.source\[1\].sha256 was 'bb'.*is 'cc'"),
     (["source"], STORED["source"][:1], r"data.source was \["),
     (["held_out"], {"source": []}, "data.held_out.fraction was 0.05 .* is None"),
     (["new"], 1, "data.new was None .* is 1"),
-])
+  ],
+)
 def test_the_first_difference_is_named_with_both_values(path, value, words):
   with pytest.raises(ValueError, match=words + ".*--allow_data_change"):
     check_same(STORED, changed(path, value))
@@ -53,7 +59,7 @@ def test_of_large_files_evenly_spread_blocks_are_looked_at(tmp_path, monkeypatch
   hashes = []
   for at in (None, 0, 99, 35, 15):
     path = tmp_path / "file"
-    path.write_bytes(bytes(raw[:at] + b"\1" + raw[at + 1:] if at is not None else raw))
+    path.write_bytes(bytes(raw[:at] + b"\1" + raw[at + 1 :] if at is not None else raw))
     hashes.append(hash_file(path))
   assert len(set(hashes[:4])) == 4  # First, last and a middle block.
   assert hashes[4] == hashes[0]  # Between the blocks: what sampling does not see.

@@ -39,7 +39,7 @@ def take(iterator, count):
 @pytest.mark.parametrize("length", [1, 2, 3, 10, 37])
 def test_epochs_are_exact_and_differ_while_batches_straddle_them(length):
   rows = take(iterator([Rows(length)]), 6 * length)
-  epochs = rows[:rows.size // length * length].reshape(-1, length)
+  epochs = rows[: rows.size // length * length].reshape(-1, length)
   assert len(epochs) == 24 and all(sorted(epoch) == list(range(length)) for epoch in epochs)
   if length >= 10:
     assert len({tuple(epoch) for epoch in epochs}) == 24
@@ -90,9 +90,9 @@ def test_mixtures_keep_their_weights_and_each_source_its_epochs():
   rows = take(iterator([Rows(30), Rows(10, first=100)], weights=(0.8, 0.2)), 300)
   small = rows[rows >= 100] - 100
   assert abs(len(small) / len(rows) - 0.2) < 0.01
-  assert all(sorted(epoch) == list(range(10)) for epoch in small[:20 * 10].reshape(-1, 10))
+  assert all(sorted(epoch) == list(range(10)) for epoch in small[: 20 * 10].reshape(-1, 10))
   large = rows[rows < 100]
-  assert all(sorted(epoch) == list(range(30)) for epoch in large[:30 * 30].reshape(-1, 30))
+  assert all(sorted(epoch) == list(range(30)) for epoch in large[: 30 * 30].reshape(-1, 30))
 
 
 def test_held_out_rows_come_once_in_an_order_of_their_own():

@@ -8,8 +8,7 @@ from tokenformer_jax.data.packing import ContiguousWindows, PackedDocuments, bes
 T = 16
 
 
-@pytest.mark.parametrize("tokens, windows, dropped", [
-    (16, 0, 16), (17, 1, 0), (18, 1, 1), (32, 1, 15), (33, 2, 0)])
+@pytest.mark.parametrize("tokens, windows, dropped", [(16, 0, 16), (17, 1, 0), (18, 1, 1), (32, 1, 15), (33, 2, 0)])
 def test_contiguous_windows_predict_every_id_but_the_first_and_the_tail(tokens, windows, dropped):
   corpus = corpus_of([tokens])
   packer = ContiguousWindows(Part(corpus), T)
@@ -19,7 +18,7 @@ def test_contiguous_windows_predict_every_id_but_the_first_and_the_tail(tokens, 
   assert all(row.inputs.dtype == row.labels.dtype == np.int32 for row in rows)
   used = windows * T
   assert np.concatenate([[], *(row.inputs for row in rows)]).tolist() == corpus.tokens[:used].tolist()
-  assert np.concatenate([[], *(row.labels for row in rows)]).tolist() == corpus.tokens[1:used + 1].tolist()
+  assert np.concatenate([[], *(row.labels for row in rows)]).tolist() == corpus.tokens[1 : used + 1].tolist()
 
 
 def packed(lengths):
@@ -34,8 +33,7 @@ LENGTHS = [1, 2, 17, 18, 33, 40, *np.random.default_rng(3).integers(1, 30, 200)]
 
 def test_every_pair_inside_a_document_comes_once_and_none_across():
   corpus, packer, rows = packed(LENGTHS)
-  pairs = sorted((i, label) for row in rows
-                 for i, label, weight in zip(row.inputs, row.labels, row.weights) if weight)
+  pairs = sorted((i, label) for row in rows for i, label, weight in zip(row.inputs, row.labels, row.weights) if weight)
   last = set((corpus.ends - 1).tolist())
   assert pairs == [(i, i + 1) for i in range(len(corpus.tokens)) if i not in last]
   report = packer.report

@@ -40,8 +40,7 @@ def test_prepared_tokens_are_those_of_the_text_and_split_alike(texts, tmp_path):
   assert {key: prepared.identity[key] for key in live.identity} == live.identity
   assert sum(shown) == manifest["bytes"] == texts.size()
   assert load_tokenizer(tmp_path / "out" / "tokenizer.json").fingerprint == ByteTokenizer().fingerprint
-  assert set(contents(tmp_path / "out")) == {
-      "keys.bin", "manifest.json", "tokenizer.json", "tokens.bin", "tokens.idx"}
+  assert set(contents(tmp_path / "out")) == {"keys.bin", "manifest.json", "tokenizer.json", "tokens.bin", "tokens.idx"}
 
 
 class Stopped(Exception):
@@ -50,9 +49,12 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("after", [0, 100, 900, 2000, 5000])
 def test_stopped_anywhere_it_goes_on_to_the_same_files(after, texts, tmp_path):
-  def stop(size, done=[0]):
-    done[0] += size
-    if done[0] > after:
+  done = 0
+
+  def stop(size):
+    nonlocal done
+    done += size
+    if done > after:
       raise Stopped
 
   with pytest.raises(Stopped):
@@ -92,10 +94,12 @@ def test_a_source_that_changed_under_an_unfinished_folder_is_refused(texts, tmp_
 
 def raise_after(limit):
   sizes = []
+
   def progress(size):
     sizes.append(size)
     if sum(sizes) > limit:
       raise Stopped
+
   return progress
 
 
@@ -124,13 +128,16 @@ def test_a_bpe_is_learnt_once_and_lies_with_its_tokens(texts, tmp_path):
     open_tokens(f"{tmp_path}/out", ByteTokenizer())
 
 
-@pytest.mark.parametrize("name, break_it, words", [
+@pytest.mark.parametrize(
+  "name, break_it, words",
+  [
     ("tokens.bin", lambda raw: raw[:-2], r"tokens\.bin has \d+ bytes, .*manifest\.json says"),
     ("tokens.bin", lambda raw: b"x" + raw[1:], r"tokens\.bin has changed since it was prepared"),
     ("keys.bin", lambda raw: raw[:-8], r"keys\.bin has \d+ bytes"),
     ("tokens.idx", lambda raw: raw[:-8], r"tokens\.idx has \d+ bytes, its head says"),
     ("manifest.json", lambda raw: raw[:-9], "is no folder of prepared tokens"),
-])
+  ],
+)
 def test_damage_to_a_prepared_folder_is_found(name, break_it, words, texts, tmp_path):
   prepare(texts, ByteTokenizer(), tmp_path / "out")
   path = tmp_path / "out" / name
@@ -147,8 +154,13 @@ def test_a_source_without_text_leaves_no_finished_folder(texts, tmp_path):
 
 
 def run_door(*flags):
-  return subprocess.run([sys.executable, "-m", "tokenformer_jax.cli.prepare", *flags], check=False,
-                        capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+  return subprocess.run(
+    [sys.executable, "-m", "tokenformer_jax.cli.prepare", *flags],
+    check=False,
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  )
 
 
 def test_the_door(texts, tmp_path):

@@ -12,14 +12,15 @@ from tokenformer_jax.data.prepare import prepare
 MARKER = "<|endoftext|>"
 
 
-@pytest.mark.parametrize("split, tokens", [
-    pytest.param("train", 13_054_574, marks=pytest.mark.slow), ("valid", 651_370), ("test", 943_563)])
+@pytest.mark.parametrize(
+  "split, tokens", [pytest.param("train", 13_054_574, marks=pytest.mark.slow), ("valid", 651_370), ("test", 943_563)]
+)
 def test_neox_counts_of_the_novels_are_those_of_their_readme(split, tokens, data_folder):
   """They were counted in pieces of 100,000 characters of what lies between markers, markers not counted."""
   tokenizer = open_tokenizer(str(data_folder / "tokenizers" / "gpt_neox_20b"))
   text = gzip.decompress((data_folder / "english_novels" / f"{split}.txt.gz").read_bytes()).decode()
-  pieces = [book[i:i + 100_000] for book in text.split(MARKER) for i in range(0, len(book), 100_000)]
-  batches = (tokenizer.encode_documents(pieces[i:i + 40]) for i in range(0, len(pieces), 40))
+  pieces = [book[i : i + 100_000] for book in text.split(MARKER) for i in range(0, len(book), 100_000)]
+  batches = (tokenizer.encode_documents(pieces[i : i + 40]) for i in range(0, len(pieces), 40))
   assert sum(len(ids) for batch in batches for ids in batch) == tokens
   assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_document) == (50277, 50304, 0)
 

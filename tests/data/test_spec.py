@@ -10,10 +10,14 @@ def test_one_source_weighs_one():
 
 def test_mixtures_keep_stars_and_colons_of_their_sources():
   assert parse_sources("0.7*text:a/*.txt + 3e-1*tfds:books/plain:1.0.0@train[:10%]#text") == [
-      SourceSpec("text", "a/*.txt", 0.7), SourceSpec("tfds", "books/plain:1.0.0@train[:10%]#text", 0.3)]
+    SourceSpec("text", "a/*.txt", 0.7),
+    SourceSpec("tfds", "books/plain:1.0.0@train[:10%]#text", 0.3),
+  ]
 
 
-@pytest.mark.parametrize("text, words", [
+@pytest.mark.parametrize(
+  "text, words",
+  [
     ("txet:a", ["'txet:a'", "'txet'", "Did you mean 'text'?"]),
     ("a.txt", ["'a.txt'", "text:GLOB"]),
     ("text:", ["write text:GLOB"]),
@@ -21,7 +25,8 @@ def test_mixtures_keep_stars_and_colons_of_their_sources():
     ("0*text:a", ["'0'", "positive"]),
     ("1e*text:a", ["'1e'", "positive"]),
     ("text:a + ", ["''"]),
-])
+  ],
+)
 def test_errors_name_the_part_and_what_is_known(text, words):
   with pytest.raises(ValueError) as error:
     parse_sources(text)

@@ -19,7 +19,8 @@ def write_pair(folder, documents=DOCUMENTS, dtype="<u2", code=8, sequences_per_d
   bounds = [*range(0, len(sizes), sequences_per_document), len(sizes)]
   head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sizes), len(bounds))
   (folder / "pile.idx").write_bytes(
-      head + struct.pack(f"<{len(sizes)}i{len(sizes)}q{len(bounds)}q", *sizes, *pointers, *bounds))
+    head + struct.pack(f"<{len(sizes)}i{len(sizes)}q{len(bounds)}q", *sizes, *pointers, *bounds)
+  )
 
 
 @pytest.mark.parametrize("dtype, code", [("<u2", 8), ("<i4", 4), ("<i8", 5)])
@@ -84,7 +85,9 @@ def test_ids_beyond_the_first_look_are_found_when_they_are_read(tmp_path, monkey
     Part(corpus).read(3, 4)
 
 
-@pytest.mark.parametrize("break_it, words", [
+@pytest.mark.parametrize(
+  "break_it, words",
+  [
     (lambda d: (d / "pile.bin").unlink(), r"no file .*pile\.bin"),
     (lambda d: (d / "pile.bin").write_bytes(b""), r"pile\.bin is empty"),
     (lambda d: cut(d / "pile.bin", 4), r"pile\.bin has 24 bytes, .*pile\.idx says 28"),
@@ -98,7 +101,8 @@ def test_ids_beyond_the_first_look_are_found_when_they_are_read(tmp_path, monkey
     (lambda d: flip(d / "pile.idx", 34 + 16, b"\2"), r"do not lie end to end"),
     (lambda d: flip(d / "pile.idx", 34 + 48, b"\7"), r"document bounds do not rise"),
     (lambda d: flip(d / "pile.idx", 34 + 48 + 32, b"\3"), r"document bounds do not rise"),
-])
+  ],
+)
 def test_broken_pairs(break_it, words, tmp_path):
   write_pair(tmp_path)
   break_it(tmp_path)
@@ -112,7 +116,7 @@ def cut(path, size):
 
 def flip(path, at, value):
   raw = path.read_bytes()
-  path.write_bytes(raw[:at] + value + raw[at + len(value):])
+  path.write_bytes(raw[:at] + value + raw[at + len(value) :])
 
 
 def test_broken_bare_files(tmp_path):

@@ -8,7 +8,13 @@ import tokenizers
 from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data import tokenizer as tokenizer_module
 from tokenformer_jax.data.tokenizer import (
-    ByteTokenizer, HuggingFaceTokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_from_json)
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+  load_tokenizer,
+  open_tokenizer,
+  save_tokenizer,
+  tokenizer_from_json,
+)
 
 TEXT = "def main():\n  return 'naïve café 東京 🙂'\n\n\nThe end, the end. 12 345\n" * 20
 
@@ -23,7 +29,7 @@ def test_bytes_are_utf8_with_256_as_the_end_of_a_document():
   assert tokenizer.encode(TEXT) == list(TEXT.encode())
   assert tokenizer.decode([*tokenizer.encode(TEXT), 256]) == TEXT
   assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_document) == (257, 384, 256)
-  assert tokenizer.decode([0xc3]) == "\ufffd"
+  assert tokenizer.decode([0xC3]) == "\ufffd"
 
 
 @pytest.mark.parametrize("bad", [257, -1])
@@ -141,10 +147,18 @@ def test_names_are_looked_up_on_the_hub(bpe, tmp_path, monkeypatch):
     open_tokenizer("other/model")
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, "does not exist"), ("{", "is not JSON"), ("[]", "holds a list"), ('{"model": {}}', "has none of"),
+@pytest.mark.parametrize(
+  "content, words",
+  [
+    (None, "does not exist"),
+    ("{", "is not JSON"),
+    ("[]", "holds a list"),
+    ('{"model": {}}', "has none of"),
     ('{"model": {"type": "BPE", "vocab": {"</s>": 0}}}', "is not a Hugging Face tokenizer JSON"),
-    ('{"kind": "huggingface"}', "not a tokenizer saved by"), (b"\xff", "is not JSON")])
+    ('{"kind": "huggingface"}', "not a tokenizer saved by"),
+    (b"\xff", "is not JSON"),
+  ],
+)
 def test_files_that_are_no_tokenizer(content, words, tmp_path):
   if content is not None:
     (tmp_path / "t.json").write_bytes(content if isinstance(content, bytes) else content.encode())

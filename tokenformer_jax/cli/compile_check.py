@@ -21,6 +21,7 @@ flags.mark_flags_as_required(["config", "topology"])
 def main(argv):
   del argv
   import jax
+
   jax.config.update("jax_platforms", "cpu")  # Whatever is there is not what is compiled for.
   from tokenformer_jax.distributed.topologies import can_compile, parse_topology
   from tokenformer_jax.training.compile_check import check, report

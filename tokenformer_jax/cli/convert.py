@@ -34,8 +34,9 @@ def main(argv):
   if _STEP.value is not None and not workdir:
     raise ValueError(f"--step={_STEP.value}: {_FROM.value} is no work folder and has no steps; leave it out.")
   model = load(workdir, _STEP.value) if workdir and config is None else from_pretrained(_FROM.value, config)
-  exported = export(model, _TO.value, dtype=_DTYPE.value, released=_RELEASED.value, source=_FROM.value,
-                    step=_STEP.value)
+  exported = export(
+    model, _TO.value, dtype=_DTYPE.value, released=_RELEASED.value, source=_FROM.value, step=_STEP.value
+  )
   print(f"{exported.path}: {exported.config.num_parameters:,} parameters, {_DTYPE.value}.")
   for field, rows in exported.rows_added.items():
     if rows:

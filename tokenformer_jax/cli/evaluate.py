@@ -41,9 +41,16 @@ def main(argv):
   if _INT8.value:
     model = int8_tokens(model)
   results = evaluate(
-      model, tokenizer, tasks=_TASKS.value, data_folder=_DATA.value or os.environ.get("TOKENFORMER_DATA", "."),
-      limit=_LIMIT.value, texts=_PERPLEXITY.value, stride=_STRIDE.value, harness=_HARNESS.value,
-      task_files=_TASK_FILES.value)
+    model,
+    tokenizer,
+    tasks=_TASKS.value,
+    data_folder=_DATA.value or os.environ.get("TOKENFORMER_DATA", "."),
+    limit=_LIMIT.value,
+    texts=_PERPLEXITY.value,
+    stride=_STRIDE.value,
+    harness=_HARNESS.value,
+    task_files=_TASK_FILES.value,
+  )
   if first:
     print(table(results))
   if first and _OUTPUT.value:

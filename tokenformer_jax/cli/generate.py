@@ -50,9 +50,17 @@ def main(argv):
   if _INT8.value:
     model = tf.int8_tokens(model)
   texts = tf.generate(
-      model.for_decoding(), tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value,
-      top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value, stop=_STOP.value,
-      stream=stream if len(prompts) == 1 else None)
+    model.for_decoding(),
+    tokenizer,
+    prompts,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    seed=_SEED.value,
+    stop=_STOP.value,
+    stream=stream if len(prompts) == 1 else None,
+  )
   if len(prompts) == 1:
     say(next(beginning, ""))
   else:

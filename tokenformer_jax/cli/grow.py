@@ -14,8 +14,9 @@ from tokenformer_jax.cli import door, resize_flags
 from tokenformer_jax.config import WAYS_OF_GROWING
 
 resize_flags.define()
-_HOW = flags.DEFINE_enum("how", None, WAYS_OF_GROWING,
-                         "How new rows begin; by default as the run's configuration says.")
+_HOW = flags.DEFINE_enum(
+  "how", None, WAYS_OF_GROWING, "How new rows begin; by default as the run's configuration says."
+)
 
 
 def main(argv):

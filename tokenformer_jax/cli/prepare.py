@@ -15,13 +15,22 @@ from tokenformer_jax.data.sources import open_documents
 from tokenformer_jax.data.spec import parse_sources
 from tokenformer_jax.data.tokenizer import open_tokenizer
 
-SOURCE = flags.DEFINE_string("source", None, "One source of text: text:GLOB[#MARKER], jsonl:GLOB#FIELD, "
-                             "tfds:NAME, huggingface:NAME or python-sources.", required=True)
+SOURCE = flags.DEFINE_string(
+  "source",
+  None,
+  "One source of text: text:GLOB[#MARKER], jsonl:GLOB#FIELD, tfds:NAME, huggingface:NAME or python-sources.",
+  required=True,
+)
 OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
-TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, a tokenizer JSON, a folder with vocab.json and "
-                                "merges.txt, or a name on the Hugging Face hub; #TOKEN ends documents.")
-TRAIN_BPE = flags.DEFINE_integer("train_bpe", 0, "Learn a byte-level BPE with this many ids from the "
-                                 "source, instead of --tokenizer.", lower_bound=0)
+TOKENIZER = flags.DEFINE_string(
+  "tokenizer",
+  "bytes",
+  "bytes, a tokenizer JSON, a folder with vocab.json and "
+  "merges.txt, or a name on the Hugging Face hub; #TOKEN ends documents.",
+)
+TRAIN_BPE = flags.DEFINE_integer(
+  "train_bpe", 0, "Learn a byte-level BPE with this many ids from the source, instead of --tokenizer.", lower_bound=0
+)
 BAD_TEXT = flags.DEFINE_enum("bad_text", "error", BAD_TEXTS, "What to do with text that cannot be read.")
 
 
@@ -34,16 +43,17 @@ def main(argv):
   total = source.size()
   if TRAIN_BPE.value:
     with _bar("learning a tokenizer", total) as bar:
-      tokenizer = train_or_load_bpe(source, TRAIN_BPE.value, OUT.value, bad_text=BAD_TEXT.value,
-                                    progress=bar.update)
+      tokenizer = train_or_load_bpe(source, TRAIN_BPE.value, OUT.value, bad_text=BAD_TEXT.value, progress=bar.update)
   else:
     tokenizer = open_tokenizer(TOKENIZER.value)
   with _bar("tokenizing", total) as bar:
     manifest = prepare(source, tokenizer, OUT.value, bad_text=BAD_TEXT.value, progress=bar.update)
-  print(f"{OUT.value}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, "
-        f"{manifest['tokens']:,} tokens, vocabulary {tokenizer.vocab_size:,} (padded "
-        f"{tokenizer.padded_vocab_size:,}), {manifest['replaced']:,} byte sequences replaced, "
-        f"{manifest['skipped']:,} documents left out.")
+  print(
+    f"{OUT.value}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, "
+    f"{manifest['tokens']:,} tokens, vocabulary {tokenizer.vocab_size:,} (padded "
+    f"{tokenizer.padded_vocab_size:,}), {manifest['replaced']:,} byte sequences replaced, "
+    f"{manifest['skipped']:,} documents left out."
+  )
 
 
 def _bar(title: str, total: int | None) -> tqdm.tqdm:

@@ -6,8 +6,11 @@ from absl import flags
 
 flags.disclaim_key_flags()  # They are the door's that defines them.
 
-_TOKENS = {"qkv_tokens": "each of query, key and value", "proj_tokens": "the attention's output projection",
-           "ffn_tokens": "the feed-forward"}
+_TOKENS = {
+  "qkv_tokens": "each of query, key and value",
+  "proj_tokens": "the attention's output projection",
+  "ffn_tokens": "the feed-forward",
+}
 
 
 def define() -> None:
@@ -24,5 +27,10 @@ def define() -> None:
 def values() -> dict[str, Any]:
   """What the flags say, as arguments of `training.resize.grow_run` and `shrink_run`."""
   given = flags.FLAGS
-  return dict(workdir=given.workdir, output=given.output, step=given.step, token_axis=given["mesh.token"].value,
-              **{name: given[name].value for name in _TOKENS})
+  return dict(
+    workdir=given.workdir,
+    output=given.output,
+    step=given.step,
+    token_axis=given["mesh.token"].value,
+    **{name: given[name].value for name in _TOKENS},
+  )

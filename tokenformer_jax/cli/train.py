@@ -14,11 +14,14 @@ from ml_collections import config_flags
 
 from tokenformer_jax.cli import door, process_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Python file with get_config(); by default WORKDIR/config.json.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", help_string="Python file with get_config(); by default WORKDIR/config.json."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or bucket of the run: checkpoints, metrics, samples.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
-_ALLOW_DATA_CHANGE = flags.DEFINE_bool("allow_data_change", False,
-                                       "Go on although the data is not what the run began with.")
+_ALLOW_DATA_CHANGE = flags.DEFINE_bool(
+  "allow_data_change", False, "Go on although the data is not what the run began with."
+)
 process_flags.define()
 flags.mark_flags_as_required(["workdir"])
 
@@ -27,6 +30,7 @@ def main(argv):
   del argv
   from tokenformer_jax.training.loop import train
   from tokenformer_jax.training.resume import stored_config
+
   given = flags.FLAGS[_CONFIG.name].present
   config = door.read_config(_CONFIG) if given else stored_config(_WORKDIR.value, "give --config")
   process_flags.start(stops_by_itself=True)

@@ -21,5 +21,14 @@ from tokenformer_jax.data.loader import BatchIterator
 from tokenformer_jax.data.packing import Batch
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, save_tokenizer
 
-__all__ = ["Batch", "BatchIterator", "Data", "Tokenizer", "check_same", "load_tokenizer", "open_data",
-           "open_tokenizer", "save_tokenizer"]
+__all__ = [
+  "Batch",
+  "BatchIterator",
+  "Data",
+  "Tokenizer",
+  "check_same",
+  "load_tokenizer",
+  "open_data",
+  "open_tokenizer",
+  "save_tokenizer",
+]

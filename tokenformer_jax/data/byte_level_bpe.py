@@ -17,19 +17,23 @@ def train(texts: Iterable[str], vocab_size: int) -> dict:
   Raises ValueError if the 256 bytes and the end of document do not fit.
   """
   import tokenizers
+
   if vocab_size < 257:
-    raise ValueError(f"a BPE of {vocab_size} ids has no room for 256 bytes and the end of document: take at "
-                     "least 257.")
+    raise ValueError(f"a BPE of {vocab_size} ids has no room for 256 bytes and the end of document: take at least 257.")
   tokenizer = _tokenizer(tokenizers.models.BPE())
   trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab_size=vocab_size,
+    special_tokens=[END_OF_DOCUMENT],
+    show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
   tokenizer.train_from_iterator(texts, trainer)
   return json.loads(tokenizer.to_str())
 
 
 def _tokenizer(model):
   import tokenizers
+
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()

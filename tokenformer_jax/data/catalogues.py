@@ -20,15 +20,15 @@ def tfds_documents(rest: str) -> DocumentSource:
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
-    raise ValueError(f"source {spec}: {error}; pip install tensorflow-datasets importlib_resources."
-                     ) from None
+    raise ValueError(f"source {spec}: {error}; pip install tensorflow-datasets importlib_resources.") from None
   builder = _tfds_builder(tfds, name, spec)
   feature = _text_feature(tfds, builder.info.features, feature, spec)
   try:
     records = builder.as_data_source(split)
   except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
-    raise ValueError(f"source {spec}: split {split!r} cannot be read ({_first_line(error)}); it has "
-                     f"{', '.join(builder.info.splits)}.") from None
+    raise ValueError(
+      f"source {spec}: split {split!r} cannot be read ({_first_line(error)}); it has {', '.join(builder.info.splits)}."
+    ) from None
 
   def read(bad: BadText) -> Iterator[Document]:
     for index in range(len(records)):
@@ -49,11 +49,15 @@ def _tfds_builder(tfds, name: str, spec: str):
     base = re.split("[/:]", name)[0]
     local = _listdir(data_dir)
     if base in local:
-      raise ValueError(f"source {spec}: {data_dir} (TFDS_DATA_DIR) holds other versions or configs of "
-                       f"{base!r}: {', '.join(_listdir(os.path.join(data_dir, base)))}.") from None
+      raise ValueError(
+        f"source {spec}: {data_dir} (TFDS_DATA_DIR) holds other versions or configs of "
+        f"{base!r}: {', '.join(_listdir(os.path.join(data_dir, base)))}."
+      ) from None
     known = tfds.list_builders(with_community_datasets=False) + local
-    raise ValueError(f"source {spec}: tensorflow-datasets has no data set {base!r}, nor is one in {data_dir} "
-                     f"(TFDS_DATA_DIR).{nearest(base, known)}") from None
+    raise ValueError(
+      f"source {spec}: tensorflow-datasets has no data set {base!r}, nor is one in {data_dir} "
+      f"(TFDS_DATA_DIR).{nearest(base, known)}"
+    ) from None
   except (ValueError, AssertionError) as error:
     raise ValueError(f"source {spec}: {_first_line(error)}.") from None
   if builder.info.splits and builder.is_prepared():
@@ -63,12 +67,16 @@ def _tfds_builder(tfds, name: str, spec: str):
     builder.download_and_prepare()
     return builder
   except ImportError as error:
-    raise ValueError(f"source {spec}: making this data set needs a package that is not installed "
-                     f"({_first_line(error)}): install it (tensorflow, for most), make the data set once "
-                     "with file_format='array_record', and read it without.") from None
+    raise ValueError(
+      f"source {spec}: making this data set needs a package that is not installed "
+      f"({_first_line(error)}): install it (tensorflow, for most), make the data set once "
+      "with file_format='array_record', and read it without."
+    ) from None
   except Exception as error:  # Downloads fail in as many ways as there are data sets.
-    raise ValueError(f"source {spec}: it is not in {builder.data_dir}, and could not be made there "
-                     f"({type(error).__name__}: {_first_line(error)}).") from None
+    raise ValueError(
+      f"source {spec}: it is not in {builder.data_dir}, and could not be made there "
+      f"({type(error).__name__}: {_first_line(error)})."
+    ) from None
 
 
 def _listdir(folder: str) -> list[str]:
@@ -81,8 +89,10 @@ def _text_feature(tfds, features, name: str | None, spec: str) -> str:
     return texts[0]
   if name not in texts:
     problem = "name one of its text features" if name is None else f"{name!r} is not one of its text features"
-    raise ValueError(f"source {spec}: {problem} after '#': {', '.join(texts) or 'it has none'} "
-                     f"(features: {', '.join(sorted(features))}).{nearest(name, texts) if name else ''}")
+    raise ValueError(
+      f"source {spec}: {problem} after '#': {', '.join(texts) or 'it has none'} "
+      f"(features: {', '.join(sorted(features))}).{nearest(name, texts) if name else ''}"
+    )
   return name
 
 
@@ -103,8 +113,9 @@ def huggingface_documents(rest: str) -> DocumentSource:
     else:
       records = datasets.load_dataset(name, config, split=split)
   except Exception as error:  # No network, no such name, split or config: the package has many exceptions.
-    raise ValueError(f"source {spec}: {type(error).__name__}: {_first_line(error)}; check its name, config "
-                     f"and split {split!r}.") from None
+    raise ValueError(
+      f"source {spec}: {type(error).__name__}: {_first_line(error)}; check its name, config and split {split!r}."
+    ) from None
   if field not in records.column_names:
     raise ValueError(f"source {spec}: it has no field {field!r}; it has {', '.join(records.column_names)}.")
 

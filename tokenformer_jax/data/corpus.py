@@ -54,6 +54,7 @@ def batches_of_documents(documents: Iterable[Document]) -> Iterator[list[Documen
 
 def encoded_batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list, list]]:
   """(documents, their ids [n] each) in order; two batches at once, so that no core waits for another."""
+
   def encode(batch: list[Document]):
     return batch, tokenizer.encode_documents([document.text for document in batch])
 
@@ -72,8 +73,9 @@ def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "erro
   bad, digest = BadText(bad_text), hashlib.sha256()
   pieces, lengths, keys, size = [], [], [], 0
   end = np.array([tokenizer.end_of_document], tokenizer.dtype)
-  bar = tqdm.tqdm(desc=f"tokenizing {source.name}", total=source.size(), unit="B", unit_scale=True,
-                  disable=None, delay=2, leave=False)
+  bar = tqdm.tqdm(
+    desc=f"tokenizing {source.name}", total=source.size(), unit="B", unit_scale=True, disable=None, delay=2, leave=False
+  )
   for documents, encoded in encoded_batches(source.read(bad), tokenizer):
     before = size
     pieces.append(np.concatenate([piece for ids in encoded for piece in (ids, end)]))
@@ -85,8 +87,9 @@ def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "erro
   if not lengths:
     raise ValueError(f"source {source.name} holds no text: check what it names.")
   bad.report(source.name)
-  identity = dict(documents=len(lengths), bytes=size, sha256=digest.hexdigest(), replaced=bad.replaced,
-                  skipped=bad.skipped)
+  identity = dict(
+    documents=len(lengths), bytes=size, sha256=digest.hexdigest(), replaced=bad.replaced, skipped=bad.skipped
+  )
   return Corpus(np.concatenate(pieces), np.cumsum(lengths), np.array(keys, np.uint64), identity, source.name)
 
 
@@ -108,8 +111,9 @@ def split(corpus: Corpus, fraction: float) -> tuple["Part", "Part"]:
   """
   if len(corpus.ends) == 1:
     cut = int(len(corpus.tokens) * (1 - fraction))
-    corpus = Corpus(corpus.tokens, np.array([cut, len(corpus.tokens)]), np.array([1, 0], np.uint64),
-                    corpus.identity, corpus.name)
+    corpus = Corpus(
+      corpus.tokens, np.array([cut, len(corpus.tokens)]), np.array([1, 0], np.uint64), corpus.identity, corpus.name
+    )
     fraction = 0.0
   held_out = corpus.keys < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
   if not held_out.any():

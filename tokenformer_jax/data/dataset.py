@@ -24,16 +24,29 @@ class Data:
     report: JSON-able; documents, tokens, windows and dropped tokens of each source's two parts.
   """
 
-  def __init__(self, config: DataConfig, tokenizer: Tokenizer, train: list[Part], held_out: list[Part],
-               weights: list[float], held_out_weights: list[float], *, seq_length: int, process_index: int,
-               process_count: int, fingerprint: dict[str, Any]):
+  def __init__(
+    self,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    train: list[Part],
+    held_out: list[Part],
+    weights: list[float],
+    held_out_weights: list[float],
+    *,
+    seq_length: int,
+    process_index: int,
+    process_count: int,
+    fingerprint: dict[str, Any],
+  ):
     self.tokenizer, self.fingerprint = tokenizer, fingerprint
     self._config, self._train, self._held_out = config, train, held_out
     self._share = dict(batch_size=config.batch_size, process_index=process_index, process_count=process_count)
     self._train_packers = [_pack(part, config, tokenizer, seq_length) for part in train]
     self._held_out_packers = [_pack(part, config, tokenizer, seq_length) for part in held_out]
-    self.report = {"train": [_report(*pair) for pair in zip(train, self._train_packers)],
-                   "held_out": [_report(*pair) for pair in zip(held_out, self._held_out_packers)]}
+    self.report = {
+      "train": [_report(*pair) for pair in zip(train, self._train_packers)],
+      "held_out": [_report(*pair) for pair in zip(held_out, self._held_out_packers)],
+    }
     for kind, entries in self.report.items():
       for entry in entries:
         logging.info("%s: %s", kind, ", ".join(f"{key} {value}" for key, value in entry.items()))
@@ -42,9 +55,11 @@ class Data:
     self._train_order = loader.endless_order([len(p) for p in self._train_packers], weights, config.seed)
     self._held_out_order = loader.held_out_order([len(p) for p in self._held_out_packers], held_out_weights)
     if len(self._held_out_order) < config.batch_size:
-      raise ValueError(f"the held-out mixture ends after {len(self._held_out_order)} windows, where its first "
-                       f"source is used up, before one batch of {config.batch_size}: give more held-out text, "
-                       "or other weights.")
+      raise ValueError(
+        f"the held-out mixture ends after {len(self._held_out_order)} windows, where its first "
+        f"source is used up, before one batch of {config.batch_size}: give more held-out text, "
+        "or other weights."
+      )
 
   def train_batches(self) -> loader.BatchIterator:
     """An endless iterator of this process's share of the global batches, from the beginning."""
@@ -66,8 +81,14 @@ class Data:
     return _tokens(self._held_out)
 
 
-def open_data(config: DataConfig, *, seq_length: int, process_index: int = 0, process_count: int = 1,
-              tokenizer: Tokenizer | None = None) -> Data:
+def open_data(
+  config: DataConfig,
+  *,
+  seq_length: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  tokenizer: Tokenizer | None = None,
+) -> Data:
   """Opens the sources and the tokenizer that a config names.
 
   Args:
@@ -80,8 +101,9 @@ def open_data(config: DataConfig, *, seq_length: int, process_index: int = 0, pr
   Raises ValueError for whatever in the config or in the text does not do.
   """
   if config.batch_size % process_count:
-    raise ValueError(f"batch_size={config.batch_size} cannot be shared by {process_count} processes: make it "
-                     "a multiple.")
+    raise ValueError(
+      f"batch_size={config.batch_size} cannot be shared by {process_count} processes: make it a multiple."
+    )
   tokenizer = tokenizer or open_tokenizer(config.tokenizer)
   specs = parse_sources(config.source)
   corpora = [open_corpus(spec, tokenizer, config.bad_text) for spec in specs]
@@ -97,15 +119,30 @@ def open_data(config: DataConfig, *, seq_length: int, process_index: int = 0, pr
     train, held_out = map(list, zip(*(split(corpus, config.held_out_fraction) for corpus in corpora)))
     held_out_weights, held_out_identity = weights, {"fraction": config.held_out_fraction}
   fingerprint = dict(
-      source=_identities(specs, corpora), held_out=held_out_identity, tokenizer=tokenizer.fingerprint,
-      packing=config.packing, seq_length=seq_length, batch_size=config.batch_size, seed=config.seed)
-  return Data(config, tokenizer, train, held_out, weights, held_out_weights, seq_length=seq_length,
-              process_index=process_index, process_count=process_count, fingerprint=fingerprint)
+    source=_identities(specs, corpora),
+    held_out=held_out_identity,
+    tokenizer=tokenizer.fingerprint,
+    packing=config.packing,
+    seq_length=seq_length,
+    batch_size=config.batch_size,
+    seed=config.seed,
+  )
+  return Data(
+    config,
+    tokenizer,
+    train,
+    held_out,
+    weights,
+    held_out_weights,
+    seq_length=seq_length,
+    process_index=process_index,
+    process_count=process_count,
+    fingerprint=fingerprint,
+  )
 
 
 def _identities(specs, corpora) -> list[dict[str, Any]]:
-  return [dict(kind=spec.kind, weight=spec.weight, **corpus.identity)
-          for spec, corpus in zip(specs, corpora)]
+  return [dict(kind=spec.kind, weight=spec.weight, **corpus.identity) for spec, corpus in zip(specs, corpora)]
 
 
 def _pack(part: Part, config: DataConfig, tokenizer: Tokenizer, seq_length: int):
@@ -121,10 +158,12 @@ def _report(part: Part, packer) -> dict[str, Any]:
 def _require_a_batch(name: str, packers, batch_size: int, seq_length: int) -> None:
   windows = sum(len(packer) for packer in packers)
   if windows < batch_size or not all(len(packer) for packer in packers):
-    raise ValueError(f"the {name} text fills {windows} windows of {seq_length} tokens, less than one batch "
-                     f"of {batch_size} (or one source of the mixture fills none): give more text, or a "
-                     "smaller seq_length or batch_size; for held-out text also held_out_source or "
-                     "held_out_fraction.")
+    raise ValueError(
+      f"the {name} text fills {windows} windows of {seq_length} tokens, less than one batch "
+      f"of {batch_size} (or one source of the mixture fills none): give more text, or a "
+      "smaller seq_length or batch_size; for held-out text also held_out_source or "
+      "held_out_fraction."
+    )
 
 
 def _tokens(parts: list[Part]) -> np.ndarray:

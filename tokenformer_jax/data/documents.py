@@ -36,8 +36,9 @@ class BadText:
   def report(self, name: str) -> None:
     """Warns of what was replaced or left out."""
     if self.replaced or self.skipped:
-      logging.warning("%s: %d byte sequences that are not UTF-8 replaced, %d documents left out.", name,
-                      self.replaced, self.skipped)
+      logging.warning(
+        "%s: %d byte sequences that are not UTF-8 replaced, %d documents left out.", name, self.replaced, self.skipped
+      )
 
   def refuse(self, message: str) -> None:
     """Counts one document left out, or raises ValueError(message)."""
@@ -55,8 +56,10 @@ class BadText:
         replaced = text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
         self.replaced += replaced.count("\ufffd") - text.count("\ufffd")
         return replaced
-      self.refuse(f"{where} is not Unicode at character {error.start} (half a surrogate pair): mend it, or "
-                  "choose bad_text=replace or =skip.")
+      self.refuse(
+        f"{where} is not Unicode at character {error.start} (half a surrogate pair): mend it, or "
+        "choose bad_text=replace or =skip."
+      )
       return None
 
   def decode(self, raw: bytes, where: str, offset: int) -> str | None:
@@ -68,8 +71,10 @@ class BadText:
         text = raw.decode("utf-8", errors="replace")
         self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
         return text
-      self.refuse(f"{where} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}): convert "
-                  "it, or choose bad_text=replace or =skip.")
+      self.refuse(
+        f"{where} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}): convert "
+        "it, or choose bad_text=replace or =skip."
+      )
       return None
 
 
@@ -158,8 +163,7 @@ def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str
   try:
     record = json.loads(line)
   except json.JSONDecodeError as error:
-    bad.refuse(f"{where} is not JSON: {error.msg} at column {error.colno}; mend it, or choose "
-               "bad_text=skip.")
+    bad.refuse(f"{where} is not JSON: {error.msg} at column {error.colno}; mend it, or choose bad_text=skip.")
     return None
   if not isinstance(record, dict) or field not in record:
     has = ", ".join(map(str, record)) if isinstance(record, dict) else f"only a {type(record).__name__}"
@@ -222,8 +226,10 @@ def _lines(path: pathlib.Path) -> Iterator[bytes]:
         size += len(line)
         yield line
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-    raise _BrokenFile(f"{path}: the gzip stream breaks off after {size} bytes of text ({error}): fetch it "
-                      "again, or choose bad_text=skip.") from None
+    raise _BrokenFile(
+      f"{path}: the gzip stream breaks off after {size} bytes of text ({error}): fetch it "
+      "again, or choose bad_text=skip."
+    ) from None
 
 
 def _parts(path: pathlib.Path, marker: bytes) -> Iterator[tuple[int, bytes]]:

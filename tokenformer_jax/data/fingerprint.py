@@ -18,8 +18,10 @@ def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
   difference = _first_difference(stored, now, "data")
   if difference:
     path, before, after = difference
-    raise ValueError(f"{path} was {before!r} when this run began and is {after!r} now: give the old data "
-                     "back, start a new run, or pass --allow_data_change to go on knowingly.")
+    raise ValueError(
+      f"{path} was {before!r} when this run began and is {after!r} now: give the old data "
+      "back, start a new run, or pass --allow_data_change to go on knowingly."
+    )
 
 
 def _first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:

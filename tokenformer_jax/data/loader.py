@@ -70,9 +70,15 @@ def _mix(orders: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.
   return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=list(weights))
 
 
-def batches(packers: Sequence[Packer], order: grain.MapDataset, *, batch_size: int,
-            num_batches: int | None = None, process_index: int = 0,
-            process_count: int = 1) -> grain.MapDataset:
+def batches(
+  packers: Sequence[Packer],
+  order: grain.MapDataset,
+  *,
+  batch_size: int,
+  num_batches: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.MapDataset:
   """Batch k of this process: its block of the rows `order[k · batch_size : (k + 1) · batch_size]`.
 
   Process p takes the p-th block, so that the blocks side by side are the global batch for any

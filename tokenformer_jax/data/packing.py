@@ -95,7 +95,7 @@ class PackedDocuments:
     positions, segments = np.zeros((2, self._seq_length), np.int32)
     first = self._row_ends[index - 1] if index else 0
     start = 0
-    for segment, piece in enumerate(self._order[first:self._row_ends[index]], 1):
+    for segment, piece in enumerate(self._order[first : self._row_ends[index]], 1):
       end = start + self._lengths[piece]
       ids = self._part.corpus.read(self._starts[piece], self._starts[piece] + self._lengths[piece] + 1)
       inputs[start:end], labels[start:end] = ids[:-1], ids[1:]

@@ -7,11 +7,11 @@ from tokenformer_jax.data.token_files import open_tokens
 from tokenformer_jax.data.tokenizer import Tokenizer
 
 TEXT_SOURCES = {
-    "python-sources": lambda rest: documents.python_sources(),
-    "text": documents.text_files,
-    "jsonl": documents.jsonl_files,
-    "tfds": catalogues.tfds_documents,
-    "huggingface": catalogues.huggingface_documents,
+  "python-sources": lambda rest: documents.python_sources(),
+  "text": documents.text_files,
+  "jsonl": documents.jsonl_files,
+  "tfds": catalogues.tfds_documents,
+  "huggingface": catalogues.huggingface_documents,
 }
 
 

@@ -6,12 +6,12 @@ from typing import NamedTuple
 from tokenformer_jax.checked import nearest
 
 KINDS = {
-    "python-sources": "python-sources",
-    "text": "text:GLOB[#MARKER]",
-    "jsonl": "jsonl:GLOB#FIELD",
-    "tokens": "tokens:PATH",
-    "tfds": "tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]",
-    "huggingface": "huggingface:NAME[,CONFIG][@SPLIT][#FIELD]",
+  "python-sources": "python-sources",
+  "text": "text:GLOB[#MARKER]",
+  "jsonl": "jsonl:GLOB#FIELD",
+  "tokens": "tokens:PATH",
+  "tfds": "tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]",
+  "huggingface": "huggingface:NAME[,CONFIG][@SPLIT][#FIELD]",
 }
 
 
@@ -38,8 +38,9 @@ def parse_sources(text: str) -> list[SourceSpec]:
 def _parse_source(part: str) -> SourceSpec:
   weight, kind, rest = re.fullmatch(r"(?s)(?:([0-9.eE+-]+)\*)?([^:]*):?(.*)", part).groups()
   if kind not in KINDS:
-    raise ValueError(f"source {part!r}: kind {kind!r} is unknown; known: {', '.join(KINDS.values())}."
-                     + nearest(kind, KINDS))
+    raise ValueError(
+      f"source {part!r}: kind {kind!r} is unknown; known: {', '.join(KINDS.values())}." + nearest(kind, KINDS)
+    )
   if (kind == "python-sources") == bool(rest):
     raise ValueError(f"source {part!r}: write {KINDS[kind]}.")
   try:

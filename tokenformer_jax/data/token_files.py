@@ -34,8 +34,15 @@ class TokenFile(Corpus):
     keys: [documents] their hashes; None hashes the ids of each.
   """
 
-  def __init__(self, path: pathlib.Path, dtype, tokenizer: Tokenizer, identity: dict,
-               ends: np.ndarray | None = None, keys: np.ndarray | None = None):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    dtype,
+    tokenizer: Tokenizer,
+    identity: dict,
+    ends: np.ndarray | None = None,
+    keys: np.ndarray | None = None,
+  ):
     dtype = np.dtype(dtype)
     self._dtype = dtype
     # Seen as unsigned, so that one comparison finds negative ids too.
@@ -54,13 +61,15 @@ class TokenFile(Corpus):
   def _check(self, piece: np.ndarray, start: int) -> None:
     if piece.max() >= self._tokenizer.vocab_size:
       at = int(np.argmax(piece >= self._tokenizer.vocab_size))
-      raise ValueError(f"{self.name}: token id {piece[at].astype(self._dtype)} at position {start + at} is "
-                       f"not one of the tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the "
-                       "one that wrote it.")
+      raise ValueError(
+        f"{self.name}: token id {piece[at].astype(self._dtype)} at position {start + at} is "
+        f"not one of the tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the "
+        "one that wrote it."
+      )
 
   def _scan(self, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, min(stop, len(self.tokens)), SCAN):
-      yield start, self.tokens[start:min(start + SCAN, stop)]
+      yield start, self.tokens[start : min(start + SCAN, stop)]
 
   @functools.cached_property
   def ends(self) -> np.ndarray:
@@ -99,17 +108,17 @@ def open_tokens(rest: str, tokenizer: Tokenizer) -> TokenFile:
   if index_path.is_file():
     dtype, ends = read_index(index_path)
     _require_size(bin_path, int(ends[-1]) * dtype.itemsize, f"{index_path} says")
-    identity = dict(tokens=int(ends[-1]), documents=len(ends), sha256=hash_file(bin_path),
-                    index=hash_file(index_path))
+    identity = dict(tokens=int(ends[-1]), documents=len(ends), sha256=hash_file(bin_path), index=hash_file(index_path))
     return TokenFile(bin_path, dtype, tokenizer, identity, ends)
   if dtype and dtype not in BARE_DTYPES:
-    raise ValueError(f"source tokens:{rest}: ids of type {dtype!r} are unknown; known: "
-                     f"{', '.join(BARE_DTYPES)}.")
+    raise ValueError(f"source tokens:{rest}: ids of type {dtype!r} are unknown; known: {', '.join(BARE_DTYPES)}.")
   dtype = np.dtype(BARE_DTYPES[dtype] if dtype else tokenizer.dtype)
   size = bin_path.stat().st_size
   if size % dtype.itemsize:
-    raise ValueError(f"{bin_path} has {size} bytes, no whole number of {dtype} ids: it is truncated, or of "
-                     "another type (tokens:PATH#uint32).")
+    raise ValueError(
+      f"{bin_path} has {size} bytes, no whole number of {dtype} ids: it is truncated, or of "
+      "another type (tokens:PATH#uint32)."
+    )
   identity = dict(tokens=size // dtype.itemsize, sha256=hash_file(bin_path))
   return TokenFile(bin_path, dtype, tokenizer, identity)
 
@@ -119,8 +128,10 @@ def _open_prepared(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenFile:
   if not manifest["complete"]:
     raise ValueError(f"{folder} is not finished: run tokenformer_jax.cli.prepare on it again.")
   if manifest["tokenizer"] != tokenizer.fingerprint:
-    raise ValueError(f"{folder} was made by tokenizer {manifest['tokenizer'][:12]}…, not by "
-                     f"{tokenizer.fingerprint[:12]}…: set data.tokenizer={folder / TOKENIZER}.")
+    raise ValueError(
+      f"{folder} was made by tokenizer {manifest['tokenizer'][:12]}…, not by "
+      f"{tokenizer.fingerprint[:12]}…: set data.tokenizer={folder / TOKENIZER}."
+    )
   dtype, ends = read_index(folder / INDEX)
   _require_size(folder / TOKENS, manifest["tokens"] * dtype.itemsize, f"{folder / MANIFEST} says")
   _require_size(folder / KEYS, manifest["documents"] * 8, f"{folder / MANIFEST} says")
@@ -137,8 +148,9 @@ def read_manifest(folder: pathlib.Path) -> dict:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return {"complete": manifest["complete"], **manifest}
   except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
-    raise ValueError(f"{folder} is no folder of prepared tokens ({error!r}): make one with "
-                     "python -m tokenformer_jax.cli.prepare.") from None
+    raise ValueError(
+      f"{folder} is no folder of prepared tokens ({error!r}): make one with python -m tokenformer_jax.cli.prepare."
+    ) from None
 
 
 def _require_size(path: pathlib.Path, expected: int, says: str) -> None:
@@ -154,8 +166,10 @@ def read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray]:
     raise ValueError(f"{path} is no Megatron index (MMIDIDX): write it again with --dataset-impl mmap.")
   _, version, code, sequences, bounds = INDEX_HEADER.unpack_from(raw)
   if version != 1 or code not in INDEX_DTYPES:
-    raise ValueError(f"{path}: version {version} with ids of type {code} cannot be read; version 1 with "
-                     f"types {', '.join(map(str, INDEX_DTYPES))} can.")
+    raise ValueError(
+      f"{path}: version {version} with ids of type {code} cannot be read; version 1 with "
+      f"types {', '.join(map(str, INDEX_DTYPES))} can."
+    )
   expected = INDEX_HEADER.size + 12 * sequences + 8 * bounds
   if len(raw) < expected:
     raise ValueError(f"{path} has {len(raw)} bytes, its head says {expected}: it is truncated.")

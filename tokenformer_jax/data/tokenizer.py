@@ -32,8 +32,9 @@ class Tokenizer:
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as error:
-      raise ValueError(f"the text is not Unicode at character {error.start} (half a surrogate pair): give "
-                       "UTF-8.") from None
+      raise ValueError(
+        f"the text is not Unicode at character {error.start} (half a surrogate pair): give UTF-8."
+      ) from None
     return self.encode_documents([text])[0].tolist()
 
   def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -48,8 +49,9 @@ class Tokenizer:
     ids = [int(i) for i in ids]
     for position, i in enumerate(ids):
       if not 0 <= i < self.vocab_size:
-        raise ValueError(f"id {i} at position {position} has no text: this tokenizer's ids are 0 to "
-                         f"{self.vocab_size - 1}.")
+        raise ValueError(
+          f"id {i} at position {position} has no text: this tokenizer's ids are 0 to {self.vocab_size - 1}."
+        )
     return self._decode(ids)
 
   def _decode(self, ids: list[int]) -> str:
@@ -104,13 +106,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def __init__(self, description: dict, end_of_document: str):
     import tokenizers
+
     self._json = {**description, "truncation": None, "padding": None}
     self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._json))
     self._end_of_document = end_of_document
     end = self._tokenizer.token_to_id(end_of_document)
     if end is None:
-      raise ValueError(f"end-of-document token {end_of_document!r} is not in this tokenizer's vocabulary: "
-                       "name another one after '#', as in PATH#TOKEN.")
+      raise ValueError(
+        f"end-of-document token {end_of_document!r} is not in this tokenizer's vocabulary: "
+        "name another one after '#', as in PATH#TOKEN."
+      )
     self.end_of_document = end
     self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
@@ -120,7 +125,7 @@ class HuggingFaceTokenizer(Tokenizer):
     for i, text in enumerate(texts):
       if i not in short:
         pieces = list(self._cut(text))
-        groups = [pieces[k:k + 8] for k in range(0, len(pieces), 8)]
+        groups = [pieces[k : k + 8] for k in range(0, len(pieces), 8)]
         ids[i] = np.concatenate([piece for group in groups for piece in self._encode_batch(group)])
     return [ids[i] for i in range(len(texts))]
 
@@ -144,7 +149,7 @@ class HuggingFaceTokenizer(Tokenizer):
   def _may_cut(self, text: str, cut: int) -> bool:
     """Whether the pre-tokenizer parts words at `cut`, and both sides have the ids that they have together."""
     words = self._tokenizer.pre_tokenizer
-    left, right = text[cut - 100:cut], text[cut:cut + 100]
+    left, right = text[cut - 100 : cut], text[cut : cut + 100]
     if words is None or all(end != len(left) for _, (_, end) in words.pre_tokenize_str(left + right)):
       return False
     both, first, second = (ids.tolist() for ids in self._encode_batch([left + right, left, right]))
@@ -204,8 +209,10 @@ def open_tokenizer(spec: str) -> Tokenizer:
   if path.is_file():
     description = _vocab_and_merges(path) if path.name == "merges.txt" else _read_json(path)
   elif where.startswith((".", "/", "~")) or where.endswith(".json") or where.count("/") > 1:
-    raise ValueError(f"tokenizer {where!r} does not exist: give a tokenizer JSON, a folder with vocab.json "
-                     "and merges.txt, a name on the Hugging Face hub, or 'bytes'.")
+    raise ValueError(
+      f"tokenizer {where!r} does not exist: give a tokenizer JSON, a folder with vocab.json "
+      "and merges.txt, a name on the Hugging Face hub, or 'bytes'."
+    )
   else:
     description = _from_hub(where)
   if description.get("kind") in ("bytes", "huggingface"):
@@ -225,8 +232,10 @@ def _file_in(folder: pathlib.Path) -> pathlib.Path:
     return folder / "merges.txt"
   candidates = sorted(folder.glob("*tokenizer*.json"))
   if len(candidates) != 1:
-    raise ValueError(f"tokenizer folder {folder} has neither tokenizer.json nor vocab.json with merges.txt: "
-                     f"name the file itself. It holds {', '.join(sorted(os.listdir(folder))) or 'nothing'}.")
+    raise ValueError(
+      f"tokenizer folder {folder} has neither tokenizer.json nor vocab.json with merges.txt: "
+      f"name the file itself. It holds {', '.join(sorted(os.listdir(folder))) or 'nothing'}."
+    )
   return candidates[0]
 
 
@@ -243,6 +252,7 @@ def _read_json(path: pathlib.Path) -> dict:
 def _vocab_and_merges(merges: pathlib.Path) -> dict:
   """GPT-2's byte-level BPE with the vocabulary of two files in one folder."""
   import tokenizers
+
   try:
     model = tokenizers.models.BPE.from_file(str(merges.with_name("vocab.json")), str(merges))
   except Exception as error:  # The tokenizers package raises bare Exception for broken files.
@@ -252,12 +262,15 @@ def _vocab_and_merges(merges: pathlib.Path) -> dict:
 
 def _from_hub(name: str) -> dict:
   import huggingface_hub
+
   try:
     return _read_json(pathlib.Path(huggingface_hub.hf_hub_download(name, "tokenizer.json")))
   except Exception as error:  # No network, no such repository, a gate: the hub has many exceptions.
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise ValueError(f"tokenizer {name!r} is no local file, and tokenizer.json could not be had from the "
-                     f"Hugging Face hub ({reason}): check the name, or give a local path.") from None
+    raise ValueError(
+      f"tokenizer {name!r} is no local file, and tokenizer.json could not be had from the "
+      f"Hugging Face hub ({reason}): check the name, or give a local path."
+    ) from None
 
 
 def _guess_end(description: dict, where: str) -> str:
@@ -267,5 +280,7 @@ def _guess_end(description: dict, where: str) -> str:
   for name in END_OF_DOCUMENT_NAMES:
     if name in names or (isinstance(vocab, dict) and name in vocab):
       return name
-  raise ValueError(f"tokenizer {where!r} has none of {', '.join(END_OF_DOCUMENT_NAMES)}: name the token that "
-                   "ends a document after '#', as in PATH#TOKEN.")
+  raise ValueError(
+    f"tokenizer {where!r} has none of {', '.join(END_OF_DOCUMENT_NAMES)}: name the token that "
+    "ends a document after '#', as in PATH#TOKEN."
+  )

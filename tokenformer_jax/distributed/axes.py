@@ -14,20 +14,20 @@ from tokenformer_jax.distributed.mesh import MESH_AXES
 
 # Logical axis -> mesh axes that split it.
 RULES: dict[str, tuple[str, ...]] = {
-    # Rows of a batch are independent, so fsdp splits them too: it shards memory, not work.
-    "batch": ("data", "fsdp"),
-    # Positions of a sequence: all but attention between tokens treats each alone.
-    "time": ("sequence",),
-    # The axis of growth: every device holds some tokens; Θ's norm and the output are sums over all.
-    "param_token": ("token",),
-    # With the tied logits [B, T, vocab] go the largest activations, which nothing else would divide.
-    # A size that does not divide is an error, not a copy on every device: a vocabulary can be padded.
-    "vocab": ("token",),
-    "heads": ("token",),
-    "embed": ("fsdp",),
-    # A scan takes one layer after the other; norms are too small to pay for their gathering.
-    "layer": (),
-    "norm": (),
+  # Rows of a batch are independent, so fsdp splits them too: it shards memory, not work.
+  "batch": ("data", "fsdp"),
+  # Positions of a sequence: all but attention between tokens treats each alone.
+  "time": ("sequence",),
+  # The axis of growth: every device holds some tokens; Θ's norm and the output are sums over all.
+  "param_token": ("token",),
+  # With the tied logits [B, T, vocab] go the largest activations, which nothing else would divide.
+  # A size that does not divide is an error, not a copy on every device: a vocabulary can be padded.
+  "vocab": ("token",),
+  "heads": ("token",),
+  "embed": ("fsdp",),
+  # A scan takes one layer after the other; norms are too small to pay for their gathering.
+  "layer": (),
+  "norm": (),
 }
 
 
@@ -45,15 +45,18 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
   spec: list[tuple[str, ...]] = []
   for axis, size in zip(axes, shape):
     if axis is not None and axis not in RULES:
-      raise ValueError(f"{name}: logical axis {axis!r} is unknown: choose one of {', '.join(RULES)}."
-                       + nearest(axis, RULES))
+      raise ValueError(
+        f"{name}: logical axis {axis!r} is unknown: choose one of {', '.join(RULES)}." + nearest(axis, RULES)
+      )
     mesh_axes, parts = _parts(mesh, axis)
     if size % parts:
       below = size // parts * parts
       near = f"{below} or {below + parts}" if below else f"{parts}"
-      raise ValueError(f"{name}: {axis}={size} cannot be split over the {parts} devices along mesh axis "
-                       f"{' × '.join(mesh_axes)} of mesh {dict(mesh.shape)}; "
-                       f"the nearest sizes that can: {near}.")
+      raise ValueError(
+        f"{name}: {axis}={size} cannot be split over the {parts} devices along mesh axis "
+        f"{' × '.join(mesh_axes)} of mesh {dict(mesh.shape)}; "
+        f"the nearest sizes that can: {near}."
+      )
     for mesh_axis in mesh_axes:
       if any(mesh_axis in used for used in spec):
         raise ValueError(f"{name}: axes {axes} would use mesh axis {mesh_axis!r} twice.")
@@ -71,14 +74,16 @@ def tree_shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
     axes_tree: a tree of tuples of logical axes, as `nn.parameters.logical_axes` gives.
     shapes_tree: the same tree with arrays or `jax.ShapeDtypeStruct`s for leaves.
   """
+
   def of_leaf(path, leaf, axes):
     return sharding(mesh, axes, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/"))
+
   return jax.tree_util.tree_map_with_path(of_leaf, shapes_tree, axes_tree)
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> NamedSharding:
   """Where an array [B] or [B, T, ...] of examples lives: split along B and T alone."""
-  axes = ("batch", "time")[:len(shape)]
+  axes = ("batch", "time")[: len(shape)]
   return sharding(mesh, axes + (None,) * (len(shape) - len(axes)), shape, name)
 
 
@@ -89,10 +94,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
   """`function` for `jax.jit`, with `mesh` in context for the `constrain`s inside."""
+
   @functools.wraps(function)
   def traced(*arguments):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return function(*arguments)
+
   return traced
 
 
@@ -105,8 +112,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if mesh is None:
     return x
   split = [_parts(mesh, axis) for axis in axes]
-  spec = [mesh_axes if mesh_axes and size % parts == 0 else None
-          for (mesh_axes, parts), size in zip(split, x.shape, strict=True)]
+  spec = [
+    mesh_axes if mesh_axes and size % parts == 0 else None
+    for (mesh_axes, parts), size in zip(split, x.shape, strict=True)
+  ]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
@@ -148,8 +157,10 @@ def whole_heads(mesh: Mesh, num_heads: int) -> str:
   mesh_axes, parts = _parts(mesh, "heads")
   if num_heads % parts == 0:
     return ""
-  return (f"{num_heads} heads cannot be split over the {parts} devices along mesh axis {' × '.join(mesh_axes)}: "
-          f"q, k and v are whole on each, and each does all of the attention between tokens.")
+  return (
+    f"{num_heads} heads cannot be split over the {parts} devices along mesh axis {' × '.join(mesh_axes)}: "
+    f"q, k and v are whole on each, and each does all of the attention between tokens."
+  )
 
 
 def _parts(mesh, axis: str | None) -> tuple[tuple[str, ...], int]:

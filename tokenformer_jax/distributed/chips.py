@@ -32,12 +32,12 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1200e9, 269e9, 3),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 2),
-    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95 * 2**30, 2765e9, 600e9, 3),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1600e9, 400e9, 2),
-    # SXM modules of 80, 80 and 141 GB.
-    "a100": Chip(("NVIDIA A100",), 312e12, 80 * 2**30, 2039e9, 300e9, 1, "cuda"),
-    "h100": Chip(("NVIDIA H100",), 989e12, 80 * 2**30, 3352e9, 450e9, 1, "cuda"),
-    "h200": Chip(("NVIDIA H200",), 989e12, 140 * 2**30, 4800e9, 450e9, 1, "cuda"),
+  "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1200e9, 269e9, 3),
+  "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 2),
+  "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95 * 2**30, 2765e9, 600e9, 3),
+  "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1600e9, 400e9, 2),
+  # SXM modules of 80, 80 and 141 GB.
+  "a100": Chip(("NVIDIA A100",), 312e12, 80 * 2**30, 2039e9, 300e9, 1, "cuda"),
+  "h100": Chip(("NVIDIA H100",), 989e12, 80 * 2**30, 3352e9, 450e9, 1, "cuda"),
+  "h200": Chip(("NVIDIA H200",), 989e12, 140 * 2**30, 4800e9, 450e9, 1, "cuda"),
 }

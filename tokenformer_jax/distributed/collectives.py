@@ -5,8 +5,8 @@ import itertools
 import math
 import re
 
-from jax.sharding import Mesh
 import numpy as np
+from jax.sharding import Mesh
 
 from tokenformer_jax.distributed import hlo
 
@@ -86,10 +86,21 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
       continue
     before = len(found)
     for name, (dtype, shape, size) in _arrays(kind, instruction, module.computations[computation], group_size):
-      found.append(Collective(
-          kind=kind, axes=axes, dtype=dtype, shape=shape, bytes=size, group_size=group_size, trips=trips,
-          backward="transpose(" in op_name, argument=module.source(computation, name),
-          operation=instruction.name, op_name=op_name))
+      found.append(
+        Collective(
+          kind=kind,
+          axes=axes,
+          dtype=dtype,
+          shape=shape,
+          bytes=size,
+          group_size=group_size,
+          trips=trips,
+          backward="transpose(" in op_name,
+          argument=module.source(computation, name),
+          operation=instruction.name,
+          op_name=op_name,
+        )
+      )
     if chain:
       chains[chain.group(1)] = list(range(before, len(found)))
   return found
@@ -100,7 +111,7 @@ def _arrays(kind, instruction, instructions, group_size):
   operands = [(name, array) for name in instruction.operands for array in hlo.arrays(instructions[name].type)]
   if kind == "all-gather":
     # A type of the -start form has operands and results.
-    results = hlo.arrays(instruction.type)[-len(operands):]
+    results = hlo.arrays(instruction.type)[-len(operands) :]
     return [(name, result) for (name, _), result in zip(operands, results)]
   if kind == "all-to-all" and len(operands) == group_size:
     # One array, cut into a piece for every device.
@@ -130,7 +141,9 @@ def _groups(instruction: hlo.Instruction, mesh: Mesh) -> np.ndarray:
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
   if iota:
     return _iota(iota.group(2)).reshape(_ints(iota.group(1)))
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}", text)
+  named = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}", text
+  )
   if named:
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", named.group(1))}
     ids = (_iota(named.group(2)) if named.group(2) else np.arange(math.prod(sizes.values()))).reshape([*sizes.values()])

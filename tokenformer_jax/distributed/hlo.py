@@ -6,8 +6,20 @@ import re
 from collections.abc import Iterator
 
 # Operations that move or cast a value; their first operand is the value, the others say where.
-_MOVES = frozenset({"bitcast", "convert", "copy", "copy-done", "copy-start", "dynamic-slice", "optimization-barrier",
-                    "reshape", "slice", "transpose"})
+_MOVES = frozenset(
+  {
+    "bitcast",
+    "convert",
+    "copy",
+    "copy-done",
+    "copy-start",
+    "dynamic-slice",
+    "optimization-barrier",
+    "reshape",
+    "slice",
+    "transpose",
+  }
+)
 _BITS = {"pred": 8, "bf16": 16}
 _COUNTS = ("s32[]", "u32[]")
 _NAME = re.compile(r"%?([\w.\-]+)")
@@ -48,12 +60,14 @@ class Module:
 
   def executed(self) -> Iterator[tuple[str, Instruction, int]]:
     """(computation, instruction, how often a run of the program executes it), callees after callers."""
+
     def walk(computation, times):
       for instruction in self.computations[computation].values():
         yield computation, instruction, times
         inner = times * self.trips(instruction, computation) if instruction.opcode == "while" else times
         for called in _called(instruction):
           yield from walk(called, inner)
+
     return walk(self.entry, 1)
 
   def trips(self, loop: Instruction, computation: str) -> int:
@@ -77,8 +91,11 @@ class Module:
       return 1
     instructions = self.computations[body]
     following = instructions[self._root(body).operands[int(counter.attribute("index"))]]
-    added = [int(i.literal) for i in map(instructions.get, following.operands)
-             if following.opcode == "add" and i.opcode == "constant"]
+    added = [
+      int(i.literal)
+      for i in map(instructions.get, following.operands)
+      if following.opcode == "add" and i.opcode == "constant"
+    ]
     return added[0] if added else 1
 
   def op_name(self, computation: str, instruction: Instruction) -> str:
@@ -135,9 +152,13 @@ class Module:
 
   @functools.cached_property
   def _callers(self) -> dict[str, tuple[str, Instruction]]:
-    return {called: (name, instruction) for name, computation in self.computations.items()
-            for instruction in computation.values() if instruction.opcode in ("while", "fusion", "call", "async-start")
-            for called in _called(instruction)}
+    return {
+      called: (name, instruction)
+      for name, computation in self.computations.items()
+      for instruction in computation.values()
+      if instruction.opcode in ("while", "fusion", "call", "async-start")
+      for called in _called(instruction)
+    }
 
 
 def parse(text: str) -> Module:
@@ -176,7 +197,7 @@ def _instruction(line: str) -> Instruction:
   type_, rest = rest[:end], rest[end:].lstrip()
   opening = rest.index("(")
   closing = _closing(rest, opening)
-  inside = rest[opening + 1:closing - 1]
+  inside = rest[opening + 1 : closing - 1]
   opcode = rest[:opening]
   operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", inside))
   return Instruction(name.lstrip("%"), type_, opcode, operands, rest[closing:], inside, line.startswith("ROOT "))

@@ -40,6 +40,8 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     sizes[sizes.index(-1)] = num_devices // fixed
   elif fixed != num_devices:
     needed = f"a multiple of {fixed}" if -1 in sizes else f"{fixed}"
-    raise ValueError(f"mesh {shown} takes {needed} devices, but there are {num_devices}: "
-                     f"choose sizes whose product is {num_devices}, or -1 for the rest.")
+    raise ValueError(
+      f"mesh {shown} takes {needed} devices, but there are {num_devices}: "
+      f"choose sizes whose product is {num_devices}, or -1 for the rest."
+    )
   return tuple(sizes)

@@ -8,9 +8,9 @@ import socket
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
-import numpy as np
 
 # A process that is not heard of for so long ends the run. Beats come from a thread of their own, so that
 # compiling or reading for longer does no harm; a host that swaps or is moved may be silent for a minute.
@@ -20,8 +20,13 @@ STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 _LOCAL = "127.0.0.1"
 
 
-def start(coordinator_address: str | None = None, num_processes: int | None = None,
-          process_id: int | None = None, *, stops_by_itself: bool = False) -> None:
+def start(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  stops_by_itself: bool = False,
+) -> None:
   """Joins the other processes of this run. Comes before anything that uses a device.
 
   Without arguments JAX asks the cluster (TPU slice, SLURM, Open MPI, Kubernetes); where there is none, this
@@ -45,8 +50,9 @@ def start(coordinator_address: str | None = None, num_processes: int | None = No
       _start_alone()
       return
     shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    raise ValueError(f"{shown}: {error} Give all three, process_id from 0 to num_processes − 1, or none "
-                     "where JAX knows the cluster.") from None
+    raise ValueError(
+      f"{shown}: {error} Give all three, process_id from 0 to num_processes − 1, or none where JAX knows the cluster."
+    ) from None
 
 
 def _start_alone() -> None:
@@ -57,8 +63,14 @@ def _start_alone() -> None:
   direct = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")
   os.environ["no_grpc_proxy"] = f"{direct},{_LOCAL}" if direct else _LOCAL
   jax.config.update("jax_check_proxy_envs", False)
-  jax.distributed.initialize(address, num_processes=1, process_id=0, coordinator_bind_address=address,
-                             cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  jax.distributed.initialize(
+    address,
+    num_processes=1,
+    process_id=0,
+    coordinator_bind_address=address,
+    cluster_detection_method="deactivate",
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+  )
 
 
 def must_stop(step: int) -> bool:
@@ -75,8 +87,10 @@ def check_agree(**values: Any) -> None:
   for name, column in zip(values, everywhere.T):
     others = np.flatnonzero(column != column[0])
     if others.size:
-      raise ValueError(f"{name} is not the same on all {jax.process_count()} processes: {others.tolist()} have "
-                       "another than process 0; start all with one command, on a shared file system.")
+      raise ValueError(
+        f"{name} is not the same on all {jax.process_count()} processes: {others.tolist()} have "
+        "another than process 0; start all with one command, on a shared file system."
+      )
 
 
 def share_of_rows(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -92,8 +106,10 @@ def share_of_rows(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]
     rows.setdefault(device.process_index, set()).update(range(shape[0])[index[0]])
   shares = sorted({tuple(sorted(held)) for held in rows.values()})
   if sum(map(len, shares)) != shape[0] or len({len(share) for share in shares}) != 1:
-    raise ValueError(f"mesh {dict(sharding.mesh.shape)}: {shape[0]} rows would lie unevenly on {len(rows)} "
-                     "processes; choose data and fsdp so that a process's devices hold whole shares.")
+    raise ValueError(
+      f"mesh {dict(sharding.mesh.shape)}: {shape[0]} rows would lie unevenly on {len(rows)} "
+      "processes; choose data and fsdp so that a process's devices hold whole shares."
+    )
   return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 

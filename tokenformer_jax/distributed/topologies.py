@@ -1,11 +1,11 @@
 """TPU slices and GPUs that are not there, to compile for."""
 
-from collections.abc import Iterator, Sequence
 import contextlib
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.experimental import topologies
@@ -17,8 +17,12 @@ from tokenformer_jax.distributed.chips import CHIPS, Chip
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh, mesh_sizes
 
 # What libtpu otherwise asks a metadata server for, in vain; and no lock, since nothing is run.
-_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-           "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_LIBTPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 # What XLA asks a GPU about itself: a multiprocessor's limits by compute capability, from the CUDA programming guide.
 _GPU = """gpu_device_info {{
@@ -49,8 +53,9 @@ def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     raise ValueError(f"topology={topology!r}: expected a chip and the sizes of a slice, as v5e:4x4 or h100:8.")
   name, sizes = found.group(1), tuple(int(size) for size in found.group(2).split("x"))
   if name not in CHIPS:
-    raise ValueError(f"topology={topology!r}: chip {name!r} is unknown: choose one of {', '.join(CHIPS)}."
-                     + nearest(name, CHIPS))
+    raise ValueError(
+      f"topology={topology!r}: chip {name!r} is unknown: choose one of {', '.join(CHIPS)}." + nearest(name, CHIPS)
+    )
   if name in _GPUS and not (len(sizes) == 1 and 1 <= sizes[0] <= _MOST_GPUS):
     raise ValueError(f"topology={topology!r}: a machine has 1 to {_MOST_GPUS} GPUs, as {name}:{_MOST_GPUS}.")
   if len(sizes) != CHIPS[name].torus_axes or 0 in sizes:
@@ -80,8 +85,9 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
   """
   chip, sizes = parse_topology(topology)
   if chip.platform == "cuda":
-    target = _GPU.format(**_GPUS[topology.partition(":")[0]], kind=chip.kinds[0], memory=chip.memory,
-                         bandwidth=chip.memory_bandwidth)
+    target = _GPU.format(
+      **_GPUS[topology.partition(":")[0]], kind=chip.kinds[0], memory=chip.memory, bandwidth=chip.memory_bandwidth
+    )
     # Slices, machines of each, GPUs of each.
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{sizes[0]}").devices
   for name, value in _LIBTPU.items():
@@ -89,8 +95,12 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
   options = {}
   if topology.startswith("v4:"):
     # As two cores, v4's default, a chip would be two devices.
-    options = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1,
-                   wrap=tuple(size % 4 == 0 for size in sizes))
+    options = dict(
+      chip_config_name="megacore",
+      chips_per_host_bounds=(2, 2, 1),
+      num_slices=1,
+      wrap=tuple(size % 4 == 0 for size in sizes),
+    )
   elif math.prod(sizes) == 1:
     options = dict(chips_per_host_bounds=(1, 1, 1))
   try:

@@ -1,7 +1,7 @@
 """All measurements of one model; what the evaluate door does."""
 
-from collections.abc import Sequence
 import pathlib
+from collections.abc import Sequence
 
 from tokenformer_jax import data
 from tokenformer_jax.data.sources import open_corpus
@@ -14,8 +14,9 @@ from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.training.checkpoints import load, load_tokenizer
 
 
-def open_model(workdir: str | None, step: int | None, pretrained: str | None, tokenizer: str | None
-               ) -> tuple[LanguageModel, data.Tokenizer]:
+def open_model(
+  workdir: str | None, step: int | None, pretrained: str | None, tokenizer: str | None
+) -> tuple[LanguageModel, data.Tokenizer]:
   """The model and tokenizer of a run, or of a weight file and a tokenizer spec.
 
   Raises:
@@ -32,14 +33,25 @@ def open_model(workdir: str | None, step: int | None, pretrained: str | None, to
   opened = data.open_tokenizer(tokenizer)
   model = from_pretrained(pretrained)
   if opened.vocab_size > model.config.vocab_size:
-    raise ValueError(f"tokenizer={tokenizer!r} has {opened.vocab_size} ids, the model {model.config.vocab_size}; "
-                     "give the model's own tokenizer.")
+    raise ValueError(
+      f"tokenizer={tokenizer!r} has {opened.vocab_size} ids, the model {model.config.vocab_size}; "
+      "give the model's own tokenizer."
+    )
   return model, opened
 
 
-def evaluate(model: LanguageModel, tokenizer, *, tasks: Sequence[str] = (), data_folder: str | pathlib.Path = ".",
-             limit: int | None = None, texts: Sequence[str] = (), stride: int | None = None, harness: bool = False,
-             task_files: str | None = None) -> dict[str, dict[str, float]]:
+def evaluate(
+  model: LanguageModel,
+  tokenizer,
+  *,
+  tasks: Sequence[str] = (),
+  data_folder: str | pathlib.Path = ".",
+  limit: int | None = None,
+  texts: Sequence[str] = (),
+  stride: int | None = None,
+  harness: bool = False,
+  task_files: str | None = None,
+) -> dict[str, dict[str, float]]:
   """Metrics by task, and by text of `texts` (source specs of the data room).
 
   All that is asked for is looked up before anything is computed.
@@ -57,8 +69,10 @@ def evaluate(model: LanguageModel, tokenizer, *, tasks: Sequence[str] = (), data
   else:
     questions = {task: read_task(task, data_folder, limit) for task in tasks}
     results |= {task: answer(model, tokenizer, asked, progress=task) for task, asked in questions.items()}
-  return results | {name: perplexity(model, tokenizer, corpus, stride=stride, progress=name).report()
-                    for name, corpus in corpora.items()}
+  return results | {
+    name: perplexity(model, tokenizer, corpus, stride=stride, progress=name).report()
+    for name, corpus in corpora.items()
+  }
 
 
 def _harness():

@@ -1,15 +1,15 @@
 """Log-likelihood of continuations: what perplexity and multiple choice are made of."""
 
-from collections.abc import Sequence
 import functools
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from flax import nnx
 
 from tokenformer_jax.inference.generate import bucket
 from tokenformer_jax.models.language_model import LanguageModel
@@ -45,13 +45,14 @@ def encode_pair(tokenizer, context: str, continuation: str) -> Request:
       return Request(ids[:1], ids[1:])
     return Request([tokenizer.end_of_document], ids)
   stripped = context.rstrip()
-  continuation = context[len(stripped):] + continuation
+  continuation = context[len(stripped) :] + continuation
   context_ids = tokenizer.encode(stripped)
-  return Request(context_ids, tokenizer.encode(stripped + continuation)[len(context_ids):])
+  return Request(context_ids, tokenizer.encode(stripped + continuation)[len(context_ids) :])
 
 
-def log_likelihoods(model: LanguageModel, requests: Sequence[Request], vocab_size: int, *,
-                    progress: str | None = None) -> list[Score]:
+def log_likelihoods(
+  model: LanguageModel, requests: Sequence[Request], vocab_size: int, *, progress: str | None = None
+) -> list[Score]:
   """Scores of many requests, in their order.
 
   Probabilities are over the first `vocab_size` ids: those that only pad the vocabulary, which no text
@@ -75,14 +76,15 @@ def log_likelihoods(model: LanguageModel, requests: Sequence[Request], vocab_siz
   # Longest first: if memory does not do, that shows at once.
   order = sorted(range(len(requests)), key=lambda i: -_inputs(requests[i], length))
   scores: list[Score | None] = [None] * len(requests)
-  with tqdm.tqdm(total=len(requests), desc=progress, disable=progress is None, dynamic_ncols=True,
-                 file=sys.stderr) as bar:
+  with tqdm.tqdm(
+    total=len(requests), desc=progress, disable=progress is None, dynamic_ncols=True, file=sys.stderr
+  ) as bar:
     while order:
       width = min(bucket(_inputs(requests[order[0]], length)), length)
       rows = max(1, _LOGIT_BYTES // (4 * width * model.config.vocab_size))
       rows = min(rows, 128)
       chosen = [i for i in order[:rows] if min(bucket(_inputs(requests[i], length)), length) == width]
-      order = order[len(chosen):]
+      order = order[len(chosen) :]
       batch = _batch([requests[i] for i in chosen], rows, width)
       sums, greedy = jax.device_get(_score(graphdef, params, tau, *batch, vocab_size=vocab_size))
       for row, i in enumerate(chosen):
@@ -93,16 +95,22 @@ def log_likelihoods(model: LanguageModel, requests: Sequence[Request], vocab_siz
 
 def _check(request: Request, number: int, vocab_size: int, length: int) -> None:
   if not len(request.context) or not len(request.continuation):
-    raise ValueError(f"request {number}: context of {len(request.context)} ids and continuation of "
-                     f"{len(request.continuation)}; both need one at least (an empty text: the end-of-document id).")
+    raise ValueError(
+      f"request {number}: context of {len(request.context)} ids and continuation of "
+      f"{len(request.continuation)}; both need one at least (an empty text: the end-of-document id)."
+    )
   ids = np.concatenate([request.context, request.continuation])
   if ids.min() < 0 or ids.max() >= vocab_size:
     at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
-    raise ValueError(f"request {number}: id {ids[at]} at position {at} is outside the {vocab_size} ids of the "
-                     "vocabulary; use the model's own tokenizer.")
+    raise ValueError(
+      f"request {number}: id {ids[at]} at position {at} is outside the {vocab_size} ids of the "
+      "vocabulary; use the model's own tokenizer."
+    )
   if len(request.continuation) > length:
-    raise ValueError(f"request {number}: a continuation of {len(request.continuation)} ids does not fit into the "
-                     f"model's seq_length={length}; score it in windows (see evaluation.perplexity).")
+    raise ValueError(
+      f"request {number}: a continuation of {len(request.continuation)} ids does not fit into the "
+      f"model's seq_length={length}; score it in windows (see evaluation.perplexity)."
+    )
 
 
 def _inputs(request: Request, length: int) -> int:
@@ -116,10 +124,10 @@ def _batch(requests: Sequence[Request], rows: int, width: int):
   labels = np.zeros((rows, width), np.int32)
   mask = np.zeros((rows, width), bool)
   for row, request in enumerate(requests):
-    ids = np.concatenate([request.context, request.continuation]).astype(np.int32)[-(width + 1):]
+    ids = np.concatenate([request.context, request.continuation]).astype(np.int32)[-(width + 1) :]
     end = len(ids) - 1
     inputs[row, :end], labels[row, :end] = ids[:-1], ids[1:]
-    mask[row, end - len(request.continuation):end] = True
+    mask[row, end - len(request.continuation) : end] = True
   return inputs, labels, mask
 
 

@@ -1,7 +1,7 @@
 """Accuracy on questions, by the log-likelihood of their answers."""
 
-from collections.abc import Sequence
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,8 +10,9 @@ from tokenformer_jax.evaluation.tasks import Question
 from tokenformer_jax.models.language_model import LanguageModel
 
 
-def answer(model: LanguageModel, tokenizer, questions: Sequence[Question], *, progress: str | None = None
-           ) -> dict[str, float]:
+def answer(
+  model: LanguageModel, tokenizer, questions: Sequence[Question], *, progress: str | None = None
+) -> dict[str, float]:
   """Metrics over questions, each with its standard error `…_stderr`.
 
   With answers to choose from: `acc`, by the largest log-likelihood, and `acc_norm`, by the largest one a

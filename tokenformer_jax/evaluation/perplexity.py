@@ -1,8 +1,8 @@
 """Perplexity of a text per token, word and byte."""
 
-from collections.abc import Iterator, Sequence
 import math
 import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tokenformer_jax.data.corpus import Corpus
@@ -12,8 +12,8 @@ from tokenformer_jax.models.language_model import LanguageModel
 
 class Perplexity(NamedTuple):
   """Attributes:
-    nats: −log p of the whole text.
-    tokens, words, bytes: its size; words are parted by white space.
+  nats: −log p of the whole text.
+  tokens, words, bytes: its size; words are parted by white space.
   """
 
   nats: float
@@ -23,9 +23,15 @@ class Perplexity(NamedTuple):
 
   def report(self) -> dict[str, float]:
     """Perplexities, and bits per byte."""
-    return {"token_perplexity": math.exp(self.nats / self.tokens), "word_perplexity": math.exp(self.nats / self.words),
-            "byte_perplexity": math.exp(self.nats / self.bytes), "bits_per_byte": self.nats / self.bytes / math.log(2),
-            "tokens": self.tokens, "words": self.words, "bytes": self.bytes}
+    return {
+      "token_perplexity": math.exp(self.nats / self.tokens),
+      "word_perplexity": math.exp(self.nats / self.words),
+      "byte_perplexity": math.exp(self.nats / self.bytes),
+      "bits_per_byte": self.nats / self.bytes / math.log(2),
+      "tokens": self.tokens,
+      "words": self.words,
+      "bytes": self.bytes,
+    }
 
 
 def windows(ids: Sequence[int], end_of_document: int, length: int, stride: int) -> Iterator[Request]:
@@ -39,11 +45,12 @@ def windows(ids: Sequence[int], end_of_document: int, length: int, stride: int) 
   ids = [end_of_document, *ids]
   for start in range(1, len(ids), stride):
     end = min(start + stride, len(ids))
-    yield Request(ids[max(end - length - 1, 0):start], ids[start:end])
+    yield Request(ids[max(end - length - 1, 0) : start], ids[start:end])
 
 
-def perplexity(model: LanguageModel, tokenizer, corpus: Corpus, *, stride: int | None = None,
-               progress: str | None = "perplexity") -> Perplexity:
+def perplexity(
+  model: LanguageModel, tokenizer, corpus: Corpus, *, stride: int | None = None, progress: str | None = "perplexity"
+) -> Perplexity:
   """Perplexity of every document of `corpus`, each from its own beginning.
 
   Args:

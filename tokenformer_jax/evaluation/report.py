@@ -22,6 +22,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def write_json(path: str | os.PathLike, results: dict) -> None:
   """Writes the results whole or not at all, making the folder; a number that is not finite becomes null."""
+
   def clean(node):
     if isinstance(node, dict):
       return {key: clean(value) for key, value in node.items()}

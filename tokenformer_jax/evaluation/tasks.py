@@ -6,8 +6,8 @@ Prompts are those of EleutherAI's harness. The files are looked for in a folder 
 
 import json
 import pathlib
-from typing import NamedTuple
 import zipfile
+from typing import NamedTuple
 
 from tokenformer_jax.checked import nearest
 
@@ -29,8 +29,9 @@ class Question(NamedTuple):
 
 
 def _choices(context: str, choices: list[str], gold: int, group: str = "") -> Question:
-  return Question((context,) * len(choices), tuple(" " + choice for choice in choices), gold,
-                  tuple(map(len, choices)), group)
+  return Question(
+    (context,) * len(choices), tuple(" " + choice for choice in choices), gold, tuple(map(len, choices)), group
+  )
 
 
 def _arc(row) -> Question:
@@ -60,13 +61,13 @@ def _blimp(row) -> Question:
 
 # Task -> its file, and the question in a row of it.
 TASKS = {
-    "lambada_openai": ("eval_zero_shot/lambada_openai.jsonl", _lambada),
-    "hellaswag": ("eval_zero_shot/hellaswag_val.jsonl", _hellaswag),
-    "piqa": ("eval_zero_shot/piqa.jsonl", _piqa),
-    "arc_easy": ("eval_zero_shot/arc_easy_test.jsonl", _arc),
-    "arc_challenge": ("eval_zero_shot/arc_challenge_test.jsonl", _arc),
-    "winogrande": ("eval_zero_shot/winogrande.jsonl", _winogrande),
-    "blimp": ("blimp/BLiMP.zip", _blimp),
+  "lambada_openai": ("eval_zero_shot/lambada_openai.jsonl", _lambada),
+  "hellaswag": ("eval_zero_shot/hellaswag_val.jsonl", _hellaswag),
+  "piqa": ("eval_zero_shot/piqa.jsonl", _piqa),
+  "arc_easy": ("eval_zero_shot/arc_easy_test.jsonl", _arc),
+  "arc_challenge": ("eval_zero_shot/arc_challenge_test.jsonl", _arc),
+  "winogrande": ("eval_zero_shot/winogrande.jsonl", _winogrande),
+  "blimp": ("blimp/BLiMP.zip", _blimp),
 }
 
 
@@ -81,8 +82,7 @@ def read_task(name: str, folder: str | pathlib.Path, limit: int | None = None) -
     try:
       questions.append(TASKS[name][1](json.loads(line)))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f"{part}, line {number}: not a row of {name} "
-                       f"({type(error).__name__}: {error}).") from None
+      raise ValueError(f"{part}, line {number}: not a row of {name} ({type(error).__name__}: {error}).") from None
   return questions
 
 
@@ -93,10 +93,8 @@ def read_rows(name: str, folder: str | pathlib.Path, limit: int | None = None) -
   place, _ = TASKS[name]
   path = pathlib.Path(folder) / place
   if not path.is_file():
-    raise ValueError(f"task {name}: no file {path}; give the folder that holds {place} "
-                     "(--data, or TOKENFORMER_DATA).")
-  rows = [(part, number, line) for part, lines in _files(path)
-          for number, line in enumerate(lines[:limit], start=1)]
+    raise ValueError(f"task {name}: no file {path}; give the folder that holds {place} (--data, or TOKENFORMER_DATA).")
+  rows = [(part, number, line) for part, lines in _files(path) for number, line in enumerate(lines[:limit], start=1)]
   if not rows:
     raise ValueError(f"task {name}: {path} holds no questions.")
   return rows
@@ -108,8 +106,9 @@ def _files(path: pathlib.Path):
     if path.suffix != ".zip":
       return [(path, path.read_text(encoding="utf-8").splitlines())]
     with zipfile.ZipFile(path) as archive:
-      members = sorted(name for name in archive.namelist()
-                       if name.endswith(".jsonl") and not name.startswith("__MACOSX/"))
+      members = sorted(
+        name for name in archive.namelist() if name.endswith(".jsonl") and not name.startswith("__MACOSX/")
+      )
       return [(f"{path}/{name}", archive.read(name).decode("utf-8").splitlines()) for name in members]
   except (zipfile.BadZipFile, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is damaged ({error}); get it again.") from None

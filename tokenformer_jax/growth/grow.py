@@ -8,9 +8,9 @@ import dataclasses
 import zlib
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from tokenformer_jax.config import GrowthConfig, ModelConfig
 from tokenformer_jax.growth.plan import LeafPlan, NewRows, path_name, plan_growth
@@ -19,8 +19,15 @@ from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
 
 
-def grow_state(state: Any, config: ModelConfig, new_config: ModelConfig, growth: GrowthConfig = GrowthConfig(), *,
-               seed: int = 0, out_shardings=None) -> tuple[Any, ModelConfig, GrowthReport]:
+def grow_state(
+  state: Any,
+  config: ModelConfig,
+  new_config: ModelConfig,
+  growth: GrowthConfig = GrowthConfig(),
+  *,
+  seed: int = 0,
+  out_shardings=None,
+) -> tuple[Any, ModelConfig, GrowthReport]:
   """A training state with the parameter tokens of `new_config` and, under `exact`, the function of `config`.
 
   Moments of old rows are kept to the bit and those of new rows begin at 0; the step count goes on.
@@ -44,6 +51,7 @@ def grow_state(state: Any, config: ModelConfig, new_config: ModelConfig, growth:
     def grown(path, leaf):
       leaf_plan = plan[path_name(path)]
       return grow_leaf(leaf, leaf_plan, leaf_key(leaf_plan, seed), step)
+
     return jax.tree_util.tree_map_with_path(grown, state)
 
   return jax.jit(grow, out_shardings=out_shardings)(state, step), new_config, GrowthReport(tuple(plan.values()))
@@ -55,8 +63,9 @@ def leaf_key(plan: LeafPlan, seed: int) -> jax.Array:
   return jax.random.fold_in(key, plan.old_shape[plan.axis] if plan.axis is not None else 0)
 
 
-def grow_leaf(leaf: jax.Array, plan: LeafPlan, key: jax.Array, step: jax.Array, first_layer: jax.Array | int = 0
-              ) -> jax.Array:
+def grow_leaf(
+  leaf: jax.Array, plan: LeafPlan, key: jax.Array, step: jax.Array, first_layer: jax.Array | int = 0
+) -> jax.Array:
   """`leaf` as planned: its new rows come after the old ones. `plan.path` is not looked at, but in `leaf_key`.
 
   Args:
@@ -108,8 +117,15 @@ class _Weights:
 jax.tree_util.register_dataclass(_Weights, ["params", "tau"], [])
 
 
-def grow(model: LanguageModel, *, qkv_tokens: int | None = None, proj_tokens: int | None = None,
-         ffn_tokens: int | None = None, how: str = "exact", seed: int = 0) -> tuple[LanguageModel, GrowthReport]:
+def grow(
+  model: LanguageModel,
+  *,
+  qkv_tokens: int | None = None,
+  proj_tokens: int | None = None,
+  ffn_tokens: int | None = None,
+  how: str = "exact",
+  seed: int = 0,
+) -> tuple[LanguageModel, GrowthReport]:
   """A bigger model with the same function: `bigger, report = grow(model, ffn_tokens=4096)`.
 
   Args:

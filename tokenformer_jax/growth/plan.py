@@ -4,8 +4,8 @@ import dataclasses
 import enum
 from typing import Any
 
-from flax import nnx
 import jax
+from flax import nnx
 
 from tokenformer_jax.config import GrowthConfig, ModelConfig
 from tokenformer_jax.models.language_model import LanguageModel
@@ -48,8 +48,9 @@ class LeafPlan:
   number: float = 0.0
 
 
-def plan_growth(shapes: Any, config: ModelConfig, new_config: ModelConfig,
-                growth: GrowthConfig = GrowthConfig()) -> dict[str, LeafPlan]:
+def plan_growth(
+  shapes: Any, config: ModelConfig, new_config: ModelConfig, growth: GrowthConfig = GrowthConfig()
+) -> dict[str, LeafPlan]:
   """The plan for a state of leaf shapes `shapes` whose model is `config`, by leaf path.
 
   A leaf grows if it is a parameter with a `param_token` axis, or mirrors one (the optimizer's
@@ -79,7 +80,7 @@ def plan_growth(shapes: Any, config: ModelConfig, new_config: ModelConfig,
     axis = 0 if path.startswith("born/") else axes[owner].index("param_token")
     if leaf.shape[axis] != old_counts[owner]:
       raise ValueError(f"{path} {leaf.shape}: axis {axis} should have the model's {old_counts[owner]} tokens.")
-    shape = (*leaf.shape[:axis], new_counts[owner], *leaf.shape[axis + 1:])
+    shape = (*leaf.shape[:axis], new_counts[owner], *leaf.shape[axis + 1 :])
     plan[path] = LeafPlan(path, leaf.shape, shape, axis, *_new_rows(path, config, growth))
   return plan
 
@@ -90,21 +91,28 @@ def check_growth(config: ModelConfig, new_config: ModelConfig, growth: GrowthCon
   `exact` has no way for softmax; `duplicate` wants whole multiples.
   """
   if new_config == config:
-    raise ValueError("growth changes nothing: " + ", ".join(f"{f}={getattr(config, f)}" for f in TOKEN_FIELDS)
-                     + " are the model's counts already; give at least one a larger value.")
+    raise ValueError(
+      "growth changes nothing: "
+      + ", ".join(f"{f}={getattr(config, f)}" for f in TOKEN_FIELDS)
+      + " are the model's counts already; give at least one a larger value."
+    )
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(config, field.name), getattr(new_config, field.name)
     if field.name in TOKEN_FIELDS:
       if new < old:
         raise ValueError(f"{field.name}: {old} -> {new}: growth cannot take rows away; choose at least {old}.")
       if growth.how == "duplicate" and new % old:
-        raise ValueError(f"{field.name}: {old} -> {new}: how='duplicate' repeats all rows; choose a whole multiple, "
-                         f"{new // old * old} or {(new // old + 1) * old}, or how='exact'.")
+        raise ValueError(
+          f"{field.name}: {old} -> {new}: how='duplicate' repeats all rows; choose a whole multiple, "
+          f"{new // old * old} or {(new // old + 1) * old}, or how='exact'."
+        )
     elif new != old:
       raise ValueError(f"{field.name}: {old!r} -> {new!r}: growth changes parameter tokens alone; keep {old!r}.")
   if config.theta == "softmax" and growth.how == "exact":
-    raise ValueError("theta='softmax': new rows with zero keys would still get weight exp(0), so how='exact' cannot "
-                     "keep the function; how='duplicate' does, for whole multiples of the counts.")
+    raise ValueError(
+      "theta='softmax': new rows with zero keys would still get weight exp(0), so how='exact' cannot "
+      "keep the function; how='duplicate' does, for whole multiples of the counts."
+    )
 
 
 def leaves_by_path(tree: Any, is_leaf=None) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.growth.plan import TOKEN_FIELDS, leaves_by_path, path_name
@@ -47,12 +47,24 @@ class ShrinkReport:
     for path, (old, new, share) in self.tokens.items():
       lines.append(f"{path.ljust(width)}  {old:6}  {new:5}  {share:13.2%}")
     (old, new), (before, after) = self.num_parameters, self.losses
-    return "\n".join([*lines, f"parameters: {old:,} -> {new:,}",
-                      f"loss: {before:.4f} -> {after:.4f} nats a token ({after - before:+.4f})"])
+    return "\n".join(
+      [
+        *lines,
+        f"parameters: {old:,} -> {new:,}",
+        f"loss: {before:.4f} -> {after:.4f} nats a token ({after - before:+.4f})",
+      ]
+    )
 
 
-def shrink(model: LanguageModel, batches: Iterable, held_out: Iterable | None = None, *, qkv_tokens: int | None = None,
-           proj_tokens: int | None = None, ffn_tokens: int | None = None) -> tuple[LanguageModel, ShrinkReport]:
+def shrink(
+  model: LanguageModel,
+  batches: Iterable,
+  held_out: Iterable | None = None,
+  *,
+  qkv_tokens: int | None = None,
+  proj_tokens: int | None = None,
+  ffn_tokens: int | None = None,
+) -> tuple[LanguageModel, ShrinkReport]:
   """A smaller model: `smaller, report = shrink(model, batches, ffn_tokens=512)`.
 
   Args:
@@ -71,8 +83,9 @@ def shrink(model: LanguageModel, batches: Iterable, held_out: Iterable | None = 
   return _smaller(model, config, kept), report
 
 
-def least_used(model: LanguageModel, config: ModelConfig, batches: Iterable, held_out: Iterable
-               ) -> tuple[Kept, ShrinkReport]:
+def least_used(
+  model: LanguageModel, config: ModelConfig, batches: Iterable, held_out: Iterable
+) -> tuple[Kept, ShrinkReport]:
   """Which tokens stay when `model` is shrunk to `config`, and what that costs; arguments as of `shrink`."""
   held_out = list(held_out)
   usage = token_usage(model, batches)
@@ -91,8 +104,11 @@ def _smaller(model: LanguageModel, config: ModelConfig, kept: Kept) -> LanguageM
 def check_shrink(config: ModelConfig, new_config: ModelConfig) -> None:
   """Raises ValueError unless `new_config` is `config` with fewer parameter tokens."""
   if new_config == config:
-    raise ValueError("shrinking changes nothing: " + ", ".join(f"{f}={getattr(config, f)}" for f in TOKEN_FIELDS)
-                     + " are the model's counts already; give at least one a smaller value.")
+    raise ValueError(
+      "shrinking changes nothing: "
+      + ", ".join(f"{f}={getattr(config, f)}" for f in TOKEN_FIELDS)
+      + " are the model's counts already; give at least one a smaller value."
+    )
   for field in TOKEN_FIELDS:
     old, new = getattr(config, field), getattr(new_config, field)
     if new > old:
@@ -115,22 +131,26 @@ def token_usage(model: LanguageModel, batches: Iterable) -> Usage:
           # Past NNX, which this throw-away block need not know of.
           object.__setattr__(parent, path[-1], _counting(layer, seen, "/".join(["blocks", *map(str, path)])))
       return block(x, by, segments, remat=lambda f: f), seen
+
     return nnx.merge(graphdef, params, tau).through_layers(count, inputs, positions, segments)[1]
 
   total, positions = None, 0
   for batch in batches:
     inputs, _, _, *where = _parts(batch)
     if inputs.min() < 0 or inputs.max() >= model.config.vocab_size:
-      raise ValueError(f"batches: ids from {inputs.min()} to {inputs.max()}; expected 0 to "
-                       f"{model.config.vocab_size - 1}, the model's vocabulary.")
+      raise ValueError(
+        f"batches: ids from {inputs.min()} to {inputs.max()}; expected 0 to "
+        f"{model.config.vocab_size - 1}, the model's vocabulary."
+      )
     seen = jax.device_get(sums(params, tau, inputs, *where))
     seen = {path: array.astype(np.float64) for path, array in seen.items()}
     total = seen if total is None else {path: total[path] + seen[path] for path in total}
     positions += inputs.size
   if total is None:
     raise ValueError("batches: there are none; use is measured on data.")
-  norms = {path: np.linalg.norm(np.asarray(leaves_by_path(params)[f"{path}/values"], np.float64), axis=-1)
-           for path in total}
+  norms = {
+    path: np.linalg.norm(np.asarray(leaves_by_path(params)[f"{path}/values"], np.float64), axis=-1) for path in total
+  }
   usage = {path: norms[path] * total[path] / positions for path in total}
   for path, use in usage.items():
     if not np.all(np.isfinite(use)):
@@ -144,15 +164,20 @@ def _counting(layer: Pattention, seen: dict[str, jax.Array], path: str):
     weights_MxN = token_weights(x, tokens, layer.theta, layer.gelu)
     seen[path] = jnp.sum(jnp.abs(weights_MxN), axis=0)
     return layer(x)
+
   return call
 
 
 def most_used(usage: Usage, config: ModelConfig) -> Kept:
   """The tokens that stay, of each layer the most used; used alike, the oldest."""
   fields = {"ffn": "ffn_tokens", "proj": "proj_tokens"}
-  return {path: np.sort(np.argsort(-use, axis=1, kind="stable")
-                        [:, :getattr(config, fields.get(path.rsplit("/", 1)[-1], "qkv_tokens"))], axis=1)
-          for path, use in usage.items()}
+  return {
+    path: np.sort(
+      np.argsort(-use, axis=1, kind="stable")[:, : getattr(config, fields.get(path.rsplit("/", 1)[-1], "qkv_tokens"))],
+      axis=1,
+    )
+    for path, use in usage.items()
+  }
 
 
 def shrink_tree(tree: Any, kept: Kept) -> Any:
@@ -173,7 +198,7 @@ def shrink_leaf(path: str, leaf: jax.Array, kept: Kept, first_layer: int = 0) ->
   if leaf.ndim == 1:
     # Births are the same for all layers: where layers keep others, the latest, whose warm-up is the longest.
     return leaf[rows].max(axis=0)
-  rows = rows[first_layer:first_layer + leaf.shape[0]]
+  rows = rows[first_layer : first_layer + leaf.shape[0]]
   return (jnp if isinstance(leaf, jax.Array) else np).take_along_axis(leaf, rows[..., None], axis=1)
 
 

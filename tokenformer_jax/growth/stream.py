@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import type_handlers
 import tensorstore as ts
+from orbax.checkpoint import type_handlers
 
 from tokenformer_jax.growth.grow import grow_leaf, leaf_key
 from tokenformer_jax.growth.plan import LeafPlan, NewRows
@@ -73,8 +73,12 @@ def shrunk(path: str, leaf: LeafStream, kept: Kept) -> LeafStream:
   count = rows.shape[1]
   if len(leaf.shape) == 1:
     return LeafStream((count,), leaf.dtype, count, lambda *_: shrink_leaf(path, leaf.read(0, leaf.shape[0]), kept))
-  return LeafStream((leaf.shape[0], count, *leaf.shape[2:]), leaf.dtype, leaf.rows,
-                    lambda start, stop: shrink_leaf(path, leaf.read(start, stop), kept, start))
+  return LeafStream(
+    (leaf.shape[0], count, *leaf.shape[2:]),
+    leaf.dtype,
+    leaf.rows,
+    lambda start, stop: shrink_leaf(path, leaf.read(start, stop), kept, start),
+  )
 
 
 _grow_slice = jax.jit(grow_leaf, static_argnums=1)
@@ -93,12 +97,12 @@ def stream_handler(written: Callable[[str], None] = lambda name: None) -> ocp.Py
     written: called after each leaf is on disk, with its name.
   """
   registry = type_handlers.create_type_handler_registry(
-      (jax.Array, type_handlers.ArrayHandler(array_metadata_store=None)), (LeafStream, _LeafHandler(written)))
+    (jax.Array, type_handlers.ArrayHandler(array_metadata_store=None)), (LeafStream, _LeafHandler(written))
+  )
   return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class _LeafHandler(type_handlers.TypeHandler):
-
   def __init__(self, written: Callable[[str], None]):
     self._written = written
 
@@ -148,15 +152,23 @@ async def _open(info: type_handlers.ParamInfo) -> LeafStream:
 def _write(leaf: LeafStream, info: type_handlers.ParamInfo) -> None:
   slices = leaf.slices()
   chunk = (slices[0][1], *leaf.shape[1:]) if leaf.shape else ()
-  spec = type_handlers.get_json_tspec_write(info, use_ocdbt=True, global_shape=leaf.shape, local_shape=chunk,
-                                            dtype=leaf.dtype, process_index=0, arg=save_args(leaf))
+  spec = type_handlers.get_json_tspec_write(
+    info,
+    use_ocdbt=True,
+    global_shape=leaf.shape,
+    local_shape=chunk,
+    dtype=leaf.dtype,
+    process_index=0,
+    arg=save_args(leaf),
+  )
   store = ts.open(spec, create=True, open=True, context=info.ts_context).result()
   under_way = collections.deque()
   for start, stop in slices:
     block = leaf.read(start, stop)
     if block.shape != (*(stop - start,) * bool(leaf.shape), *leaf.shape[1:]) or block.dtype != leaf.dtype:
-      raise AssertionError(f"{info.name} {leaf.shape} {leaf.dtype}: rows {start} to {stop} came as {block.shape} "
-                           f"{block.dtype}.")
+      raise AssertionError(
+        f"{info.name} {leaf.shape} {leaf.dtype}: rows {start} to {stop} came as {block.shape} {block.dtype}."
+      )
     target = store[start:stop] if leaf.shape else store
     under_way.append((target.write(block, can_reference_source_data_indefinitely=True), block.nbytes))
     while sum(size for _, size in under_way) > SLICE_BYTES:

@@ -44,20 +44,20 @@ class Continuation:
       return
     self._ids.append(token)
     window = self._tokenizer.decode(self._ids)
-    self.text = self._before + window[self._overlap:]
+    self.text = self._before + window[self._overlap :]
     if len(self._ids) - self._decided >= _WINDOW and not window.endswith(_REPLACEMENT):
-      self._ids = self._ids[self._decided:]
+      self._ids = self._ids[self._decided :]
       self._decided = len(self._ids)
       self._before, self._overlap = self.text, len(self._tokenizer.decode(self._ids))
     ends = [self.text.find(stop) for stop in self._stop if stop in self.text]
     if ends:
-      self.text = self.text[:min(ends)]
+      self.text = self.text[: min(ends)]
       self.done = True
 
   def piece(self, last: bool = False) -> str:
     """The text that became final since the previous call; all of the rest if no token will follow."""
     final = len(self.text) if last or self.done else len(self.text) - self._open()
-    piece = self.text[self._streamed:final]
+    piece = self.text[self._streamed : final]
     self._streamed = max(final, self._streamed)
     return piece
 
@@ -65,6 +65,6 @@ class Continuation:
     """How many characters at the end may still change: a broken one, and the start of a stop string."""
     whole = self.text.rstrip(_REPLACEMENT)
     broken = min(len(self.text) - len(whole), _LONGEST_CHARACTER - 1)
-    whole = self.text[:len(self.text) - broken]
+    whole = self.text[: len(self.text) - broken]
     starts = [stop[:length] for stop in self._stop for length in range(1, len(stop))]
     return broken + max((len(start) for start in starts if whole.endswith(start)), default=0)

@@ -1,11 +1,11 @@
 """Writing text: one prefill over all prompts, then a draw and one compiled step for every token."""
 
-from collections.abc import Callable, Sequence
 import functools
+from collections.abc import Callable, Sequence
 
-from flax import nnx
 import jax
 import numpy as np
+from flax import nnx
 
 from tokenformer_jax.distributed.axes import platform
 from tokenformer_jax.distributed.processes import whole
@@ -18,17 +18,17 @@ _LENGTHS = (16, 32, 64, 128)
 
 
 def generate(
-    model: LanguageModel,
-    tokenizer,
-    prompts: str | Sequence[str | Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: str | Sequence[str] = (),
-    stream: Callable[[int, str], None] | None = None,
+  model: LanguageModel,
+  tokenizer,
+  prompts: str | Sequence[str | Sequence[int]],
+  *,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  stop: str | Sequence[str] = (),
+  stream: Callable[[int, str], None] | None = None,
 ) -> list[str]:
   """Continues each prompt, all at once, and returns the continuations without their prompts.
 
@@ -56,11 +56,14 @@ def generate(
   """
   config = model.config
   if not 1 <= tokenizer.vocab_size <= config.vocab_size:
-    raise ValueError(f"tokenizer with {tokenizer.vocab_size} ids, model with vocab_size={config.vocab_size}: "
-                     "this is another model's tokenizer; load the one saved with the model.")
+    raise ValueError(
+      f"tokenizer with {tokenizer.vocab_size} ids, model with vocab_size={config.vocab_size}: "
+      "this is another model's tokenizer; load the one saved with the model."
+    )
   max_new_tokens = checked_int("max_new_tokens", max_new_tokens, 1, "the most tokens to write")
-  sampling = Sampling.checked(vocab_size=tokenizer.vocab_size, temperature=temperature, top_k=top_k,
-                              top_p=top_p, seed=seed)
+  sampling = Sampling.checked(
+    vocab_size=tokenizer.vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+  )
   stop = (stop,) if isinstance(stop, str) else tuple(stop)
   if "" in stop:
     raise ValueError("stop='': an empty string would end every text at once; leave it out.")
@@ -83,7 +86,7 @@ def _decode(model, prompts, max_new_tokens, sampling):
   length = bucket(max(map(len, prompts)))
   tokens_BxT = np.zeros((len(prompts), length), np.int32)
   for row, ids in enumerate(prompts):
-    tokens_BxT[row, length - len(ids):] = ids
+    tokens_BxT[row, length - len(ids) :] = ids
   start_B = np.array([length - len(ids) for ids in prompts], np.int32)
 
   graphdef, *leaves = split(model.for_decoding())
@@ -147,14 +150,19 @@ def _checked_ids(tokenizer, prompts, seq_length, max_new_tokens) -> list[Sequenc
       raise ValueError(f"prompt {number} is {prompt!r}: expected a text or a list of token ids.")
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
-      raise ValueError(f"prompt {number} is empty: give at least one token; [tokenizer.end_of_document] "
-                       "begins a new document.")
+      raise ValueError(
+        f"prompt {number} is empty: give at least one token; [tokenizer.end_of_document] begins a new document."
+      )
     for position, token in enumerate(ids):
       if not isinstance(token, (int, np.integer)) or not 0 <= token < tokenizer.vocab_size:
-        raise ValueError(f"prompt {number}: id {token!r} at position {position} is outside the vocabulary; "
-                         f"ids are 0 to {tokenizer.vocab_size - 1}.")
+        raise ValueError(
+          f"prompt {number}: id {token!r} at position {position} is outside the vocabulary; "
+          f"ids are 0 to {tokenizer.vocab_size - 1}."
+        )
     if len(ids) + max_new_tokens > seq_length:
-      raise ValueError(f"prompt {number} has {len(ids)} tokens and max_new_tokens={max_new_tokens}: together "
-                       f"they may be {seq_length} (seq_length); shorten the prompt or ask for fewer.")
+      raise ValueError(
+        f"prompt {number} has {len(ids)} tokens and max_new_tokens={max_new_tokens}: together "
+        f"they may be {seq_length} (seq_length); shorten the prompt or ask for fewer."
+      )
     rows.append(ids)
   return rows

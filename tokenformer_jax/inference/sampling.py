@@ -18,8 +18,9 @@ _SMALLEST_TEMPERATURE = 1e-6
 _BLOCK = 256
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
-                   data_fields=["key", "temperature", "top_k", "top_p", "vocab_size"])
+@functools.partial(
+  jax.tree_util.register_dataclass, meta_fields=[], data_fields=["key", "temperature", "top_k", "top_p", "vocab_size"]
+)
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How tokens are drawn. Made by `Sampling.checked`; every field is a scalar array.
@@ -40,8 +41,9 @@ class Sampling:
   vocab_size: Int[Array, ""]
 
   @classmethod
-  def checked(cls, *, vocab_size: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-              seed: int = 0) -> "Sampling":
+  def checked(
+    cls, *, vocab_size: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+  ) -> "Sampling":
     """The settings as arrays.
 
     Raises:
@@ -58,12 +60,12 @@ class Sampling:
     vocab_size = checked_int("vocab_size", vocab_size, 1, "the number of ids that may be drawn")
     # No row of logits is that long: keeping so many is keeping all.
     top_k = min(top_k, 2**31 - 1)
-    return cls(jax.random.key(seed), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p),
-               jnp.int32(vocab_size))
+    return cls(
+      jax.random.key(seed), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(vocab_size)
+    )
 
 
-def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: Int[Array, ""]
-           ) -> Int[Array, "batch"]:
+def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: Int[Array, ""]) -> Int[Array, "batch"]:
   """Token number `index` of each row's continuation, [B], drawn from its logits [B, V]."""
   key = jax.random.fold_in(sampling.key, index)
   keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits_BxV.shape[0]))
@@ -103,13 +105,13 @@ def within_vocabulary(logits_V: Float[Array, "vocab"], vocab_size: Int[Array, ""
   return jnp.where(jnp.arange(logits_V.size) < vocab_size, logits_V, -jnp.inf)
 
 
-def truncate(logits_V: Float[Array, "vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-             ) -> Float[Array, "vocab"]:
+def truncate(logits_V: Float[Array, "vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "vocab"]:
   """The logits, with −∞ for all but the top-k (0: all), and of those for all but the top-p nucleus.
 
   The nucleus is the fewest tokens, the likeliest first, whose probabilities, renormalised over the
   top-k, sum to at least `top_p`. Tokens as likely as the last one kept are kept too, by either.
   """
+
   def highest(logits_V, weights_V, mass):
     bits_V = jax.lax.bitcast_convert_type(logits_V.astype(jnp.float32), jnp.uint32)
     # Integers in the order of the logits.
@@ -132,6 +134,7 @@ def _threshold(ranks_V, weights_V, mass):
 
   Found bit by bit, in 32 sums over all: a sort takes 25 times as long on a CPU.
   """
+
   def with_bit(index, rank):
     higher = rank | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
     return jnp.where(jnp.sum(jnp.where(ranks_V >= higher, weights_V, 0.0)) >= mass, higher, rank)

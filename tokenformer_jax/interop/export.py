@@ -5,8 +5,8 @@ import json
 import os
 import pathlib
 
-from flax import traverse_util
 import numpy as np
+from flax import traverse_util
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.interop.model_card import model_card
@@ -44,13 +44,13 @@ class Exported:
 
 
 def export(
-    model: LanguageModel,
-    path: str | os.PathLike,
-    *,
-    dtype: str = "float32",
-    released: bool | None = None,
-    source: str | os.PathLike = "",
-    step: int | None = None,
+  model: LanguageModel,
+  path: str | os.PathLike,
+  *,
+  dtype: str = "float32",
+  released: bool | None = None,
+  source: str | os.PathLike = "",
+  step: int | None = None,
 ) -> Exported:
   """Writes `model` under the released names, and config.json and README.md beside it.
 
@@ -87,10 +87,11 @@ def export(
   _, parameters, tau = split(model)
   config, arrays = released_arrays(parameters, tau, model.config, rewrite=released)
   taus = _taus(tau, config)
-  rows_added = {field: getattr(config, field) - getattr(model.config, field)
-                for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
-  card = model_card(config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source,
-                    step=step)
+  rows_added = {
+    field: getattr(config, field) - getattr(model.config, field)
+    for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")
+  }
+  card = model_card(config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source, step=step)
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.suffix == ".bin":
     write_torch(path, arrays, dtype)
@@ -110,16 +111,18 @@ def export(
   return Exported(path, config, rows_added, keeps_grown_tau=grown and not released)
 
 
-def released_arrays(parameters: Tree, tau: Tree, config: ModelConfig, *, rewrite: bool
-                    ) -> tuple[ModelConfig, dict[str, ComputedArray]]:
+def released_arrays(
+  parameters: Tree, tau: Tree, config: ModelConfig, *, rewrite: bool
+) -> tuple[ModelConfig, dict[str, ComputedArray]]:
   """The released state dict of our trees, each array made when it is read; and its configuration.
 
   Args:
     rewrite: whether every τ becomes that of the released code, by `rewriting`.
   """
   flat = traverse_util.flatten_dict(parameters, sep="/")
-  taus = {place.removesuffix("/tau"): np.asarray(leaf)
-          for place, leaf in traverse_util.flatten_dict(tau, sep="/").items()}
+  taus = {
+    place.removesuffix("/tau"): np.asarray(leaf) for place, leaf in traverse_util.flatten_dict(tau, sep="/").items()
+  }
   by_projection = {place.split("/")[-1]: leaf for place, leaf in taus.items()}
   target = rewritten_config(config, by_projection) if rewrite else config
 
@@ -132,16 +135,19 @@ def released_arrays(parameters: Tree, tau: Tree, config: ModelConfig, *, rewrite
     projection, kind = place.rsplit("/", 1)
     num_tokens = getattr(target, _count_field(projection))
     form = {"keys": rewritten_keys, "values": rewritten_values}[kind]
-    return ComputedArray((num_tokens, leaf.shape[2]), lambda: form(
-        np.asarray(leaf[layer]), taus[projection][layer], config.theta, num_tokens))
+    return ComputedArray(
+      (num_tokens, leaf.shape[2]),
+      lambda: form(np.asarray(leaf[layer]), taus[projection][layer], config.theta, num_tokens),
+    )
 
   return target, {name: computed(*place) for name, place in released_names(config.num_layers).items()}
 
 
 def _taus(tau: Tree, config: ModelConfig) -> dict[str, float]:
   flat = {place: np.asarray(leaf) for place, leaf in traverse_util.flatten_dict(tau, sep="/").items()}
-  return {name: float(flat[f"{place}/tau"][layer]) for name, (place, layer) in
-          pattention_names(config.num_layers).items()}
+  return {
+    name: float(flat[f"{place}/tau"][layer]) for name, (place, layer) in pattention_names(config.num_layers).items()
+  }
 
 
 def _count_field(projection: str) -> str:

@@ -21,11 +21,16 @@ def local_path(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
     raise ValueError(f"{name}: no such file or folder, and no OWNER/MODEL of the Hugging Face hub.")
   try:
     import huggingface_hub
+
     files = huggingface_hub.HfApi().list_repo_files(name)
     suffix = ".safetensors" if any(file.endswith(".safetensors") for file in files) else ".bin"
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        name, allow_patterns=["config.json", "tokenizer.json", f"*{suffix}", f"*{suffix}.index.json"]))
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        name, allow_patterns=["config.json", "tokenizer.json", f"*{suffix}", f"*{suffix}.index.json"]
+      )
+    )
   except Exception as error:  # The package missing, no network, no such model, a gate: of many types.
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{name}: no such file or folder here, and the Hugging Face hub does not give it "
-                     f"({reason}).") from None
+    raise ValueError(
+      f"{name}: no such file or folder here, and the Hugging Face hub does not give it ({reason})."
+    ) from None

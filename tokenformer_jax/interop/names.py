@@ -9,9 +9,9 @@ in no released file: it is `initial_tau` of the number of rows there.
 
 from collections.abc import Mapping
 
-from flax import nnx, traverse_util
 import jax
 import numpy as np
+from flax import nnx, traverse_util
 
 from tokenformer_jax.checked import nearest
 from tokenformer_jax.config import ModelConfig
@@ -21,11 +21,11 @@ from tokenformer_jax.nn.parameters import Tree, split
 
 # Our name -> the released one.
 _PATTENTIONS = {
-    "attention/query": "attention.query",
-    "attention/key": "attention.key",
-    "attention/value": "attention.value",
-    "attention/proj": "attention.proj",
-    "ffn": "mlp",
+  "attention/query": "attention.query",
+  "attention/key": "attention.key",
+  "attention/value": "attention.value",
+  "attention/proj": "attention.proj",
+  "ffn": "mlp",
 }
 _TOKENS = {"keys": "key_param_tokens", "values": "value_param_tokens"}
 _NORM = {"scale": "weight", "bias": "bias"}
@@ -49,16 +49,21 @@ def released_names(num_layers: int) -> dict[str, tuple[str, int | None]]:
 
 def pattention_names(num_layers: int) -> dict[str, tuple[str, int]]:
   """Released name of each pattention, `sequential.2.mlp` …, -> (path in our tree, layer): where its τ is."""
-  return {f"sequential.{layer + 2}.{theirs}": (f"blocks/{ours}", layer)
-          for layer in range(num_layers) for ours, theirs in _PATTENTIONS.items()}
+  return {
+    f"sequential.{layer + 2}.{theirs}": (f"blocks/{ours}", layer)
+    for layer in range(num_layers)
+    for ours, theirs in _PATTENTIONS.items()
+  }
 
 
 def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Released name -> shape, for every array of a model of `config`."""
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
   shapes = {path: leaf.shape for path, leaf in _flat(parameters).items()}
-  return {name: shapes[path] if layer is None else shapes[path][1:]
-          for name, (path, layer) in released_names(config.num_layers).items()}
+  return {
+    name: shapes[path] if layer is None else shapes[path][1:]
+    for name, (path, layer) in released_names(config.num_layers).items()
+  }
 
 
 def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str = "state dict") -> None:
@@ -69,15 +74,23 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where:
   if len(unknown) <= _MOST_HINTS:
     hints = [nearest(name.strip("'"), missing or expected).strip() for name in unknown]
     unknown = [f"{name} ({hint})" if hint else name for name, hint in zip(unknown, hints)]
-  other = [f"{name} is {tuple(shapes[name])}, not {shape}" for name, shape in expected.items()
-           if name in shapes and tuple(shapes[name]) != shape]
+  other = [
+    f"{name} is {tuple(shapes[name])}, not {shape}"
+    for name, shape in expected.items()
+    if name in shapes and tuple(shapes[name]) != shape
+  ]
   kinds = {"missing": missing, "unexpected": unknown, "of another shape": other}
-  faults = [f"{kind} {len(names)}: {', '.join(names[:_MOST_NAMES])}{', …' if names[_MOST_NAMES:] else ''}"
-            for kind, names in kinds.items() if names]
+  faults = [
+    f"{kind} {len(names)}: {', '.join(names[:_MOST_NAMES])}{', …' if names[_MOST_NAMES:] else ''}"
+    for kind, names in kinds.items()
+    if names
+  ]
   if faults:
-    raise ValueError(f"{where} does not fit a TokenFormer of {config.num_layers} layers with "
-                     f"{config.qkv_tokens}, {config.proj_tokens} and {config.ffn_tokens} parameter tokens in "
-                     f"q/k/v, proj and ffn: {'; '.join(faults)}.")
+    raise ValueError(
+      f"{where} does not fit a TokenFormer of {config.num_layers} layers with "
+      f"{config.qkv_tokens}, {config.proj_tokens} and {config.ffn_tokens} parameter tokens in "
+      f"q/k/v, proj and ffn: {'; '.join(faults)}."
+    )
 
 
 def from_released(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Tree:

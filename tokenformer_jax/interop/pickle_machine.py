@@ -6,16 +6,23 @@ strings and `PickledArray`s. It imports nothing and calls nothing of what the pi
 is asked for is refused by name.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import pickletools
+from collections.abc import Mapping
 
 from tokenformer_jax.interop.stored_array import checked_shape, num_bytes, quoted
 
 STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
-    "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+  "DoubleStorage": "float64",
+  "FloatStorage": "float32",
+  "HalfStorage": "float16",
+  "BFloat16Storage": "bfloat16",
+  "LongStorage": "int64",
+  "IntStorage": "int32",
+  "ShortStorage": "int16",
+  "CharStorage": "int8",
+  "ByteStorage": "uint8",
+  "BoolStorage": "bool",
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
@@ -74,7 +81,6 @@ class _Refused(ValueError):
 
 
 class _Machine:
-
   def __init__(self, storage_bytes: Mapping[str, int], where: str):
     self.stack: list = []
     self._marks: list[int] = []
@@ -174,12 +180,12 @@ class _Machine:
       size *= axis
     # The stride of an axis of one element is of no account, nor is any of an empty array.
     if size and any(axis > 1 and a != b for axis, a, b in zip(shape, strides, contiguous, strict=True)):
-      raise _Refused(f"{self._where}: an array of shape {shape} has strides {strides}; save it with "
-                     ".contiguous().")
+      raise _Refused(f"{self._where}: an array of shape {shape} has strides {strides}; save it with .contiguous().")
     if not 0 <= offset <= storage.size - size:
       raise ValueError(f"array of {size} numbers at {offset} in a storage of {storage.size}")
     return PickledArray(storage.key, storage.dtype, offset, shape)
 
   def _refusal(self, what: str) -> _Refused:
-    return _Refused(f"{self._where}: its pickle {what}; nothing of it was run. Do not open this file with "
-                    "tools that would.")
+    return _Refused(
+      f"{self._where}: its pickle {what}; nothing of it was run. Do not open this file with tools that would."
+    )

@@ -5,9 +5,9 @@ import json
 import os
 import pathlib
 
-from flax import nnx
 import jax
 import numpy as np
+from flax import nnx
 
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
@@ -25,8 +25,9 @@ TAU_KEY = "tokenformer_jax.tau"  # In the metadata of our safetensors files: JSO
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
-def from_pretrained(path_or_hub_id: str | os.PathLike, config: ModelConfig | None = None, *,
-                    mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+def from_pretrained(
+  path_or_hub_id: str | os.PathLike, config: ModelConfig | None = None, *, mesh: jax.sharding.Mesh | None = None
+) -> LanguageModel:
   """The model in a weight file, ready to call; parameters are float32.
 
   Sizes come from the arrays' shapes. What shapes do not tell (heads, Θ, rotary settings, sequence
@@ -50,14 +51,14 @@ def from_pretrained(path_or_hub_id: str | os.PathLike, config: ModelConfig | Non
     if config is not None:
       raise ValueError(f"{path}: a work folder knows its model's configuration; leave config out.")
     from tokenformer_jax.training.checkpoints import load  # A room above this one, for this case alone.
+
     return load(str(path), mesh=mesh)
   weights = open_weights(path)
   config = config_for(weights, config, path)
   check_fit({name: array.shape for name, array in weights.arrays.items()}, config, weights.where)
   for name, array in weights.arrays.items():
     if array.dtype not in _FLOATS:
-      raise ValueError(f"{weights.where}: {name} is of type {array.dtype}; expected one of "
-                       f"{', '.join(_FLOATS)}.")
+      raise ValueError(f"{weights.where}: {name} is of type {array.dtype}; expected one of {', '.join(_FLOATS)}.")
   taus = _taus(weights, config)
   places: dict[str, list[str]] = {}
   for name, (place, _) in released_names(config.num_layers).items():
@@ -76,8 +77,10 @@ def from_pretrained(path_or_hub_id: str | os.PathLike, config: ModelConfig | Non
   def tau(place, leaf, sharding):
     return jax.make_array_from_callback(leaf.shape, sharding, taus[_name(place)].__getitem__)
 
-  return nnx.merge(graphdef, *(jax.tree_util.tree_map_with_path(make, *trees)
-                               for make, *trees in zip((parameter, tau), shapes, shardings)))
+  return nnx.merge(
+    graphdef,
+    *(jax.tree_util.tree_map_with_path(make, *trees) for make, *trees in zip((parameter, tau), shapes, shardings)),
+  )
 
 
 def is_work_folder(path: str | os.PathLike) -> bool:
@@ -94,8 +97,9 @@ def _taus(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
     counts = {name: weights.arrays[f"{name}.key_param_tokens"].shape[0] for name in names}
     stored = {name: initial_tau(config.theta, count) for name, count in counts.items()}
   if stored.keys() != names.keys():
-    raise ValueError(f"{weights.where}: {TAU_KEY} in its metadata is for {quoted(list(stored))}; expected "
-                     f"{quoted(list(names))}.")
+    raise ValueError(
+      f"{weights.where}: {TAU_KEY} in its metadata is for {quoted(list(stored))}; expected {quoted(list(names))}."
+    )
   taus: dict[str, np.ndarray] = {}
   for name, (place, layer) in names.items():
     taus.setdefault(f"{place}/tau", np.empty(config.num_layers, np.float32))[layer] = stored[name]
@@ -109,14 +113,16 @@ def _tau_metadata(weights: Weights) -> dict[str, float]:
     stored = None
   largest = float(np.finfo(np.float32).max)
   if not isinstance(stored, dict) or not all(
-      type(value) in (int, float) and 0 < value <= largest for value in stored.values()):
-    raise ValueError(f"{weights.where}: {TAU_KEY} in its metadata is {quoted(weights.metadata[TAU_KEY])}; "
-                     "expected a positive number for each pattention.")
+    type(value) in (int, float) and 0 < value <= largest for value in stored.values()
+  ):
+    raise ValueError(
+      f"{weights.where}: {TAU_KEY} in its metadata is {quoted(weights.metadata[TAU_KEY])}; "
+      "expected a positive number for each pattention."
+    )
   return stored
 
 
-def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], index: tuple[slice, ...]
-          ) -> np.ndarray:
+def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
   """The part `index` of a leaf; `sources` are its layers, or the one array of a leaf without layers."""
   arrays = list(sources.items())
   layered = len(shape) > len(arrays[0][1].shape)
@@ -132,8 +138,10 @@ def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], i
         part[place] = block[:, *columns]
       bad += np.count_nonzero(~np.isfinite(part[place]))
     if bad:
-      raise ValueError(f"{where}: {name} has {bad} numbers that are NaN or not finite in float32; the file "
-                       "is damaged, or of a run that diverged.")
+      raise ValueError(
+        f"{where}: {name} has {bad} numbers that are NaN or not finite in float32; the file "
+        "is damaged, or of a run that diverged."
+      )
   return parts if layered else parts[0]
 
 

@@ -21,17 +21,17 @@ def rows_needed(num_tokens: int, hidden_size: int, taus, theta: str) -> int:
   """Tokens that layers of `num_tokens` tokens with scales `taus` have once every τ is the released one."""
   if theta != "l2_norm_gelu" or all(_is_released(tau, num_tokens, theta) for tau in taus):
     return num_tokens
-  return max(num_tokens + min(num_tokens, hidden_size), math.ceil(max(float(tau)**2 for tau in taus)))
+  return max(num_tokens + min(num_tokens, hidden_size), math.ceil(max(float(tau) ** 2 for tau in taus)))
 
 
 def rewritten_keys(keys: np.ndarray, tau: float, theta: str, num_tokens: int) -> np.ndarray:
   """The keys [num_tokens, d] that take the place of `keys` [N, d], for a count from `rows_needed`."""
   if num_tokens == len(keys):
     return keys
-  factor = math.sqrt(max(num_tokens / float(tau)**2 - 1.0, 0.0))
+  factor = math.sqrt(max(num_tokens / float(tau) ** 2 - 1.0, 0.0))
   more = np.zeros((num_tokens - len(keys), keys.shape[1]), keys.dtype)
   root = factor * np.linalg.qr(keys.astype(np.float64), mode="r")
-  more[:len(root)] = root
+  more[: len(root)] = root
   return np.concatenate([keys, more])
 
 
@@ -52,13 +52,22 @@ def rewritten_config(config: ModelConfig, taus: dict[str, np.ndarray]) -> ModelC
     ValueError: the released code has no such GeLU.
   """
   if config.gelu != "erf":
-    raise ValueError(f"gelu={config.gelu!r}: the released code knows erf alone; write a .safetensors without "
-                     "--released, which is for this project.")
+    raise ValueError(
+      f"gelu={config.gelu!r}: the released code knows erf alone; write a .safetensors without "
+      "--released, which is for this project."
+    )
   groups = {"qkv_tokens": ("query", "key", "value"), "proj_tokens": ("proj",), "ffn_tokens": ("ffn",)}
-  return config.grown(**{
-      field: rows_needed(getattr(config, field), config.hidden_size,
-                         np.concatenate([np.ravel(taus[name]) for name in names]), config.theta)
-      for field, names in groups.items()})
+  return config.grown(
+    **{
+      field: rows_needed(
+        getattr(config, field),
+        config.hidden_size,
+        np.concatenate([np.ravel(taus[name]) for name in names]),
+        config.theta,
+      )
+      for field, names in groups.items()
+    }
+  )
 
 
 def _is_released(tau: float, num_tokens: int, theta: str) -> bool:

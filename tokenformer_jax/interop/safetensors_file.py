@@ -3,20 +3,35 @@
 The format leaves much open that a hostile or broken file can use; the limits here are tighter than its own.
 """
 
-from collections.abc import Mapping
 import json
 import pathlib
 import re
 import struct
+from collections.abc import Mapping
 
 import numpy as np
 
-from tokenformer_jax.interop.stored_array import (DTYPES, StoredArray, Weights, checked_shape, num_bytes,
-                                                  quoted, written_whole)
+from tokenformer_jax.interop.stored_array import (
+  DTYPES,
+  StoredArray,
+  Weights,
+  checked_shape,
+  num_bytes,
+  quoted,
+  written_whole,
+)
 
 _NAMES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+  "float64": "F64",
+  "float32": "F32",
+  "float16": "F16",
+  "bfloat16": "BF16",
+  "int64": "I64",
+  "int32": "I32",
+  "int16": "I16",
+  "int8": "I8",
+  "uint8": "U8",
+  "bool": "BOOL",
 }
 _DTYPES = {theirs: ours for ours, theirs in _NAMES.items()}
 # The released 1.5B's header takes 60 kB. JSON of a megabyte is parsed in milliseconds.
@@ -36,8 +51,9 @@ def read_safetensors(path: pathlib.Path) -> Weights:
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
-      raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; it is truncated or no "
-                       "safetensors file, get it again.")
+      raise ValueError(
+        f"{path}: a header of {length} bytes in a file of {size}; it is truncated or no safetensors file, get it again."
+      )
     if length > _LARGEST_HEADER:
       raise ValueError(f"{path}: a header of {length} bytes; more than {_LARGEST_HEADER} are refused.")
     raw = file.read(length)
@@ -48,16 +64,19 @@ def read_safetensors(path: pathlib.Path) -> Weights:
   arrays = {name: _array(name, entry, path, 8 + length) for name, entry in header.items()}
   end = 8 + length
   # By their ends too, for an empty array begins where the next one does.
-  spans = sorted((array.offset, array.offset + num_bytes(array.shape, array.dtype), name)
-                 for name, array in arrays.items())
+  spans = sorted(
+    (array.offset, array.offset + num_bytes(array.shape, array.dtype), name) for name, array in arrays.items()
+  )
   for start, stop, name in spans:
     if start != end:
-      raise ValueError(f"{path}: {name} begins at byte {start}, the array before it ends at {end}; the file "
-                       "is damaged, get it again.")
+      raise ValueError(
+        f"{path}: {name} begins at byte {start}, the array before it ends at {end}; the file is damaged, get it again."
+      )
     end = stop
   if end != size:
-    raise ValueError(f"{path}: its arrays end at byte {end}, the file at {size}; it is truncated or damaged, "
-                     "get it again.")
+    raise ValueError(
+      f"{path}: its arrays end at byte {end}, the file at {size}; it is truncated or damaged, get it again."
+    )
   return Weights(str(path), arrays, metadata)
 
 
@@ -106,8 +125,14 @@ def _array(name: str, entry, path: pathlib.Path, base: int) -> StoredArray:
   if not isinstance(shape, list):
     raise ValueError(f"{where}: {quoted(shape)} is no array's shape.")
   shape, dtype = checked_shape(shape, where), _DTYPES[entry["dtype"]]
-  if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)
-          and 0 <= offsets[0] and offsets[1] - offsets[0] == num_bytes(shape, dtype)):
-    raise ValueError(f"{where} is at bytes {quoted(offsets)}, but its shape {list(shape)} takes "
-                     f"{num_bytes(shape, dtype)}.")
+  if not (
+    isinstance(offsets, list)
+    and len(offsets) == 2
+    and all(type(offset) is int for offset in offsets)
+    and 0 <= offsets[0]
+    and offsets[1] - offsets[0] == num_bytes(shape, dtype)
+  ):
+    raise ValueError(
+      f"{where} is at bytes {quoted(offsets)}, but its shape {list(shape)} takes {num_bytes(shape, dtype)}."
+    )
   return StoredArray(path, base + offsets[0], shape, dtype)

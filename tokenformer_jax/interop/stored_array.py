@@ -1,12 +1,12 @@
 """Arrays that are still in their file: known by name, shape and type, read when and as far as needed."""
 
-from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import math
 import os
 import pathlib
 import reprlib
+from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -86,8 +86,11 @@ class Weights:
 def checked_shape(shape, name: str) -> tuple[int, ...]:
   """`shape` as a tuple of sizes, or a ValueError for what cannot be an array's shape."""
   shape = tuple(shape)
-  if (len(shape) > _MOST_AXES or not all(type(size) is int and 0 <= size <= _MOST_ELEMENTS for size in shape)
-      or math.prod(shape) > _MOST_ELEMENTS):
+  if (
+    len(shape) > _MOST_AXES
+    or not all(type(size) is int and 0 <= size <= _MOST_ELEMENTS for size in shape)
+    or math.prod(shape) > _MOST_ELEMENTS
+  ):
     raise ValueError(f"{name}: {quoted(shape)} is no array's shape.")
   return shape
 

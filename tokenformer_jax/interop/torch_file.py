@@ -5,12 +5,12 @@ an uncompressed member `data/KEY`. Several arrays may be parts of one storage, a
 `zero_to_fp32` leaves them.
 """
 
-from collections.abc import Mapping
 import math
 import pathlib
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -35,13 +35,13 @@ def read_torch(path: pathlib.Path) -> Weights:
   try:
     with zipfile.ZipFile(path) as archive:
       found, storages = _described(archive, path)
-      arrays = {name: array for name, array in found.items()
-                if isinstance(name, str) and isinstance(array, PickledArray)}
+      arrays = {
+        name: array for name, array in found.items() if isinstance(name, str) and isinstance(array, PickledArray)
+      }
       used = sorted({array.storage for array in arrays.values()})
       starts = {key: _start(archive, storages[key], path) for key in used}
   except _DAMAGE as error:
-    raise ValueError(f"{path}: damaged zip archive ({error}); it is truncated or was changed, get it "
-                     "again.") from None
+    raise ValueError(f"{path}: damaged zip archive ({error}); it is truncated or was changed, get it again.") from None
   if not arrays:
     raise ValueError(f"{path}: holds no arrays by name, but {quoted(list(found))}.")
 
@@ -115,12 +115,20 @@ def _pickled(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
     return b"(" + b"".join(map(number, values)) + b"t"
 
   def array(key: int, shape: tuple[int, ...]) -> bytes:
-    strides = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     kind = f"ctorch\n{storage_type}\n".encode()
     storage = b"(" + text("storage") + kind + text(str(key)) + text("cpu") + number(math.prod(shape)) + b"tQ"
     no_hooks = b"ccollections\nOrderedDict\n)R"
-    return (b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(0) + numbers(shape) + numbers(strides)
-            + b"\x89" + no_hooks + b"tR")
+    return (
+      b"ctorch._utils\n_rebuild_tensor_v2\n("
+      + storage
+      + number(0)
+      + numbers(shape)
+      + numbers(strides)
+      + b"\x89"
+      + no_hooks
+      + b"tR"
+    )
 
   items = b"".join(text(name) + array(key, shape) for key, (name, shape) in enumerate(shapes.items()))
   return b"\x80\x02}(" + items + b"u."

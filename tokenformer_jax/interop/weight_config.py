@@ -10,10 +10,10 @@ from tokenformer_jax.interop.stored_array import Weights, quoted
 
 CONFIG_KEY = "tokenformer_jax.config"  # In the metadata of our safetensors files, JSON.
 _PLACES = {
-    "embedding": "sequential.0.word_embeddings.weight",
-    "qkv_tokens": "sequential.2.attention.query.key_param_tokens",
-    "proj_tokens": "sequential.2.attention.proj.key_param_tokens",
-    "ffn_tokens": "sequential.2.mlp.key_param_tokens",
+  "embedding": "sequential.0.word_embeddings.weight",
+  "qkv_tokens": "sequential.2.attention.query.key_param_tokens",
+  "proj_tokens": "sequential.2.attention.proj.key_param_tokens",
+  "ffn_tokens": "sequential.2.mlp.key_param_tokens",
 }
 # A metadata's numbers are checked against the arrays; until then they must not cost memory.
 _LARGEST = 2**24
@@ -29,8 +29,11 @@ def config_for(weights: Weights, config: ModelConfig | None, path: pathlib.Path)
   config = config or _stored(weights, path)
   if config is None:
     return _named(weights, sizes)
-  differing = [f"{field}={getattr(config, field)} where the arrays have {size}"
-               for field, size in sizes.items() if getattr(config, field) != size]
+  differing = [
+    f"{field}={getattr(config, field)} where the arrays have {size}"
+    for field, size in sizes.items()
+    if getattr(config, field) != size
+  ]
   if differing:
     raise ValueError(f"{weights.where}: the configuration is another model's: {', '.join(differing)}.")
   return config
@@ -63,8 +66,12 @@ def _sizes(weights: Weights) -> dict[str, int]:
   while f"sequential.{num_layers + 2}.mlp.key_param_tokens" in weights.arrays:
     num_layers += 1
   vocab_size, hidden_size = shapes.pop("embedding")
-  return dict(vocab_size=vocab_size, num_layers=num_layers, hidden_size=hidden_size,
-              **{field: shape[0] for field, shape in shapes.items()})
+  return dict(
+    vocab_size=vocab_size,
+    num_layers=num_layers,
+    hidden_size=hidden_size,
+    **{field: shape[0] for field, shape in shapes.items()},
+  )
 
 
 def _stored(weights: Weights, path: pathlib.Path) -> ModelConfig | None:
@@ -92,16 +99,20 @@ def _stored(weights: Weights, path: pathlib.Path) -> ModelConfig | None:
 def _named(weights: Weights, sizes: dict[str, int]) -> ModelConfig:
   if not sizes:
     lost = [name for name in _PLACES.values() if len(getattr(weights.arrays.get(name), "shape", ())) != 2]
-    raise ValueError(f"{weights.where}: no released TokenFormer, for it has no matrix {', '.join(lost)}; its "
-                     f"arrays are {quoted(list(weights.arrays))}.")
+    raise ValueError(
+      f"{weights.where}: no released TokenFormer, for it has no matrix {', '.join(lost)}; its "
+      f"arrays are {quoted(list(weights.arrays))}."
+    )
   for name in NAMED_SIZES:
     config = ModelConfig.named(name, vocab_size=max(sizes["vocab_size"], 1))
     if all(getattr(config, field) == size for field, size in sizes.items()):
       return config
   told = ", ".join(f"{field}={size}" for field, size in sizes.items())
-  raise ValueError(f"{weights.where}: of no named size. Its arrays tell {told}; they do not tell num_heads, "
-                   "seq_length, theta, gelu, rotary_fraction and rotary_base: give "
-                   f"config=ModelConfig({told}, num_heads=…).")
+  raise ValueError(
+    f"{weights.where}: of no named size. Its arrays tell {told}; they do not tell num_heads, "
+    "seq_length, theta, gelu, rotary_fraction and rotary_base: give "
+    f"config=ModelConfig({told}, num_heads=…)."
+  )
 
 
 def _checked(fields, where: str) -> ModelConfig:

@@ -9,8 +9,12 @@ from tokenformer_jax.interop.stored_array import Weights, quoted
 from tokenformer_jax.interop.torch_file import read_torch
 
 # In a folder, the first of these that is there.
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "pytorch_model.bin",
+  "pytorch_model.bin.index.json",
+)
 _LARGEST_INDEX = 1 << 20
 
 
@@ -44,8 +48,10 @@ def _file_in(folder: pathlib.Path) -> pathlib.Path:
       return folder / name
   found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
   if len(found) != 1:
-    raise ValueError(f"{folder}: has none of {', '.join(WEIGHT_FILES)}, and {len(found)} files that end in "
-                     ".safetensors or .bin; name the file itself.")
+    raise ValueError(
+      f"{folder}: has none of {', '.join(WEIGHT_FILES)}, and {len(found)} files that end in "
+      ".safetensors or .bin; name the file itself."
+    )
   return found[0]
 
 
@@ -64,8 +70,10 @@ def _sharded(index: pathlib.Path) -> Weights:
   shards = {name: open_weights(index.parent / name) for name in names}
   lost = [array for array, name in weight_map.items() if array not in shards[name].arrays]
   if lost:
-    raise ValueError(f"{index}: {quoted(lost[0])} is not in {weight_map[lost[0]]}, nor are {len(lost) - 1} "
-                     "more where the index puts them; get the files again.")
+    raise ValueError(
+      f"{index}: {quoted(lost[0])} is not in {weight_map[lost[0]]}, nor are {len(lost) - 1} "
+      "more where the index puts them; get the files again."
+    )
   return Weights(str(index), {array: shards[name].arrays[array] for array, name in weight_map.items()})
 
 

@@ -10,9 +10,9 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -31,8 +31,13 @@ _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "ar
 _CHUNK = 2048
 
 
-def fused_pattention(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, theta: str = "l2_norm_gelu",
-                     gelu: str = "erf", interpret: bool = False) -> Float[Array, "*batch d_out"]:
+def fused_pattention(
+  x: Float[Array, "*batch d_in"],
+  tokens: ParameterTokens,
+  theta: str = "l2_norm_gelu",
+  gelu: str = "erf",
+  interpret: bool = False,
+) -> Float[Array, "*batch d_out"]:
   """`pattention(x, tokens, theta, gelu)` for float32 and bfloat16 x, and Θs with an L2 norm; scores stay in float32.
 
   Args:
@@ -57,8 +62,14 @@ def fused_pattention(x: Float[Array, "*batch d_in"], tokens: ParameterTokens, th
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _fused(x, keys, values, tau, theta, gelu, interpret):
-  return _on_mesh(functools.partial(_forward, theta=theta, gelu=gelu, interpret=interpret),
-                  functools.partial(_forward_in_parts, theta=theta, gelu=gelu), x, keys, values, tau)
+  return _on_mesh(
+    functools.partial(_forward, theta=theta, gelu=gelu, interpret=interpret),
+    functools.partial(_forward_in_parts, theta=theta, gelu=gelu),
+    x,
+    keys,
+    values,
+    tau,
+  )
 
 
 def _fused_forward(x, keys, values, tau, theta, gelu, interpret):
@@ -66,8 +77,12 @@ def _fused_forward(x, keys, values, tau, theta, gelu, interpret):
 
 
 def _fused_backward(theta, gelu, interpret, saved, by_y):
-  return _on_mesh(functools.partial(_backward, theta=theta, gelu=gelu, interpret=interpret),
-                  functools.partial(_backward_in_parts, theta=theta, gelu=gelu), *saved, by_y)
+  return _on_mesh(
+    functools.partial(_backward, theta=theta, gelu=gelu, interpret=interpret),
+    functools.partial(_backward_in_parts, theta=theta, gelu=gelu),
+    *saved,
+    by_y,
+  )
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
@@ -91,12 +106,19 @@ def _on_mesh(function, in_parts, x, keys, values, tau, by_y=None):
     if not by_y:
       return results.reshape(*x.shape[:-1], -1)
     by_x, by_keys, by_values, by_tau = results
-    return (by_x.reshape(x.shape), jax.lax.psum(by_keys, rows).astype(keys.dtype),
-            jax.lax.psum(by_values, rows).astype(values.dtype), jax.lax.psum(by_tau, (*rows, *over)))
+    return (
+      by_x.reshape(x.shape),
+      jax.lax.psum(by_keys, rows).astype(keys.dtype),
+      jax.lax.psum(by_values, rows).astype(values.dtype),
+      jax.lax.psum(by_tau, (*rows, *over)),
+    )
 
   given = () if by_y is None else (by_y,)
-  return per_device(local, (by_row, by_token, by_token, whole, *(by_row for _ in given)),
-                    (by_row, by_token, by_token, whole) if given else by_row)(x, keys, values, tau, *given)
+  return per_device(
+    local,
+    (by_row, by_token, by_token, whole, *(by_row for _ in given)),
+    (by_row, by_token, by_token, whole) if given else by_row,
+  )(x, keys, values, tau, *given)
 
 
 def _forward(x, keys, values, tau, *, theta, gelu, interpret):
@@ -106,17 +128,21 @@ def _forward(x, keys, values, tau, *, theta, gelu, interpret):
   last = num_tokens // tokens - 1
   x = _padded(x, rows)
   y = pl.pallas_call(
-      functools.partial(_forward_kernel, theta=functools.partial(THETAS[theta], gelu=IN_KERNEL[gelu])),
-      grid=(x.shape[0] // rows, 2, num_tokens // tokens),
-      in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM),
-                pl.BlockSpec((rows, d_in), lambda i, phase, j: (i, 0)),
-                pl.BlockSpec((tokens, d_in), lambda i, phase, j: (jnp.where(phase == 0, j, last), 0)),
-                pl.BlockSpec((tokens, d_out), lambda i, phase, j: (jnp.where(phase == 0, 0, j), 0))],
-      out_specs=pl.BlockSpec((rows, d_out), lambda i, phase, j: (i, 0)),
-      out_shape=jax.ShapeDtypeStruct((x.shape[0], d_out), x.dtype),
-      scratch_shapes=[pltpu.VMEM((rows, num_tokens), jnp.float32), pltpu.VMEM((rows, d_out), jnp.float32)],
-      compiler_params=_PARAMS, interpret=interpret, name=f"pattention_{theta}",
-      cost_estimate=_cost(x, num_tokens, d_in + d_out, d_in + d_out),
+    functools.partial(_forward_kernel, theta=functools.partial(THETAS[theta], gelu=IN_KERNEL[gelu])),
+    grid=(x.shape[0] // rows, 2, num_tokens // tokens),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      pl.BlockSpec((rows, d_in), lambda i, phase, j: (i, 0)),
+      pl.BlockSpec((tokens, d_in), lambda i, phase, j: (jnp.where(phase == 0, j, last), 0)),
+      pl.BlockSpec((tokens, d_out), lambda i, phase, j: (jnp.where(phase == 0, 0, j), 0)),
+    ],
+    out_specs=pl.BlockSpec((rows, d_out), lambda i, phase, j: (i, 0)),
+    out_shape=jax.ShapeDtypeStruct((x.shape[0], d_out), x.dtype),
+    scratch_shapes=[pltpu.VMEM((rows, num_tokens), jnp.float32), pltpu.VMEM((rows, d_out), jnp.float32)],
+    compiler_params=_PARAMS,
+    interpret=interpret,
+    name=f"pattention_{theta}",
+    cost_estimate=_cost(x, num_tokens, d_in + d_out, d_in + d_out),
   )(tau.reshape(1, 1), x, keys, values)
   return y[:num_rows]
 
@@ -133,6 +159,7 @@ def _forward_kernel(tau_ref, x_ref, keys_ref, values_ref, y_ref, scores_ref, sum
   def _():
     def weigh(rows):
       scores_ref[rows, :] = theta(scores_ref[rows, :], jnp.full((_THETA_ROWS, 1), tau_ref[0, 0]))
+
     _by_rows(scores_ref.shape[0], weigh)
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -177,11 +204,12 @@ def _forward_in_parts(x, keys, values, tau, *, theta, gelu, over):
     return None, jax.lax.psum(_product(weights.astype(x.dtype), values, 1, 0), over).astype(x.dtype)
 
   _, y = jax.lax.scan(weigh, None, _padded(x, chunk).reshape(-1, chunk, x.shape[1]))
-  return y.reshape(-1, values.shape[1])[:x.shape[0]]
+  return y.reshape(-1, values.shape[1])[: x.shape[0]]
 
 
 def _backward_in_parts(x, keys, values, tau, by_y, *, theta, gelu, over):
   """`_backward`, likewise."""
+
   def gradients(x, keys, values, tau, by_y):
     scores = _product(x, keys, 1, 1)
     weights, pull = jax.vjp(lambda scores, tau: THETAS[theta](scores, tau, GELUS[gelu], over), scores, tau)
@@ -199,32 +227,67 @@ def _backward_call(x, keys, values, tau, by_y, *, theta, gelu, interpret):
   rows, tokens = _block_rows(num_rows, num_tokens), _block_tokens(num_tokens, max(d_in, d_out))
   last = num_tokens // tokens - 1
   blocks = num_rows // rows
-  by_row = lambda i, phase, j: (i, 0)
-  by_token = lambda i, phase, j: (i, jnp.where(phase == 0, 0, j))
+
+  def by_row(i, phase, j):
+    return (i, 0)
+
+  def by_token(i, phase, j):
+    return (i, jnp.where(phase == 0, 0, j))
+
   *gradients, by_tau = pl.pallas_call(
-      functools.partial(_backward_kernel, theta=functools.partial(THETAS[theta], gelu=IN_KERNEL[gelu])),
-      grid=(blocks, 2, num_tokens // tokens),
-      in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM),
-                pl.BlockSpec((rows, d_in), by_row),
-                pl.BlockSpec((tokens, d_in), lambda i, phase, j: (j, 0)),
-                pl.BlockSpec((tokens, d_out), lambda i, phase, j: (jnp.where(phase == 0, j, last), 0)),
-                pl.BlockSpec((rows, d_out), by_row)],
-      out_specs=[pl.BlockSpec((rows, d_in), by_row), pl.BlockSpec((rows, tokens), by_token),
-                 pl.BlockSpec((rows, tokens), by_token),
-                 pl.BlockSpec((1, _THETA_ROWS, _LANES), lambda i, phase, j: (i, 0, 0))],
-      out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
-          (x.shape, x.dtype), ((num_rows, num_tokens), x.dtype), ((num_rows, num_tokens), x.dtype),
-          ((blocks, _THETA_ROWS, _LANES), jnp.float32))],
-      scratch_shapes=[pltpu.VMEM((rows, num_tokens), jnp.float32), pltpu.VMEM((rows, num_tokens), jnp.float32),
-                      pltpu.VMEM((rows, d_in), jnp.float32)],
-      compiler_params=_PARAMS, interpret=interpret, name=f"pattention_{theta}_gradient",
-      cost_estimate=_cost(x, num_tokens, 2 * d_in + d_out, 2 * d_in + d_out + 2 * num_tokens),
+    functools.partial(_backward_kernel, theta=functools.partial(THETAS[theta], gelu=IN_KERNEL[gelu])),
+    grid=(blocks, 2, num_tokens // tokens),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      pl.BlockSpec((rows, d_in), by_row),
+      pl.BlockSpec((tokens, d_in), lambda i, phase, j: (j, 0)),
+      pl.BlockSpec((tokens, d_out), lambda i, phase, j: (jnp.where(phase == 0, j, last), 0)),
+      pl.BlockSpec((rows, d_out), by_row),
+    ],
+    out_specs=[
+      pl.BlockSpec((rows, d_in), by_row),
+      pl.BlockSpec((rows, tokens), by_token),
+      pl.BlockSpec((rows, tokens), by_token),
+      pl.BlockSpec((1, _THETA_ROWS, _LANES), lambda i, phase, j: (i, 0, 0)),
+    ],
+    out_shape=[
+      jax.ShapeDtypeStruct(shape, dtype)
+      for shape, dtype in (
+        (x.shape, x.dtype),
+        ((num_rows, num_tokens), x.dtype),
+        ((num_rows, num_tokens), x.dtype),
+        ((blocks, _THETA_ROWS, _LANES), jnp.float32),
+      )
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((rows, num_tokens), jnp.float32),
+      pltpu.VMEM((rows, num_tokens), jnp.float32),
+      pltpu.VMEM((rows, d_in), jnp.float32),
+    ],
+    compiler_params=_PARAMS,
+    interpret=interpret,
+    name=f"pattention_{theta}_gradient",
+    cost_estimate=_cost(x, num_tokens, 2 * d_in + d_out, 2 * d_in + d_out + 2 * num_tokens),
   )(tau.reshape(1, 1), x, keys, values, by_y)
   return *gradients, by_tau[:, :, 0]  # The same in every lane.
 
 
-def _backward_kernel(tau_ref, x_ref, keys_ref, values_ref, by_y_ref, by_x_ref, by_scores_ref, weights_ref, by_tau_ref,
-                     left_ref, right_ref, sum_ref, *, theta):
+def _backward_kernel(
+  tau_ref,
+  x_ref,
+  keys_ref,
+  values_ref,
+  by_y_ref,
+  by_x_ref,
+  by_scores_ref,
+  weights_ref,
+  by_tau_ref,
+  left_ref,
+  right_ref,
+  sum_ref,
+  *,
+  theta,
+):
   """`left_ref` has the scores and then their gradients, `right_ref` the weights' gradients and then the weights."""
   phase, j = pl.program_id(1), pl.program_id(2)
   columns = _columns(j, keys_ref.shape[0])
@@ -244,6 +307,7 @@ def _backward_kernel(tau_ref, x_ref, keys_ref, values_ref, by_y_ref, by_x_ref, b
       left_ref[rows, :], by_tau_Rx1 = pull_back(right_ref[rows, :])
       right_ref[rows, :] = weights
       by_tau_ref[0] += jnp.broadcast_to(by_tau_Rx1, by_tau_ref.shape[1:])
+
     _by_rows(left_ref.shape[0], pull)
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -261,9 +325,11 @@ def _backward_kernel(tau_ref, x_ref, keys_ref, values_ref, by_y_ref, by_x_ref, b
 
 def _by_rows(num_rows, apply):
   """`apply(rows)` for a few rows after the others: what it holds then fits into registers."""
+
   def body(i, carry):
     apply(pl.ds(pl.multiple_of(i * _THETA_ROWS, _THETA_ROWS), _THETA_ROWS))
     return carry
+
   jax.lax.fori_loop(0, num_rows // _THETA_ROWS, body, 0)
 
 
@@ -278,8 +344,11 @@ def _product(a, b, axis_a, axis_b):
 def _cost(x, num_tokens, channels, moved):
   """For the compiler: products of so many channels, and numbers a row read and written."""
   num_rows, once = x.shape[0], num_tokens * channels
-  return pl.CostEstimate(flops=2 * num_rows * once, transcendentals=2 * num_rows * num_tokens,
-                         bytes_accessed=x.dtype.itemsize * (num_rows * moved + once))
+  return pl.CostEstimate(
+    flops=2 * num_rows * once,
+    transcendentals=2 * num_rows * num_tokens,
+    bytes_accessed=x.dtype.itemsize * (num_rows * moved + once),
+  )
 
 
 def _block_rows(num_rows, num_tokens):

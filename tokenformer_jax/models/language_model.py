@@ -3,9 +3,9 @@
 import functools
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tokenformer_jax.config import ModelConfig
@@ -18,9 +18,9 @@ from tokenformer_jax.nn.rotary import rotation
 from tokenformer_jax.parameter_tokens import OUTPUT, SCORES, row_products
 
 _REMAT = {
-    "none": lambda layer: layer,
-    "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(SCORES, OUTPUT)),
-    "full": jax.checkpoint,
+  "none": lambda layer: layer,
+  "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(SCORES, OUTPUT)),
+  "full": jax.checkpoint,
 }
 
 
@@ -34,13 +34,18 @@ class LanguageModel(nnx.Module):
     if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:
       raise ValueError("compute_dtype='float64': JAX has it switched off; set jax_enable_x64, or choose float32.")
     self.config = config
-    self.embedding = parameter(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"),
-                               nnx.initializers.normal(0.02))
+    self.embedding = parameter(
+      rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), nnx.initializers.normal(0.02)
+    )
     self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
     self.final_norm = LayerNorm(config.hidden_size, rngs=rngs)
 
-  def __call__(self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
-               segments: Int[Array, "batch time"] | None = None) -> Float[Array, "batch time vocab"]:
+  def __call__(
+    self,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"] | None = None,
+    segments: Int[Array, "batch time"] | None = None,
+  ) -> Float[Array, "batch time vocab"]:
     """Float32 logits [B, T, V] of the next token after each of `tokens` [B, T].
 
     Args:
@@ -50,14 +55,23 @@ class LanguageModel(nnx.Module):
     """
     return self.logits(self.hidden(tokens, positions, segments))
 
-  def hidden(self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
-             segments: Int[Array, "batch time"] | None = None) -> Float[Array, "batch time embed"]:
+  def hidden(
+    self,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"] | None = None,
+    segments: Int[Array, "batch time"] | None = None,
+  ) -> Float[Array, "batch time embed"]:
     """Outputs of the final norm, [B, T, d]."""
     hidden, _ = self.through_layers(lambda block, *inputs: (block(*inputs), None), tokens, positions, segments)
     return hidden
 
-  def through_layers(self, apply, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"] | None = None,
-                     segments: Int[Array, "batch time"] | None = None) -> tuple[Float[Array, "batch time embed"], Any]:
+  def through_layers(
+    self,
+    apply,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"] | None = None,
+    segments: Int[Array, "batch time"] | None = None,
+  ) -> tuple[Float[Array, "batch time embed"], Any]:
     """`hidden` with `apply(block, x, by, segments) -> (x, seen)` in the place of each block; and `seen`, [layer, …]."""
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None]
@@ -72,15 +86,19 @@ class LanguageModel(nnx.Module):
       if self.config.remat != "none":
         # Else it may gather them once for what is computed again and once for the gradient. Without remat this would
         # keep the gathered parameters of all layers for the backward pass.
-        parameters = jax.tree.map(lambda a, axes: _gathered(a.astype(self.config.compute_dtype), axes[1:])
-                                  if "embed" in axes else a, parameters, axes)
+        parameters = jax.tree.map(
+          lambda a, axes: _gathered(a.astype(self.config.compute_dtype), axes[1:]) if "embed" in axes else a,
+          parameters,
+          axes,
+        )
       return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, by, segments)
 
     x_BxTxD, seen = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
     return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), seen
 
-  def prefill(self, tokens: Int[Array, "batch time"], start: Int[Array, "batch"], num_slots: int
-              ) -> tuple[Float[Array, "batch time embed"], KVCache]:
+  def prefill(
+    self, tokens: Int[Array, "batch time"], start: Int[Array, "batch"], num_slots: int
+  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
     """`hidden` of prompts, and a new cache that holds them, with room for `num_slots` tokens.
 
     Args:
@@ -94,8 +112,9 @@ class LanguageModel(nnx.Module):
     segments = (jnp.arange(tokens.shape[1])[None] >= start[:, None]).astype(jnp.int32)
     return self._into(KVCache.empty(self.config, start, num_slots), tokens, Block.prefill, segments)
 
-  def extend(self, tokens: Int[Array, "batch time"], cache: KVCache
-             ) -> tuple[Float[Array, "batch time embed"], KVCache]:
+  def extend(
+    self, tokens: Int[Array, "batch time"], cache: KVCache
+  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
     """`hidden` of tokens that follow those in `cache`, and the cache with them in it.
 
     Raises:
@@ -153,5 +172,6 @@ def _gathered(parameter, axes):
   return constrain(parameter, *(None if axis == "embed" else axis for axis in axes))
 
 
-_gathered.defvjp(lambda parameter, axes: (_gathered(parameter, axes), None),
-                 lambda axes, _, gradient: (constrain(gradient, *axes),))
+_gathered.defvjp(
+  lambda parameter, axes: (_gathered(parameter, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),)
+)

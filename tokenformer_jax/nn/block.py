@@ -20,9 +20,15 @@ class Block(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     projection = functools.partial(
-        Pattention, config.hidden_size, config.hidden_size, theta=config.theta, gelu=config.gelu,
-        kernel=config.kernel, key_init=nnx.initializers.normal(KEY_STD),
-        value_init=nnx.initializers.normal(value_std(config)))
+      Pattention,
+      config.hidden_size,
+      config.hidden_size,
+      theta=config.theta,
+      gelu=config.gelu,
+      kernel=config.kernel,
+      key_init=nnx.initializers.normal(KEY_STD),
+      value_init=nnx.initializers.normal(value_std(config)),
+    )
     self.attention = Attention(config, projection, rngs=rngs)
     self.ffn = projection(config.ffn_tokens, rngs=rngs)
 

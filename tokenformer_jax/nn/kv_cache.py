@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
-                   data_fields=["keys", "values", "start", "length"])
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "start", "length"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
   """Rotated keys and values of the tokens read so far.
@@ -46,8 +45,10 @@ class KVCache:
     """
     filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
     if filled + num_new > self.num_slots:
-      raise ValueError(f"cache of {self.num_slots} slots, {filled} of them filled: no room for {num_new} more "
-                       "tokens; make it with more slots.")
+      raise ValueError(
+        f"cache of {self.num_slots} slots, {filled} of them filled: no room for {num_new} more "
+        "tokens; make it with more slots."
+      )
 
   def positions(self, num_new: int) -> Int[Array, "batch time"]:
     """Positions of the next `num_new` tokens, counted from each row's first real token."""
@@ -64,9 +65,13 @@ class KVCache:
 
   def write(self, layer: int, keys, values) -> "KVCache":
     """The cache with one layer's new keys and values, [batch, head, time, channel] each."""
+
     def written(buffers, new):
-      buffer = jax.lax.dynamic_update_slice_in_dim(buffers[layer], new.astype(buffers[layer].dtype), self.length, axis=2)
-      return (*buffers[:layer], buffer, *buffers[layer + 1:])
+      buffer = jax.lax.dynamic_update_slice_in_dim(
+        buffers[layer], new.astype(buffers[layer].dtype), self.length, axis=2
+      )
+      return (*buffers[:layer], buffer, *buffers[layer + 1 :])
+
     return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
   def advanced(self, num_new: int) -> "KVCache":

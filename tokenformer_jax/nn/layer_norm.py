@@ -2,9 +2,9 @@
 
 import functools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from tokenformer_jax.nn.parameters import parameter
@@ -27,8 +27,9 @@ class LayerNorm(nnx.Module):
 
   def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
     normalised = _normalised(x)
-    scale, bias = (jnp.expand_dims(weight[...].astype(normalised.dtype), range(x.ndim - 1))
-                   for weight in (self.scale, self.bias))
+    scale, bias = (
+      jnp.expand_dims(weight[...].astype(normalised.dtype), range(x.ndim - 1)) for weight in (self.scale, self.bias)
+    )
     return (normalised * scale + bias).astype(x.dtype)
 
 

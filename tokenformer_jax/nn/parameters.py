@@ -6,9 +6,9 @@ Everything that needs one of the three (shardings, growth, decay masks, counts) 
 import functools
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 Axes = tuple[str | None, ...]
 Tree = dict[str, Any]
@@ -64,6 +64,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
 def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
   """The logical axes of every parameter and every τ, as trees like those of `split`."""
   _, parameters, tau = nnx.split(module, nnx.Param, Tau)
-  return tuple(nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(v.axes), state,
-                                             is_leaf=lambda v: isinstance(v, nnx.Variable)))
-               for state in (parameters, tau))
+  return tuple(
+    nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+    for state in (parameters, tau)
+  )

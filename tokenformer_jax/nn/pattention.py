@@ -2,10 +2,10 @@
 
 import math
 
-from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from tokenformer_jax.checked import require_choice
@@ -33,9 +33,19 @@ class Pattention(nnx.Module):
   key_scales: nnx.Param | None = None
   value_scales: nnx.Param | None = None
 
-  def __init__(self, d_in: int, d_out: int, num_tokens: int, *, theta: str = "l2_norm_gelu", gelu: str = "erf",
-               key_init: nnx.Initializer = nnx.initializers.normal(0.02),
-               value_init: nnx.Initializer | None = None, kernel: str = "auto", rngs: nnx.Rngs):
+  def __init__(
+    self,
+    d_in: int,
+    d_out: int,
+    num_tokens: int,
+    *,
+    theta: str = "l2_norm_gelu",
+    gelu: str = "erf",
+    key_init: nnx.Initializer = nnx.initializers.normal(0.02),
+    value_init: nnx.Initializer | None = None,
+    kernel: str = "auto",
+    rngs: nnx.Rngs,
+  ):
     check_choices(theta, gelu)
     require_choice("kernel", kernel, KERNELS)
     for name, size in (("d_in", d_in), ("d_out", d_out), ("num_tokens", num_tokens)):
@@ -58,6 +68,7 @@ class Pattention(nnx.Module):
   def _fused(self, x, tokens):
     # Here, for Pallas takes longer to import than the rest of us.
     from tokenformer_jax.kernels.fused_pattention import fused_pattention
+
     if platform() != "tpu":
       raise ValueError(f"kernel='fused': it is for TPUs, and this is {platform()}; choose kernel='reference'.")
     return fused_pattention(x, tokens, self.theta, self.gelu)
@@ -65,5 +76,6 @@ class Pattention(nnx.Module):
   def _reference(self, x, tokens):
     def apply(x):
       return pattention(x, tokens, self.theta, self.gelu)
+
     # Rows [B·T] cannot be split along both B and T: where T is, each row of the batch goes for itself.
     return jax.vmap(apply)(x) if x.ndim > 2 and is_split("time") else apply(x)

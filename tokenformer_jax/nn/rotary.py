@@ -15,8 +15,7 @@ def rotation(positions: Int[Array, "batch time"], rotary_dims: int, base: float)
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "batch time heads channels"], by: Rotation
-           ) -> Float[Array, "batch time heads channels"]:
+def rotate(x: Float[Array, "batch time heads channels"], by: Rotation) -> Float[Array, "batch time heads channels"]:
   """Rotates channel i with channel i + rotary_dims / 2, for i < rotary_dims / 2; the rest pass through."""
   wide = sum_dtype(x.dtype)
   cos, sin = (table.astype(wide) for table in by)

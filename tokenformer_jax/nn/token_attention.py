@@ -18,9 +18,13 @@ _TILE, _LARGEST_TILE = 128, 512
 _BLOCKS, _LEAST_BLOCK = 4, 64
 
 
-def causal_attention(q: Float[Array, "batch time head channel"], k: Float[Array, "batch time head channel"],
-                     v: Float[Array, "batch time head channel"], segments: Int[Array, "batch time"] | None = None,
-                     how: str | None = None) -> Float[Array, "batch time head channel"]:
+def causal_attention(
+  q: Float[Array, "batch time head channel"],
+  k: Float[Array, "batch time head channel"],
+  v: Float[Array, "batch time head channel"],
+  segments: Int[Array, "batch time"] | None = None,
+  how: str | None = None,
+) -> Float[Array, "batch time head channel"]:
   """softmax(q kᵀ / √C) v of every token over itself and those before it, in its own segment.
 
   Args:
@@ -68,14 +72,18 @@ def _plain(q, k, v, segments):
   return jnp.concatenate([block(first) for first in range(0, time, size)], axis=2).swapaxes(1, 2)
 
 
-def masked_attention(q: Float[Array, "batch head time channel"], keys: tuple[Array, ...], values: tuple[Array, ...],
-                     seen: Bool[Array, "#batch 1 time slot"]) -> Float[Array, "batch head time channel"]:
+def masked_attention(
+  q: Float[Array, "batch head time channel"],
+  keys: tuple[Array, ...],
+  values: tuple[Array, ...],
+  seen: Bool[Array, "#batch 1 time slot"],
+) -> Float[Array, "batch head time channel"]:
   """softmax(q kᵀ / √C) v of each query over the slots that it has `seen`; over all of them equally if it has none.
 
   Args:
     keys, values: [batch, head, slot, channel] each; where they are several, their slots follow one another.
   """
-  scores_BxHxTxS = jnp.concatenate([wide_einsum("bhtc,bhsc->bhts", q, k) for k in keys], axis=-1) * q.shape[-1]**-0.5
+  scores_BxHxTxS = jnp.concatenate([wide_einsum("bhtc,bhsc->bhts", q, k) for k in keys], axis=-1) * q.shape[-1] ** -0.5
   seen_BxHxTxS = jnp.where(seen, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
   weights_BxHxTxS = jax.nn.softmax(seen_BxHxTxS, axis=-1).astype(q.dtype)
   ends = list(itertools.accumulate(k.shape[2] for k in keys))
@@ -95,10 +103,15 @@ def _splash(q, k, v, segments, interpret=False):
     time, heads, channels = q.shape[1:]
     tile = math.gcd(time, _LARGEST_TILE)
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
+      block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
+    )
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((time, time))] * heads),
-        block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+      splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((time, time))] * heads),
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=1,
+      interpret=interpret,
+    )
     ids = None if segments is None else splash_attention_kernel.SegmentIds(segments, segments)
     q, k, v = (a.swapaxes(1, 2) for a in (q * channels**-0.5, k, v))
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2).astype(v.dtype)

@@ -1,18 +1,18 @@
 """Orbax checkpoints of a work folder: weights, optimizer, and the record that explains them.
 
-    WORKDIR/checkpoints/STEP/model       parameters and τ
-                            /optimizer   step, moments, rows' ages
-                            /record      JSON: model and run configuration, data position and fingerprint
-    WORKDIR/config.json, tokenizer.json  the run's configuration as last given, and its tokenizer
+WORKDIR/checkpoints/STEP/model       parameters and τ
+                        /optimizer   step, moments, rows' ages
+                        /record      JSON: model and run configuration, data position and fingerprint
+WORKDIR/config.json, tokenizer.json  the run's configuration as last given, and its tokenizer
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from tokenformer_jax import data
 from tokenformer_jax.config import MeshConfig, ModelConfig
@@ -39,8 +39,9 @@ class Checkpoints:
     self._manager = _open(workdir, ocp.StandardCheckpointHandler, max_to_keep=kept, create=False)
     newest = self._manager.latest_step()
     if newest != self.latest_step():
-      raise ValueError(f"{self._manager.directory / str(newest)}: no whole checkpoint, and newer than those that "
-                       "are: move it away.")
+      raise ValueError(
+        f"{self._manager.directory / str(newest)}: no whole checkpoint, and newer than those that are: move it away."
+      )
 
   def latest_step(self) -> int | None:
     """The newest whole checkpoint's step, None if there is none."""
@@ -53,10 +54,14 @@ class Checkpoints:
       RuntimeError: Orbax declined to save.
     """
     model, optimizer = _items(state)
-    saved = self._manager.save(step, args=ocp.args.Composite(
+    saved = self._manager.save(
+      step,
+      args=ocp.args.Composite(
         model=ocp.args.StandardSave(model, save_args=jax.tree.map(save_args, model)),
         optimizer=ocp.args.StandardSave(optimizer, save_args=jax.tree.map(save_args, optimizer)),
-        record=ocp.args.JsonSave(record)))
+        record=ocp.args.JsonSave(record),
+      ),
+    )
     if not saved:
       raise RuntimeError(f"checkpoint of step {step} was not saved; the folder holds {self._manager.all_steps()}.")
 
@@ -97,10 +102,19 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
     abstract = abstract_model(ModelConfig(**_record(manager, step)["model"]))
     mesh = mesh or make_mesh(MeshConfig(), devices=None if jax.process_count() > 1 else jax.devices()[:1])
     graphdef, *shapes = split(abstract)
-    target = dict(zip(("params", "tau"), (
-        jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-                     tree, tree_shardings(mesh, axes, tree))
-        for tree, axes in zip(shapes, logical_axes(abstract)))))
+    target = dict(
+      zip(
+        ("params", "tau"),
+        (
+          jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            tree,
+            tree_shardings(mesh, axes, tree),
+          )
+          for tree, axes in zip(shapes, logical_axes(abstract))
+        ),
+      )
+    )
     item = _restore(manager, step, ocp.args.StandardRestore, model=target)["model"]
   return nnx.merge(graphdef, item["params"], item["tau"])
 
@@ -133,9 +147,12 @@ class CheckpointStreams:
   def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
     """Writes the leaves one after the other, and commits them together."""
     model, optimizer = _items(state)
-    if not self._manager.save(step, args=ocp.args.Composite(
-        model=ocp.args.PyTreeSave(model), optimizer=ocp.args.PyTreeSave(optimizer),
-        record=ocp.args.JsonSave(record))):
+    if not self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        model=ocp.args.PyTreeSave(model), optimizer=ocp.args.PyTreeSave(optimizer), record=ocp.args.JsonSave(record)
+      ),
+    ):
       raise RuntimeError(f"checkpoint of step {step} was not saved.")
 
   def close(self) -> None:
@@ -145,8 +162,9 @@ class CheckpointStreams:
 def _open(workdir: str, arrays: Callable[[], ocp.CheckpointHandler], **options) -> ocp.CheckpointManager:
   # With handlers named, metadata can be read before arrays.
   handlers = {"model": arrays(), "optimizer": arrays(), "record": ocp.JsonCheckpointHandler()}
-  return ocp.CheckpointManager(absolute(workdir) / "checkpoints", item_handlers=handlers,
-                               options=ocp.CheckpointManagerOptions(**options))
+  return ocp.CheckpointManager(
+    absolute(workdir) / "checkpoints", item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+  )
 
 
 def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -166,20 +184,26 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Callable[[Any], oc
   """Parts of a checkpoint as `targets`, trees of shapes, ask; Orbax alone would cast types silently."""
   stored = manager.item_metadata(step)
   for part, target in targets.items():
-    there, here = ({path: f"{leaf.dtype} {tuple(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
-                   for tree in (stored[part].tree, target))
+    there, here = (
+      {path: f"{leaf.dtype} {tuple(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
+      for tree in (stored[part].tree, target)
+    )
     for path in [*here, *there]:
       if here.get(path) != there.get(path):
-        raise ValueError(f"{manager.directory / str(step)}: {path} is {there.get(path, 'not there')}, and "
-                         f"{here.get(path, 'nothing')} in this run; use the configuration that it was saved with.")
-  return manager.restore(step, args=ocp.args.Composite(
-      **{part: args(target) for part, target in targets.items()}))
+        raise ValueError(
+          f"{manager.directory / str(step)}: {path} is {there.get(path, 'not there')}, and "
+          f"{here.get(path, 'nothing')} in this run; use the configuration that it was saved with."
+        )
+  return manager.restore(step, args=ocp.args.Composite(**{part: args(target) for part, target in targets.items()}))
 
 
 def _whole_steps(manager: ocp.CheckpointManager) -> list[int]:
   """The committed steps that have all their parts, rising; Orbax also lists a stray or half-deleted folder."""
-  return sorted(step for step in manager.all_steps()
-                if all((manager.directory / str(step) / part).exists() for part in ("model", "optimizer", "record")))
+  return sorted(
+    step
+    for step in manager.all_steps()
+    if all((manager.directory / str(step) / part).exists() for part in ("model", "optimizer", "record"))
+  )
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,13 +1,13 @@
 """A run's train step and decode step, compiled for chips that are not there: what each holds and sends."""
 
-from collections import Counter
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tokenformer_jax import data
@@ -17,7 +17,12 @@ from tokenformer_jax.distributed.chips import Chip
 from tokenformer_jax.distributed.collectives import Collective, collectives
 from tokenformer_jax.distributed.mesh import MESH_AXES, mesh_sizes
 from tokenformer_jax.distributed.topologies import (
-    abstract_mesh, can_compile, kept_out_of_the_cache, parse_topology, slice_mesh)
+  abstract_mesh,
+  can_compile,
+  kept_out_of_the_cache,
+  parse_topology,
+  slice_mesh,
+)
 from tokenformer_jax.inference.generate import bucket, decoding_programs
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.flops import product_flops
@@ -98,8 +103,16 @@ def _train_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chi
   held = {"parameters": _bytes(state.params), "optimizer state": _bytes(state) - _bytes(state.params)}
   tokens = config.data.batch_size * config.model.seq_length
   peak, sent, _ = _compiled("train step", traced, mesh, chip)
-  return Check("train step", chip, held, peak, product_flops(traced.jaxpr) / mesh.size,
-               3 * config.model.forward_flops_per_token * tokens / mesh.size, sent, tokens)
+  return Check(
+    "train step",
+    chip,
+    held,
+    peak,
+    product_flops(traced.jaxpr) / mesh.size,
+    3 * config.model.forward_flops_per_token * tokens / mesh.size,
+    sent,
+    tokens,
+  )
 
 
 def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip) -> Check:
@@ -118,8 +131,16 @@ def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, ch
   traced = decode_step.trace(leaves, ids(rows), cache)
   held = {"parameters": _bytes(leaves), "cache" if shardings else "cache, were it whole": _bytes(cache)}
   peak, sent, _ = _compiled("decode step", traced, mesh, chip)
-  return Check("decode step", chip, held, peak, product_flops(traced.jaxpr) / mesh.size,
-               config.model.forward_flops_per_token * rows / mesh.size, sent, rows)
+  return Check(
+    "decode step",
+    chip,
+    held,
+    peak,
+    product_flops(traced.jaxpr) / mesh.size,
+    config.model.forward_flops_per_token * rows / mesh.size,
+    sent,
+    rows,
+  )
 
 
 def _for_decoding(program: Program):
@@ -130,14 +151,15 @@ def _for_decoding(program: Program):
   sources = [{**tree, "blocks": dict.fromkeys(range(program.model.num_layers), tree["blocks"])} for tree in stacked]
 
   def placed(shape, source):
-    spec = PartitionSpec(*source.sharding.spec[source.ndim - shape.ndim:])
+    spec = PartitionSpec(*source.sharding.spec[source.ndim - shape.ndim :])
     return shape.update(sharding=NamedSharding(source.sharding.mesh, spec))
 
   return graphdef, jax.tree.map(placed, shapes, sources)
 
 
-def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, chip: Chip
-              ) -> tuple[int | None, list[Collective] | None, Any]:
+def _compiled(
+  name: str, traced, mesh: Mesh | AbstractMesh, chip: Chip
+) -> tuple[int | None, list[Collective] | None, Any]:
   """(peak bytes, collectives, shardings of the results), all None where nothing can be compiled."""
   if isinstance(mesh, AbstractMesh):
     traced.lower(lowering_platforms=(chip.platform,))
@@ -150,16 +172,19 @@ def _compiled(name: str, traced, mesh: Mesh | AbstractMesh, chip: Chip
       raise
     raise _does_not_fit(name, str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")) from None
   memory = compiled.memory_analysis()
-  peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes \
-      + memory.temp_size_in_bytes
+  peak = (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+  )
   if peak > chip.memory:  # A TPU's compiler has refused it by now, a GPU's does not.
     raise _does_not_fit(name, f"it takes {peak / 2**30:.2f} GiB of {chip.memory / 2**30:.0f}.")
   return peak, collectives(compiled.as_text(), mesh), compiled.output_shardings
 
 
 def _does_not_fit(name: str, said: str) -> ValueError:
-  return ValueError(f"the {name} does not fit: {said} Take more chips along fsdp or token, a smaller "
-                    "data.batch_size, or model.remat=full.")
+  return ValueError(
+    f"the {name} does not fit: {said} Take more chips along fsdp or token, a smaller "
+    "data.batch_size, or model.remat=full."
+  )
 
 
 def _batch(config: Config, mesh: Mesh | AbstractMesh) -> data.Batch:
@@ -174,9 +199,11 @@ def _batch(config: Config, mesh: Mesh | AbstractMesh) -> data.Batch:
 
 def _bytes(tree: Any) -> int:
   """Of a chip's part of all leaves; whole where a leaf has no sharding."""
+
   def size(leaf):
     part = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     return math.prod(part) * leaf.dtype.itemsize
+
   return sum(map(size, jax.tree.leaves(tree)))
 
 
@@ -185,8 +212,10 @@ def report(config: Config, topology: str, checks: list[Check]) -> str:
   model = config.model
   sizes = mesh_sizes(config.mesh, math.prod(parse_topology(topology)[1]))
   mesh = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes) if size > 1) or "one chip"
-  lines = [f"{model.num_parameters:,} parameters, {config.data.batch_size} rows of {model.seq_length}, "
-           f"remat={model.remat}, {model.compute_dtype}, on {topology}, mesh {mesh}; each of its chips:"]
+  lines = [
+    f"{model.num_parameters:,} parameters, {config.data.batch_size} rows of {model.seq_length}, "
+    f"remat={model.remat}, {model.compute_dtype}, on {topology}, mesh {mesh}; each of its chips:"
+  ]
   for one in checks:
     lines += [one.name, *_memory_lines(one), *_time_lines(one)]
   return "\n".join(lines)
@@ -203,10 +232,11 @@ def _memory_lines(one: Check) -> list[str]:
 
 
 def _time_lines(one: Check) -> list[str]:
-  lines = [f"  {'products':26} {one.flops / 1e12:10.4f} TFLOP, the model's own {one.model_flops / 1e12:.4f}: "
-           f"{1e3 * one.compute_seconds:.3f} ms",
-           f"  {'arguments read once':26} {sum(one.held.values()) / 1e9:10.4f} GB: "
-           f"{1e3 * one.memory_seconds:.3f} ms"]
+  lines = [
+    f"  {'products':26} {one.flops / 1e12:10.4f} TFLOP, the model's own {one.model_flops / 1e12:.4f}: "
+    f"{1e3 * one.compute_seconds:.3f} ms",
+    f"  {'arguments read once':26} {sum(one.held.values()) / 1e9:10.4f} GB: {1e3 * one.memory_seconds:.3f} ms",
+  ]
   for axes, seconds in sorted(one.sent_seconds.items()):
     along = [collective for collective in one.sent if collective.axes == axes]
     kinds = Counter()
@@ -215,9 +245,15 @@ def _time_lines(one: Check) -> list[str]:
     times = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     size = sum(collective.bytes_sent for collective in along)
     lines.append(f"  {'sent along ' + ' × '.join(axes):26} {size / 1e9:10.4f} GB in {times}: {1e3 * seconds:.3f} ms")
-  steps = [f"{1e3 * seconds:.3f} ms, {one.tokens / seconds:,.0f} tokens/s, utilisation "
-           f"{one.model_flops / one.chip.peak_flops / seconds:.1%}" for seconds in one.step_seconds]
+  steps = [
+    f"{1e3 * seconds:.3f} ms, {one.tokens / seconds:,.0f} tokens/s, utilisation "
+    f"{one.model_flops / one.chip.peak_flops / seconds:.1%}"
+    for seconds in one.step_seconds
+  ]
   if one.sent is None:
     return [*lines, f"  predicted step, were nothing sent: {steps[0]}"]
-  return [*lines, f"  predicted step, all that is sent hidden: {steps[0]}",
-          f"  predicted step, nothing hidden: {steps[1]}"]
+  return [
+    *lines,
+    f"  predicted step, all that is sent hidden: {steps[0]}",
+    f"  predicted step, nothing hidden: {steps[1]}",
+  ]

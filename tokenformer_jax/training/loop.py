@@ -6,10 +6,10 @@ import json
 import math
 import sys
 
-from flax import nnx
 import jax
 import numpy as np
 import tqdm
+from flax import nnx
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config
@@ -25,7 +25,12 @@ from tokenformer_jax.training.flops import peak_flops
 from tokenformer_jax.training.loss import LossSums
 from tokenformer_jax.training.program import Program, make_program
 from tokenformer_jax.training.resume import (
-    CONFIG, check_same_model, check_same_run, check_same_tokenizer, check_same_weights)
+  CONFIG,
+  check_same_model,
+  check_same_run,
+  check_same_tokenizer,
+  check_same_weights,
+)
 from tokenformer_jax.training.run_log import RunLog, plot_losses
 from tokenformer_jax.training.state import TrainState, abstract_model, fresh_state
 from tokenformer_jax.training.timing import Clock, Trace
@@ -62,8 +67,9 @@ class _Run:
     check_same_run(config, workdir, allow_data_change)
     _check_growths(config, self.mesh)
     index, count = share_of_rows(batch_sharding(self.mesh, (config.data.batch_size,)), (config.data.batch_size,))
-    self.data = data.open_data(config.data, seq_length=config.model.seq_length, process_index=index,
-                               process_count=count)
+    self.data = data.open_data(
+      config.data, seq_length=config.model.seq_length, process_index=index, process_count=count
+    )
     _check_fits(config, self.data.tokenizer)
     self.batches = self.data.train_batches()
     self.held_out = [self._put(batch) for batch in self.data.held_out_batches(config.training.eval_batches)]
@@ -90,12 +96,15 @@ class _Run:
       return program, program.initial_state()
     source = load(config.init_from, mesh=self.mesh)
     check_same_weights(source.config, config.model, config.init_from)
-    check_same_tokenizer(load_tokenizer(config.init_from).fingerprint, self.data.tokenizer.fingerprint,
-                         f"init_from={config.init_from}")
+    check_same_tokenizer(
+      load_tokenizer(config.init_from).fingerprint, self.data.tokenizer.fingerprint, f"init_from={config.init_from}"
+    )
     _, params, tau = split(source)
     axes, _ = logical_axes(abstract_model(config.model))
-    fresh = jax.jit(lambda params, tau: fresh_state(params, tau, axes, program.optimizer, program.tau_rule),
-                    out_shardings=program.shardings)
+    fresh = jax.jit(
+      lambda params, tau: fresh_state(params, tau, axes, program.optimizer, program.tau_rule),
+      out_shardings=program.shardings,
+    )
     return program, fresh(params, tau)
 
   def _resume(self, step: int, allow_data_change: bool) -> tuple[Program, TrainState]:
@@ -113,16 +122,30 @@ class _Run:
     training = self.config.training
     step = int(self.state.step)
     clock = loss = None
-    with (contextlib.closing(self.checkpoints), contextlib.closing(self.log), Trace(self.workdir, profile) as trace,
-          tqdm.tqdm(total=training.num_steps, initial=step, unit="step", dynamic_ncols=True,
-                    disable=jax.process_index() != 0, file=sys.stderr) as progress):
-      _say(f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
-           + (f"resumed at step {step}." if step else "from the beginning."))
+    with (
+      contextlib.closing(self.checkpoints),
+      contextlib.closing(self.log),
+      Trace(self.workdir, profile) as trace,
+      tqdm.tqdm(
+        total=training.num_steps,
+        initial=step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=jax.process_index() != 0,
+        file=sys.stderr,
+      ) as progress,
+    ):
+      _say(
+        f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
+        + (f"resumed at step {step}." if step else "from the beginning.")
+      )
       if note := whole_heads(self.mesh, self.config.model.num_heads):
         _say(note)
       for entry in self.data.report["train"]:
-        _say(f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
-             f"{entry['dropped_tokens']:,} tokens in no window.")
+        _say(
+          f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
+          f"{entry['dropped_tokens']:,} tokens in no window."
+        )
       while step < training.num_steps:
         if self.config.model_at(step) != self.program.model:
           self._grow(step)
@@ -137,8 +160,9 @@ class _Run:
 
         last = step == training.num_steps
         stop = must_stop(step) and not last
-        log, evaluate, save = (last or step % every == 0 for every in
-                               (training.log_every, training.eval_every, training.checkpoint_every))
+        log, evaluate, save = (
+          last or step % every == 0 for every in (training.log_every, training.eval_every, training.checkpoint_every)
+        )
         log, evaluate, save = log or stop, evaluate and not stop, save or stop
         if log or evaluate or save:
           metrics = _finite(jax.device_get(metrics), step)
@@ -163,13 +187,20 @@ class _Run:
     before = self._held_out_loss()
     model = self.config.model_at(step)
     program = make_program(self.config, model, self.mesh)
-    self.state, _, report = grow_state(self.state, self.program.model, model, self.config.growth,
-                                       seed=self.config.training.seed, out_shardings=program.shardings)
+    self.state, _, report = grow_state(
+      self.state,
+      self.program.model,
+      model,
+      self.config.growth,
+      seed=self.config.training.seed,
+      out_shardings=program.shardings,
+    )
     self.program = program
     after = self._held_out_loss()
     old, new = report.num_parameters
-    _say(f"step {step}: grown from {old:,} to {new:,} parameters; held-out loss {before:.6f} before, "
-         f"{after:.6f} after.")
+    _say(
+      f"step {step}: grown from {old:,} to {new:,} parameters; held-out loss {before:.6f} before, {after:.6f} after."
+    )
     self.log.write(step, **{"growth/parameters": new, "growth/loss_before": before, "growth/loss_after": after})
 
   def _log(self, step: int, metrics: dict[str, np.ndarray], clock: Clock, progress: tqdm.tqdm) -> None:
@@ -193,28 +224,42 @@ class _Run:
     training = self.config.training
     if training.sample_tokens:
       model = nnx.merge(self.program.graphdef, self.state.params, self.state.tau)
-      text, = generate(model, self.data.tokenizer, [training.sample_prompt], max_new_tokens=training.sample_tokens,
-                       temperature=0.8, seed=training.seed + step)
+      (text,) = generate(
+        model,
+        self.data.tokenizer,
+        [training.sample_prompt],
+        max_new_tokens=training.sample_tokens,
+        temperature=0.8,
+        seed=training.seed + step,
+      )
       self.log.write_sample(step, training.sample_prompt + text)
     return loss
 
   def _held_out_loss(self) -> float:
-    sums = jax.device_get([self.program.eval_step(self.state.params, self.state.tau, batch)
-                           for batch in self.held_out])
+    sums = jax.device_get([self.program.eval_step(self.state.params, self.state.tau, batch) for batch in self.held_out])
     total = LossSums(*np.sum(sums, axis=0, dtype=np.float64))
     return float(total.nats / total.weight)
 
   def _save(self, step: int) -> None:
-    self.checkpoints.save(step, self.state, {
-        "model": dataclasses.asdict(self.program.model), "config": self.config.to_dict(),
-        "data": self.batches.get_state(), "fingerprint": self.data.fingerprint,
-        "tokenizer": self.data.tokenizer.fingerprint})
+    self.checkpoints.save(
+      step,
+      self.state,
+      {
+        "model": dataclasses.asdict(self.program.model),
+        "config": self.config.to_dict(),
+        "data": self.batches.get_state(),
+        "fingerprint": self.data.fingerprint,
+        "tokenizer": self.data.tokenizer.fingerprint,
+      },
+    )
 
   def _put(self, batch: data.Batch) -> data.Batch:
     """The process's rows as its part of the global batch, on the devices."""
+
     def place(local: np.ndarray) -> jax.Array:
       shape = (self.config.data.batch_size, *local.shape[1:])
       return jax.make_array_from_process_local_data(batch_sharding(self.mesh, shape), local, shape)
+
     return jax.tree.map(place, batch)
 
 
@@ -230,25 +275,33 @@ def _check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
 def _check_fits(config: Config, tokenizer: data.Tokenizer) -> None:
   """Raises ValueError where the model is too small for the tokenizer, or the samples cannot be written."""
   if tokenizer.vocab_size > config.model.vocab_size:
-    raise ValueError(f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "
-                     f"{tokenizer.vocab_size} ids; set it to {tokenizer.padded_vocab_size}.")
+    raise ValueError(
+      f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "
+      f"{tokenizer.vocab_size} ids; set it to {tokenizer.padded_vocab_size}."
+    )
   training = config.training
   if not training.sample_tokens:
     return
   prompt = tokenizer.encode(training.sample_prompt)
   if not len(prompt):
-    raise ValueError(f"training.sample_prompt={training.sample_prompt!r}: samples begin with it; give it some text, "
-                     "or set training.sample_tokens=0 to write none.")
+    raise ValueError(
+      f"training.sample_prompt={training.sample_prompt!r}: samples begin with it; give it some text, "
+      "or set training.sample_tokens=0 to write none."
+    )
   if len(prompt) + training.sample_tokens > config.model.seq_length:
-    raise ValueError(f"training.sample_tokens={training.sample_tokens}: with the prompt's {len(prompt)} they pass "
-                     f"model.seq_length={config.model.seq_length}; lower it (0 writes no samples).")
+    raise ValueError(
+      f"training.sample_tokens={training.sample_tokens}: with the prompt's {len(prompt)} they pass "
+      f"model.seq_length={config.model.seq_length}; lower it (0 writes no samples)."
+    )
 
 
 def _finite(metrics: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
-      raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; the newest checkpoint is from before. "
-                               "Lower optimizer.learning_rate or optimizer.clip_norm, and run the same command again.")
+      raise FloatingPointError(
+        f"{name} is {metrics[name]} at step {step}; the newest checkpoint is from before. "
+        "Lower optimizer.learning_rate or optimizer.clip_norm, and run the same command again."
+      )
   return metrics
 
 

@@ -30,9 +30,14 @@ class LossSums(NamedTuple):
   weight: Float[Array, ""]
 
 
-def loss_sums(hidden: Float[Array, "batch time embed"], table: Float[Array, "vocab embed"],
-              labels: Int[Array, "batch time"], weights: Float[Array, "batch time"] | None = None,
-              z_loss: float = 0.0, chunk: int = CHUNK) -> tuple[Float[Array, ""], LossSums]:
+def loss_sums(
+  hidden: Float[Array, "batch time embed"],
+  table: Float[Array, "vocab embed"],
+  labels: Int[Array, "batch time"],
+  weights: Float[Array, "batch time"] | None = None,
+  z_loss: float = 0.0,
+  chunk: int = CHUNK,
+) -> tuple[Float[Array, ""], LossSums]:
   """(nats + z_loss · z, its parts) of the logits hidden · tableᵀ, at least in float32.
 
   Logits exist for `chunk` tokens at a time. Where a gradient is asked for it is computed with the loss, chunk by
@@ -74,14 +79,18 @@ def _on_mesh(hidden, table, labels, weights, z_loss, chunk, with_gradients):
     sums, gradients = _by_chunks(flat, table, z_loss, chunk, vocab, with_gradients)
     if with_gradients:
       by_hidden, by_table = gradients
-      gradients = (jax.lax.psum(by_hidden, vocab).reshape(hidden.shape),
-                   jax.lax.psum(by_table, rows).astype(table.dtype))
+      gradients = (
+        jax.lax.psum(by_hidden, vocab).reshape(hidden.shape),
+        jax.lax.psum(by_table, rows).astype(table.dtype),
+      )
     return LossSums(*jax.lax.psum(tuple(sums), rows)), gradients
 
   whole = PartitionSpec()
-  return per_device(local, (by_token, by_entry, by_token, by_token),
-                    (LossSums(whole, whole, whole), (by_token, by_entry) if with_gradients else ())
-                    )(hidden, table, labels, weights)
+  return per_device(
+    local,
+    (by_token, by_entry, by_token, by_token),
+    (LossSums(whole, whole, whole), (by_token, by_entry) if with_gradients else ()),
+  )(hidden, table, labels, weights)
 
 
 def _by_chunks(tokens, table, z_loss, chunk, vocab, with_gradients):
@@ -94,8 +103,9 @@ def _by_chunks(tokens, table, z_loss, chunk, vocab, with_gradients):
   num_chunks = -(-num_tokens // chunk)
   size = -(-num_tokens // num_chunks)
   padding = num_chunks * size - num_tokens  # Of weight 0.
-  chunks = [jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(num_chunks, size, *a.shape[1:])
-            for a in tokens]
+  chunks = [
+    jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(num_chunks, size, *a.shape[1:]) for a in tokens
+  ]
   table_VxD = table.astype(tokens[0].dtype)
   first = jax.lax.axis_index(vocab) * table.shape[0] if vocab else 0
 
@@ -106,11 +116,15 @@ def _by_chunks(tokens, table, z_loss, chunk, vocab, with_gradients):
     is_label_CxV = (labels_C - first)[:, None] == jax.lax.broadcasted_iota(labels_C.dtype, logits_CxV.shape, 1)
     largest_C = jax.lax.pmax(jnp.max(logits_CxV, axis=1), vocab)
     exp_CxV = jnp.exp(logits_CxV - largest_C[:, None])
-    sum_C, label_C = jax.lax.psum((jnp.sum(exp_CxV, axis=1),
-                                   jnp.sum(jnp.where(is_label_CxV, logits_CxV, 0.0), axis=1)), vocab)
+    sum_C, label_C = jax.lax.psum(
+      (jnp.sum(exp_CxV, axis=1), jnp.sum(jnp.where(is_label_CxV, logits_CxV, 0.0), axis=1)), vocab
+    )
     log_z_C = largest_C + jnp.log(sum_C)
-    sums = LossSums(sums.nats + jnp.sum(weights_C * (log_z_C - label_C)),
-                    sums.z + jnp.sum(weights_C * jnp.square(log_z_C)), sums.weight + jnp.sum(weights_C))
+    sums = LossSums(
+      sums.nats + jnp.sum(weights_C * (log_z_C - label_C)),
+      sums.z + jnp.sum(weights_C * jnp.square(log_z_C)),
+      sums.weight + jnp.sum(weights_C),
+    )
     if not with_gradients:
       return (sums, by_table), ()
     by_exp_C = weights_C * (1.0 + 2.0 * z_loss * log_z_C) / sum_C

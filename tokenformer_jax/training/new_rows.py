@@ -11,9 +11,15 @@ import optax
 from tokenformer_jax.nn.parameters import Tree
 
 
-def scale_by_adam_of_rows(axes: Tree, beta1: float, beta2: float, eps: float, warmup_steps: int,
-                          first_moment_dtype: str = "float32", second_moment_dtype: str = "float32"
-                          ) -> optax.GradientTransformationExtraArgs:
+def scale_by_adam_of_rows(
+  axes: Tree,
+  beta1: float,
+  beta2: float,
+  eps: float,
+  warmup_steps: int,
+  first_moment_dtype: str = "float32",
+  second_moment_dtype: str = "float32",
+) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam`, but rows added by growth have a bias correction of their own, and a warm-up.
 
   A new row gets the update of an Adam that began with it, times age / `warmup_steps` until that is 1.
@@ -57,6 +63,7 @@ def scale_rows(axes: Tree, new_rate: float, old_rate: float) -> optax.GradientTr
 
   `update` takes `born`, see `scale_by_adam_of_rows`. The state is empty.
   """
+
   def update(updates, state, params=None, *, born):
     del params
     last = last_birth(born)

@@ -22,8 +22,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
   return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, fall_from])
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int, growth: GrowthConfig,
-                   axes: Tree) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+  config: OptimizerConfig, num_steps: int, growth: GrowthConfig, axes: Tree
+) -> optax.GradientTransformationExtraArgs:
   """AdamW: clip by global norm, Adam, decoupled decay, learning rate, and new and old rows' factors on it.
 
   Decay falls on embeddings and parameter tokens and not on the norm's scale and bias.
@@ -35,10 +36,17 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, growth: GrowthConfig
   """
   decays = jax.tree.map(lambda a: a != ("norm",), axes, is_leaf=lambda node: isinstance(node, tuple))
   return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      scale_by_adam_of_rows(axes, config.beta1, config.beta2, config.eps, growth.warmup_steps,
-                            config.first_moment_dtype, config.second_moment_dtype),
-      optax.add_decayed_weights(config.weight_decay, mask=decays),
-      optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
-      scale_rows(axes, growth.new_rows_rate, growth.old_rows_rate),
+    optax.clip_by_global_norm(config.clip_norm),
+    scale_by_adam_of_rows(
+      axes,
+      config.beta1,
+      config.beta2,
+      config.eps,
+      growth.warmup_steps,
+      config.first_moment_dtype,
+      config.second_moment_dtype,
+    ),
+    optax.add_decayed_weights(config.weight_decay, mask=decays),
+    optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
+    scale_rows(axes, growth.new_rows_rate, growth.old_rows_rate),
   )

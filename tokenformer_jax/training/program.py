@@ -1,7 +1,8 @@
 """The compiled functions of a run at one size; growth makes the next one."""
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -59,10 +60,16 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
   shapes = jax.eval_shape(initial)
   shardings = state_shardings(mesh, model, shapes, optimizer)
   shapes = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
-  train_step = make_train_step(graphdef, optimizer, tau_rule, schedule, config.optimizer.z_loss,
-                               config.training.gradient_accumulation)
+  train_step = make_train_step(
+    graphdef, optimizer, tau_rule, schedule, config.optimizer.z_loss, config.training.gradient_accumulation
+  )
   return Program(
-      model=model, graphdef=graphdef, optimizer=optimizer, tau_rule=tau_rule, shapes=shapes,
-      train_step=jax.jit(traced_on(mesh, train_step), out_shardings=(shardings, None), donate_argnums=0),
-      eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef))),
-      initial_state=jax.jit(initial, out_shardings=shardings))
+    model=model,
+    graphdef=graphdef,
+    optimizer=optimizer,
+    tau_rule=tau_rule,
+    shapes=shapes,
+    train_step=jax.jit(traced_on(mesh, train_step), out_shardings=(shardings, None), donate_argnums=0),
+    eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef))),
+    initial_state=jax.jit(initial, out_shardings=shardings),
+  )

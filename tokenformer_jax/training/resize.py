@@ -11,10 +11,10 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from etils import epath
 import jax
-from jax.sharding import AbstractMesh
 import tqdm
+from etils import epath
+from jax.sharding import AbstractMesh
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config, ModelConfig
@@ -32,8 +32,15 @@ from tokenformer_jax.training.state import TrainState, abstract_model
 from tokenformer_jax.training.work_folder import absolute
 
 
-def grow_run(workdir: str, output: str, *, step: int | None = None, how: str | None = None,
-             token_axis: int | None = None, **tokens: int | None) -> GrowthReport:
+def grow_run(
+  workdir: str,
+  output: str,
+  *,
+  step: int | None = None,
+  how: str | None = None,
+  token_axis: int | None = None,
+  **tokens: int | None,
+) -> GrowthReport:
   """A new work folder with a grown checkpoint, for `train` to go on with.
 
   It has what growth at that step inside the run would have made, and the run's data position, tokenizer and
@@ -61,8 +68,9 @@ def grow_run(workdir: str, output: str, *, step: int | None = None, how: str | N
   return GrowthReport(tuple(plan.values()))
 
 
-def shrink_run(workdir: str, output: str, *, step: int | None = None, token_axis: int | None = None,
-               **tokens: int | None) -> ShrinkReport:
+def shrink_run(
+  workdir: str, output: str, *, step: int | None = None, token_axis: int | None = None, **tokens: int | None
+) -> ShrinkReport:
   """A new work folder with a checkpoint of fewer parameter tokens, the least used removed; see `growth.shrink`.
 
   Use is measured on `training.eval_batches` batches of the run's training data, the loss on as many of its
@@ -74,8 +82,9 @@ def shrink_run(workdir: str, output: str, *, step: int | None = None, token_axis
   config, model = source.config, source.resized(tokens)
   check_shrink(source.model, model)
   mesh = config.mesh if token_axis is None else dataclasses.replace(config.mesh, token=token_axis)
-  config = dataclasses.replace(config, model=model, mesh=mesh,
-                               growth=dataclasses.replace(config.growth, stages=source.stages_to_come()))
+  config = dataclasses.replace(
+    config, model=model, mesh=mesh, growth=dataclasses.replace(config.growth, stages=source.stages_to_come())
+  )
   check_target(output, workdir)
   text = data.open_data(config.data, seq_length=model.seq_length)
   count = config.training.eval_batches
@@ -127,8 +136,9 @@ class Source:
       (absolute(self._workdir) / TOKENIZER).copy(unfinished / TOKENIZER)
       with tqdm.tqdm(total=len(jax.tree.leaves(state)), unit="leaf", dynamic_ncols=True, file=sys.stderr) as progress:
         target = CheckpointStreams(str(unfinished), lambda name: progress.update())
-        target.save(self.step, state, self.record | {"model": dataclasses.asdict(config.model),
-                                                     "config": config.to_dict()})
+        target.save(
+          self.step, state, self.record | {"model": dataclasses.asdict(config.model), "config": config.to_dict()}
+        )
         # Orbax would commit a checkpoint that lacks leaves.
         target.open(self.step, _shapes(config, config.model))
         target.close()

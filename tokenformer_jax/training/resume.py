@@ -26,8 +26,10 @@ def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir:
   model = config.model_at(step - 1)
   for name, value in dataclasses.asdict(model).items():
     if name not in _FREE_MODEL_FIELDS and stored.get(name) != value:
-      raise ValueError(f"{workdir}: its model at step {step} has {name}={stored.get(name)!r}, this run's would have "
-                       f"{value!r}; use another --workdir, or what its {CONFIG} has.")
+      raise ValueError(
+        f"{workdir}: its model at step {step} has {name}={stored.get(name)!r}, this run's would have "
+        f"{value!r}; use another --workdir, or what its {CONFIG} has."
+      )
   return model
 
 
@@ -61,15 +63,19 @@ def check_same_run(config: Config, workdir: str, allow_data_change: bool) -> Non
     return
   for name, value in dataclasses.asdict(config.data).items():
     if stored_data.get(name) != value:
-      raise ValueError(f"{workdir}: its run reads data.{name}={stored_data.get(name)!r}, this one {value!r}; use "
-                       "another --workdir, or pass --allow_data_change to go on knowingly.")
+      raise ValueError(
+        f"{workdir}: its run reads data.{name}={stored_data.get(name)!r}, this one {value!r}; use "
+        "another --workdir, or pass --allow_data_change to go on knowingly."
+      )
 
 
 def check_same_tokenizer(stored: str, fingerprint: str, where: str) -> None:
   """Raises ValueError unless the weights in `where` were trained on the ids of this run's tokenizer."""
   if stored != fingerprint:
-    raise ValueError(f"{where}: its model was trained with the tokenizer {stored}, this run's is {fingerprint}: ids "
-                     f"would mean other text; set data.tokenizer to the one that its {CONFIG} has.")
+    raise ValueError(
+      f"{where}: its model was trained with the tokenizer {stored}, this run's is {fingerprint}: ids "
+      f"would mean other text; set data.tokenizer to the one that its {CONFIG} has."
+    )
 
 
 def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> None:
@@ -78,5 +84,7 @@ def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> 
   for field in dataclasses.fields(ModelConfig):
     have, want = getattr(model, field.name), getattr(config, field.name)
     if field.name not in free and have != want:
-      raise ValueError(f"init_from={source}: its model has {field.name}={have!r}, this run's {want!r}; "
-                       f"set model.{field.name}={have!r}.")
+      raise ValueError(
+        f"init_from={source}: its model has {field.name}={have!r}, this run's {want!r}; "
+        f"set model.{field.name}={have!r}."
+      )

@@ -72,7 +72,7 @@ def _comes_after(row: dict[str, float], step: int) -> bool:
 
 def _samples_until(step: int, samples: str) -> str:
   later = (head.start() for head in re.finditer(r"^--- step (\d+)$", samples, re.MULTILINE) if int(head[1]) > step)
-  return samples[:next(later, None)]
+  return samples[: next(later, None)]
 
 
 def plot_losses(workdir: str) -> str:
@@ -87,8 +87,12 @@ def plot_losses(workdir: str) -> str:
   for row in rows:
     if "growth/parameters" in row:
       axes.axvline(row["step"], color="grey", linestyle="--")
-      axes.annotate(f" grown to {row['growth/parameters']:,.0f} parameters", (row["step"], 0.95),
-                    xycoords=("data", "axes fraction"), fontsize="small")
+      axes.annotate(
+        f" grown to {row['growth/parameters']:,.0f} parameters",
+        (row["step"], 0.95),
+        xycoords=("data", "axes fraction"),
+        fontsize="small",
+      )
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats a token)")
   axes.legend()

@@ -1,22 +1,29 @@
 """One update and one evaluation, as pure functions for `jax.jit`."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from tokenformer_jax.training.loss import LossSums, loss_sums
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.tau import TauRule
 
 
-def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, tau_rule: TauRule,
-                    schedule: optax.Schedule, z_loss: float, accumulation: int):
+def make_train_step(
+  graphdef,
+  optimizer: optax.GradientTransformationExtraArgs,
+  tau_rule: TauRule,
+  schedule: optax.Schedule,
+  z_loss: float,
+  accumulation: int,
+):
   """`(state, batch) -> (state, metrics)`, with batch [B, T] in `accumulation` micro-batches.
 
   The gradient is that of the mean over the whole batch's tokens, however it is cut. `metrics`:
   `loss` (nats a token), `grad_norm` (before clipping), `learning_rate`.
   """
+
   def objective(params, tau, batch):
     return _loss(graphdef, params, tau, batch, z_loss)
 
@@ -35,12 +42,20 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, 
     (grads, sums), _ = jax.lax.scan(add_micro_batch, zeros, micro_batches)
     grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born)
-    tau, tau_opt_state = tau_rule.update(state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born,
-                                         state.step)
-    metrics = {"loss": sums.nats / sums.weight, "grad_norm": optax.tree.norm(grads),
-               "learning_rate": schedule(state.step)}
-    state = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), tau=tau,
-                       opt_state=opt_state, tau_opt_state=tau_opt_state, born=state.born)
+    tau, tau_opt_state = tau_rule.update(state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born, state.step)
+    metrics = {
+      "loss": sums.nats / sums.weight,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": schedule(state.step),
+    }
+    state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      tau=tau,
+      opt_state=opt_state,
+      tau_opt_state=tau_opt_state,
+      born=state.born,
+    )
     return state, metrics
 
   return train_step
@@ -48,8 +63,10 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformationExtraArgs, 
 
 def make_eval_step(graphdef):
   """`(params, tau, batch) -> LossSums` over the batch."""
+
   def eval_step(params, tau, batch):
     return _loss(graphdef, params, tau, batch, 0.0)[1]
+
   return eval_step
 
 

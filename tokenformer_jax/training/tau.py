@@ -37,12 +37,16 @@ def make_tau_rule(config: Config) -> TauRule:
   growth = config.growth
   if growth.tau == "learned":
     optimizer = optax.chain(
-        optax.scale_by_adam(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps),
-        optax.scale_by_learning_rate(learning_rate_schedule(config.optimizer, config.training.num_steps)))
+      optax.scale_by_adam(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps),
+      optax.scale_by_learning_rate(learning_rate_schedule(config.optimizer, config.training.num_steps)),
+    )
     return TauRule(True, optimizer.init, lambda *args: _learned(optimizer, *args))
   if growth.tau == "moved":
-    return TauRule(False, lambda tau: (), lambda tau, gradients, state, born, step: (
-        moved(tau, born, step, growth.tau_steps, config.model.theta), state))
+    return TauRule(
+      False,
+      lambda tau: (),
+      lambda tau, gradients, state, born, step: (moved(tau, born, step, growth.tau_steps, config.model.theta), state),
+    )
   return TauRule(False, lambda tau: (), lambda tau, gradients, state, born, step: (tau, state))
 
 
