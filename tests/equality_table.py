@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.test_sharded_model import CONFIG, MESHES, Case
 from tokenformer_jax.growth.plan import leaves_by_path
-from tokenformer_jax.parameter_tokens import THETAS
+from tokenformer_jax.nn.theta import THETAS
 
 
 def main():

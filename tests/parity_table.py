@@ -21,7 +21,8 @@ from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.rotary import rotation
-from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
+from tokenformer_jax.nn.theta import initial_tau
+from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 _ZERO_KEYS = "logits_grown_zero_key_official_tau"

@@ -21,7 +21,7 @@ from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.layer_norm import layer_norm
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.rotary import rotation
-from tokenformer_jax.parameter_tokens import initial_tau
+from tokenformer_jax.nn.theta import initial_tau
 
 # Square numbers of tokens, so that τ = √N is exact in float32.
 CONFIG = ModelConfig(

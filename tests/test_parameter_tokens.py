@@ -11,7 +11,9 @@ import pytest
 from jax.test_util import check_grads
 
 from tests import oracle
-from tokenformer_jax.parameter_tokens import GELUS, THETAS, ParameterTokens, initial_tau, pattention, row_products
+from tokenformer_jax.kernels.products import row_products
+from tokenformer_jax.nn.theta import GELUS, THETAS, initial_tau
+from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

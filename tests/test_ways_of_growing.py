@@ -15,7 +15,8 @@ from tokenformer_jax.config import GrowthConfig
 from tokenformer_jax.growth.grow import grow_leaf, grow_state
 from tokenformer_jax.growth.plan import LeafPlan, NewRows, leaves_by_path
 from tokenformer_jax.nn.block import KEY_STD, value_std
-from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
+from tokenformer_jax.nn.theta import initial_tau
+from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 from tokenformer_jax.training.program import make_program
 
 DOUBLE = MODEL.grown(qkv_tokens=16, proj_tokens=16, ffn_tokens=48)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from tokenformer_jax.parameter_tokens import ParameterTokens, initial_tau, pattention
+from tokenformer_jax.nn.theta import initial_tau
+from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Interleaved rounds.")
 _ROWS = flags.DEFINE_integer("rows", 2048, "B·T, rows of the input.")

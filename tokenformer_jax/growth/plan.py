@@ -11,7 +11,7 @@ from tokenformer_jax.config import GrowthConfig, ModelConfig
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.block import KEY_STD, value_std
 from tokenformer_jax.nn.parameters import logical_axes, split
-from tokenformer_jax.parameter_tokens import initial_tau
+from tokenformer_jax.nn.theta import initial_tau
 
 TOKEN_FIELDS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
 

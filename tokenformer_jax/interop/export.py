@@ -19,7 +19,7 @@ from tokenformer_jax.interop.torch_file import write_torch
 from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_json
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split
-from tokenformer_jax.parameter_tokens import initial_tau
+from tokenformer_jax.nn.theta import initial_tau
 
 EXPORT_DTYPES = ("float32", "bfloat16")
 # A folder may have any other dot in its name, as in tokenformer-1.5b.

@@ -19,7 +19,7 @@ from tokenformer_jax.interop.weight_config import config_for
 from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
-from tokenformer_jax.parameter_tokens import initial_tau
+from tokenformer_jax.nn.theta import initial_tau
 
 TAU_KEY = "tokenformer_jax.tau"  # In the metadata of our safetensors files: JSON, τ by pattention.
 _FLOATS = ("float64", "float32", "float16", "bfloat16")

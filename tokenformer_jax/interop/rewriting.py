@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.parameter_tokens import initial_tau
+from tokenformer_jax.nn.theta import initial_tau
 
 
 def rows_needed(num_tokens: int, hidden_size: int, taus, theta: str) -> int:

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from tokenformer_jax.distributed.axes import per_device, splits
 from tokenformer_jax.kernels.gelu import IN_KERNEL
-from tokenformer_jax.parameter_tokens import GELUS, THETAS, ParameterTokens, check_choices
+from tokenformer_jax.nn.theta import GELUS, THETAS, check_choices
+from tokenformer_jax.parameter_tokens import ParameterTokens
 
 # A TPU's lanes: tokens and channels come in multiples.
 _LANES = 128

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tokenformer_jax.parameter_tokens import GELUS, gelu_by
+from tokenformer_jax.nn.theta import GELUS, gelu_from_cdf
 
 # Mosaic has no erfc. Cephes' erfcf: 1 − erf(x) below 1, exp(−x²) times a polynomial in 1/x² above.
 _ERFC_TO_2 = (
@@ -45,4 +45,4 @@ def _erfc(x):
 
 
 # As `parameter_tokens.GELUS`.
-IN_KERNEL = GELUS | {"erf": GELUS["erf"]._replace(precise=gelu_by(lambda x: 0.5 * _erfc(x * -math.sqrt(0.5))))}
+IN_KERNEL = GELUS | {"erf": GELUS["erf"]._replace(precise=gelu_from_cdf(lambda x: 0.5 * _erfc(x * -math.sqrt(0.5))))}

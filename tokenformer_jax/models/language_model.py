@@ -1,6 +1,5 @@
 """The TokenFormer language model."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,18 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import constrain, is_split
+from tokenformer_jax.kernels.products import row_products
 from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
 from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers, unstack_layers
+from tokenformer_jax.nn.remat import LAYER_REMAT, gathered
 from tokenformer_jax.nn.rotary import rotation
-from tokenformer_jax.parameter_tokens import OUTPUT, SCORES, row_products
-
-_REMAT = {
-  "none": lambda layer: layer,
-  "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(SCORES, OUTPUT)),
-  "full": jax.checkpoint,
-}
 
 
 class LanguageModel(nnx.Module):
@@ -87,13 +81,13 @@ class LanguageModel(nnx.Module):
         # Else it may gather them once for what is computed again and once for the gradient. Without remat this would
         # keep the gathered parameters of all layers for the backward pass.
         parameters = jax.tree.map(
-          lambda a, axes: _gathered(a.astype(self.config.compute_dtype), axes[1:]) if "embed" in axes else a,
+          lambda a, axes: gathered(a.astype(self.config.compute_dtype), axes[1:]) if "embed" in axes else a,
           parameters,
           axes,
         )
       return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, by, segments)
 
-    x_BxTxD, seen = jax.lax.scan(_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
+    x_BxTxD, seen = jax.lax.scan(LAYER_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
     return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), seen
 
   def prefill(
@@ -163,15 +157,3 @@ class LanguageModel(nnx.Module):
 
   def _embed(self, tokens):
     return self.table()[tokens].astype(self.config.compute_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(parameter, axes):
-  """A parameter with all its channels. Its gradient is not: it is added up into the parts that devices keep."""
-  parameter = constrain(parameter, *axes)  # Else it may be gathered before it is narrowed.
-  return constrain(parameter, *(None if axis == "embed" else axis for axis in axes))
-
-
-_gathered.defvjp(
-  lambda parameter, axes: (_gathered(parameter, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),)
-)

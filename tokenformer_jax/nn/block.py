@@ -9,7 +9,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.nn.attention import Attention
 from tokenformer_jax.nn.layer_norm import layer_norm
 from tokenformer_jax.nn.pattention import Pattention
-from tokenformer_jax.parameter_tokens import scores_kept
+from tokenformer_jax.nn.remat import keep_scores
 
 # Standard deviation of new keys, as released.
 KEY_STD = 0.02
@@ -32,7 +32,7 @@ class Block(nnx.Module):
     self.attention = Attention(config, projection, rngs=rngs)
     self.ffn = projection(config.ffn_tokens, rngs=rngs)
 
-  def __call__(self, x_BxTxD, by, segments=None, remat=scores_kept):
+  def __call__(self, x_BxTxD, by, segments=None, remat=keep_scores):
     """[B, T, d] -> [B, T, d].
 
     Args:
@@ -52,7 +52,7 @@ class Block(nnx.Module):
     attended, cache = self.attention.extend(layer_norm(x_BxTxD), by, mask, cache, layer)
     return self._with(x_BxTxD, attended), cache
 
-  def _with(self, x_BxTxD, attended_BxTxD, remat=scores_kept):
+  def _with(self, x_BxTxD, attended_BxTxD, remat=keep_scores):
     x_BxTxD += attended_BxTxD
     return x_BxTxD + remat(lambda x: self.ffn(layer_norm(x)))(x_BxTxD)
 

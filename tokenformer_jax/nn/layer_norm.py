@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tokenformer_jax.kernels.products import sum_dtype
 from tokenformer_jax.nn.parameters import parameter
-from tokenformer_jax.parameter_tokens import sum_dtype
 
 EPSILON = 1e-5
 

@@ -12,7 +12,9 @@ from tokenformer_jax.checked import require_choice
 from tokenformer_jax.config import KERNELS
 from tokenformer_jax.distributed.axes import is_split, platform
 from tokenformer_jax.nn.parameters import Tau, parameter
-from tokenformer_jax.parameter_tokens import OUTPUT, ParameterTokens, check_choices, initial_tau, pattention
+from tokenformer_jax.nn.remat import OUTPUT
+from tokenformer_jax.nn.theta import check_choices, initial_tau
+from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 
 class Pattention(nnx.Module):

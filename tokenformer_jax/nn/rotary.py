@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tokenformer_jax.parameter_tokens import sum_dtype
+from tokenformer_jax.kernels.products import sum_dtype
 
 Rotation = tuple[Float[Array, "batch time 1 half"], Float[Array, "batch time 1 half"]]
 

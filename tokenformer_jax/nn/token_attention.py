@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.distributed.axes import is_split, per_device, platform, splits
-from tokenformer_jax.parameter_tokens import wide_einsum
+from tokenformer_jax.kernels.products import wide_einsum
 
 # Splash attention's rows come in tiles of 128; tiles of 512 keep a TPU's matrix unit busy.
 _TILE, _LARGEST_TILE = 128, 512

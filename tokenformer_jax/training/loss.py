@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tokenformer_jax.distributed.axes import per_device, splits
-from tokenformer_jax.parameter_tokens import sum_dtype
+from tokenformer_jax.kernels.products import sum_dtype
 
 # Tokens whose logits exist at once on a device. At 50,304 entries their float32 logits are 206 MB, and the table's
 # gradient, read and written once a chunk, takes less time than the products with it on a v5e (1,000 would be even).

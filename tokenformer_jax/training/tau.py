@@ -13,7 +13,7 @@ import optax
 
 from tokenformer_jax.config import Config
 from tokenformer_jax.nn.parameters import Tree
-from tokenformer_jax.parameter_tokens import initial_tau
+from tokenformer_jax.nn.theta import initial_tau
 from tokenformer_jax.training.new_rows import last_birth
 from tokenformer_jax.training.optimizer import learning_rate_schedule
 
