@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments.growth_seam import STEPS, small_run
 from experiments.runs import every_seed, held_out_losses
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 
 SEEDS = tuple(range(10))
 MOMENTS = {
@@ -64,4 +64,4 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/bfloat16_moments", "Folder of the runs; run again to go on with them.")
-  door.run(main)
+  command.run(main)

@@ -41,7 +41,7 @@ from absl import flags
 
 from experiments.growth_seam import DECAY, FACTORS, SEAM, SEEDS, STEPS, small_run
 from tokenformer_jax import data
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import Config, GrowthConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.grow import grow_state
@@ -186,4 +186,4 @@ def plot(curves: dict[str, dict[int, float]], control: dict[int, float], path: p
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/growth_recipes", "Folder of the results; run again to go on with them.")
   flags.DEFINE_bool("search", False, "The search for the default instead of τ's rules.")
-  door.run(main)
+  command.run(main)

@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from experiments.runs import every_seed, held_out_losses
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tokenformer_jax.training.resize import grow_run
 
@@ -94,7 +94,7 @@ def run_seed(seed: int, folder: pathlib.Path) -> dict[str, dict[int, float]]:
 
     weights = folder / f"released_{factor}_weights"
     if not weights.exists():
-      grow_run(str(folder / "control"), str(weights), step=SEAM, how="released", **tokens)
+      grow_run(str(folder / "control"), str(weights), step=SEAM, method="released", **tokens)
     # The released configuration: the weights alone, and a schedule from its beginning.
     restarted = dataclasses.replace(
       big,
@@ -156,4 +156,4 @@ def plot(seeds, path: pathlib.Path) -> pathlib.Path:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/growth_seam", "Folder of the runs; run again to go on with them.")
-  door.run(main)
+  command.run(main)

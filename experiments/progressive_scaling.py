@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from experiments.runs import every_seed, held_out_losses, training_flops
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import (
   Config,
   DataConfig,
@@ -54,7 +54,7 @@ def tokens(size: int) -> dict[str, int]:
 def base(seed: int) -> Config:
   folder = os.environ.get("TOKENFORMER_DATA")
   if not folder:
-    door.fail("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
+    command.fail("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
   return Config(
     model=ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, seq_length=64, **tokens(SIZES[0])),
     data=DataConfig(
@@ -165,4 +165,4 @@ def plot(seeds, path: pathlib.Path) -> pathlib.Path:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/progressive_scaling", "Folder of the runs; run again to go on with them.")
-  door.run(main)
+  command.run(main)

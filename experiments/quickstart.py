@@ -15,7 +15,7 @@ bigram model 2.454.
 import numpy as np
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import (
   Config,
   DataConfig,
@@ -129,4 +129,4 @@ def _contexts(ids: np.ndarray, size: int, vocab_size: int) -> np.ndarray:
 if __name__ == "__main__":  # Not above: the train door reads this file too, and has flags of its own.
   flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run; run again to go on with it.")
   flags.DEFINE_bool("short", False, "A much smaller run.")
-  door.run(main)
+  command.run(main)

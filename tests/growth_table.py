@@ -50,7 +50,7 @@ def logits(model, dtype):
   return np.asarray(jax.jit(lambda params, tau: nnx.merge(graphdef, params, tau)(TOKENS))(params, tau), np.float64)
 
 
-def change(how, theta, config, dtype):
+def change(method, theta, config, dtype):
   """(relative change of the logits by growth, own error of the model before it)."""
   with jax.enable_x64(True):
     model = lively(dataclasses.replace(config, theta=theta))
@@ -58,7 +58,7 @@ def change(how, theta, config, dtype):
       # So that parts of a value are as exact as the products.
       _, params, tau = split(model)
       model = nnx.merge(nnx.graphdef(model), *jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, tau)))
-    bigger, _ = tf.grow(model, qkv_tokens=2 * config.qkv_tokens, ffn_tokens=3 * config.ffn_tokens, how=how)
+    bigger, _ = tf.grow(model, qkv_tokens=2 * config.qkv_tokens, ffn_tokens=3 * config.ffn_tokens, method=method)
     before, after, exact = logits(model, dtype), logits(bigger, dtype), logits(model, "float64")
   return tuple(np.max(np.abs(x - before)) / np.max(np.abs(before)) for x in (after, exact))
 
@@ -68,10 +68,10 @@ def main():
     "| way | Θ | float64, 2 layers | float32, 2 layers | float32, 12 layers (own error) "
     "| bfloat16, 12 layers (own error) |\n|---|---|---|---|---|---|"
   )
-  for how, theta in CASES:
-    shallow = [f"{change(how, theta, SHALLOW, dtype)[0]:.1e}" for dtype in ("float64", "float32")]
-    deep = ["{:.1e} ({:.1e})".format(*change(how, theta, DEEP, dtype)) for dtype in ("float32", "bfloat16")]
-    print("|", " | ".join([how, theta, *shallow, *deep]), "|")
+  for method, theta in CASES:
+    shallow = [f"{change(method, theta, SHALLOW, dtype)[0]:.1e}" for dtype in ("float64", "float32")]
+    deep = ["{:.1e} ({:.1e})".format(*change(method, theta, DEEP, dtype)) for dtype in ("float32", "bfloat16")]
+    print("|", " | ".join([method, theta, *shallow, *deep]), "|")
   released = [
     f"{change('released', theta, SHALLOW, 'float32')[0]:.2f}" for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax")
   ]

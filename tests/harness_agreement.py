@@ -28,7 +28,7 @@ from unittest import mock
 
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.evaluation import evaluate, multiple_choice
 from tokenformer_jax.evaluation.log_likelihood import log_likelihoods
 from tokenformer_jax.evaluation.tasks import TASKS, read_rows
@@ -142,4 +142,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Work folder of a training run.", required=True)
   flags.DEFINE_integer("limit", 40, "Items of each task.")
   flags.DEFINE_list("tasks", [task for task in TASKS if task != "blimp"], "Tasks.")
-  door.run(main)
+  command.run(main)

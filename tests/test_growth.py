@@ -81,7 +81,7 @@ def test_what_is_no_growth_is_refused(target, message):
 
 def test_softmax_is_refused():
   softmax = dataclasses.replace(MODEL, theta="softmax")
-  with pytest.raises(ValueError, match="exp\\(0\\).*how='duplicate' does"):
+  with pytest.raises(ValueError, match="exp\\(0\\).*method='duplicate' does"):
     tf.grow(abstract_model(softmax), ffn_tokens=32)
 
 

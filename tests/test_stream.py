@@ -96,16 +96,16 @@ def test_slices_are_all_rows_in_order_and_small(shape, rows):
 # What is grown.
 
 
-@pytest.mark.parametrize("how", ["exact", "released", "duplicate"])
-def test_the_grown_checkpoint_is_that_of_growth_in_memory(source, tmp_path, how):
+@pytest.mark.parametrize("method", ["exact", "released", "duplicate"])
+def test_the_grown_checkpoint_is_that_of_growth_in_memory(source, tmp_path, method):
   before = small_run.folder_digest(source)
-  report = grow_run(str(source), str(tmp_path / "grown"), how=how, **TOKENS)
+  report = grow_run(str(source), str(tmp_path / "grown"), method=method, **TOKENS)
   config = stored_config(str(tmp_path / "grown"))
   state = restored(source, CONFIG, MODEL)
   expected, _, in_memory = grow_state(state, MODEL, GROWN, config.growth, seed=CONFIG.training.seed)
   small_run.assert_same(restored(tmp_path / "grown", config, GROWN), expected)
   assert report == in_memory
-  assert config == dataclasses.replace(CONFIG, model=GROWN, growth=dataclasses.replace(CONFIG.growth, how=how))
+  assert config == dataclasses.replace(CONFIG, model=GROWN, growth=dataclasses.replace(CONFIG.growth, method=method))
   old, new = (Checkpoints(str(folder)).record(STEP) for folder in (source, tmp_path / "grown"))
   assert new == old | {"model": dataclasses.asdict(GROWN), "config": json.loads(json.dumps(config.to_dict()))}
   assert (tmp_path / "grown" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

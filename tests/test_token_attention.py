@@ -34,9 +34,9 @@ def test_splash_is_xla_is_float64(splash, mesh):
   arrays = tuple(np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32))
   q, k, v, by_output = jax.device_put(arrays, replicated(mesh))
 
-  def both(how):
+  def both(implementation):
     def run(q, k, v, segments):
-      y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, segments, how), q, k, v)
+      y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, segments, implementation), q, k, v)
       return y, *pull(by_output)
 
     return run
@@ -52,7 +52,7 @@ def test_blocks_of_queries_are_the_whole(time):
   """Also where the queries cannot be split; and for the gradient no scores are kept."""
   rng = np.random.default_rng(1)
   q, k, v = rng.normal(size=(3, 2, time, 2, 8)).astype(np.float32)
-  y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, how="xla"), q, k, v)
+  y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, implementation="xla"), q, k, v)
   np.testing.assert_allclose(y, in_float64(q, k, v, np.zeros((2, time), np.int32)), atol=1e-6)
   assert {leaf.shape for leaf in jax.tree.leaves(pull)} == {q.shape}
 

@@ -31,7 +31,7 @@ import time
 import numpy as np
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import Config, DataConfig, ModelConfig
 from tokenformer_jax.data import open_data, open_tokenizer
 from tokenformer_jax.data.corpus import batches_of_documents
@@ -173,4 +173,4 @@ def rate(step, tokens: int) -> float:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

@@ -39,7 +39,7 @@ from absl import flags
 from orbax.checkpoint import v1
 
 from tokenformer_jax import data
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.grow import grow_state
@@ -184,4 +184,4 @@ def measured(way: str, folder: str) -> str:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

@@ -25,7 +25,7 @@ import time
 import numpy as np
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 
 _SIZE = flags.DEFINE_string("size", "150m", "A named size.")
 _STEP = flags.DEFINE_string("step", None, "One step alone, in this process.")
@@ -149,4 +149,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

@@ -11,7 +11,7 @@ rest are the configuration's: --config.mesh.fsdp=4 --config.model.remat=full.
 from absl import flags
 from ml_collections import config_flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Python file with get_config().")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and sizes of the slice: v5e:4x4, v5p:2x2x4, h100:8.")
@@ -26,11 +26,11 @@ def main(argv):
   from tokenformer_jax.distributed.topologies import can_compile, parse_topology
   from tokenformer_jax.training.compile_check import check, report
 
-  config = door.read_config(_CONFIG)
+  config = command.read_config(_CONFIG)
   if reason := can_compile(parse_topology(_TOPOLOGY.value)[0]):
     print(f"{reason}: only lowered, so that memory and what is sent are not known.", flush=True)
   print(report(config, _TOPOLOGY.value, check(config, _TOPOLOGY.value)))
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

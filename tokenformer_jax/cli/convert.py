@@ -10,7 +10,7 @@ model that was grown gets rows there that change nothing but its form. config.js
 
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 
 _FROM = flags.DEFINE_string("from", None, "Work folder, exported folder, .bin, .safetensors, or hub model.")
 _TO = flags.DEFINE_string("to", None, "A .bin, a .safetensors, or a folder for model.safetensors.")
@@ -46,4 +46,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

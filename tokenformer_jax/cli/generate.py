@@ -9,7 +9,7 @@ import os
 
 from absl import flags
 
-from tokenformer_jax.cli import door, process_flags
+from tokenformer_jax.cli import command, process_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; by default the newest.")
@@ -68,4 +68,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

@@ -10,12 +10,12 @@ written in slices, so the model need not fit into memory.
 
 from absl import flags
 
-from tokenformer_jax.cli import door, resize_flags
-from tokenformer_jax.config import WAYS_OF_GROWING
+from tokenformer_jax.cli import command, resize_flags
+from tokenformer_jax.config import GROWTH_METHODS
 
 resize_flags.define()
-_HOW = flags.DEFINE_enum(
-  "how", None, WAYS_OF_GROWING, "How new rows begin; by default as the run's configuration says."
+_METHOD = flags.DEFINE_enum(
+  "method", None, GROWTH_METHODS, "How new rows begin; by default as the run's configuration says."
 )
 
 
@@ -24,9 +24,9 @@ def main(argv):
   # Imported here, so that --help and a bad flag are answered at once.
   from tokenformer_jax.training.resize import grow_run
 
-  print(grow_run(**resize_flags.values(), how=_HOW.value))
+  print(grow_run(**resize_flags.values(), method=_METHOD.value))
   print(f"Go on with: python -m tokenformer_jax.cli.train --workdir={flags.FLAGS.output}")
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

@@ -8,7 +8,7 @@
 import tqdm
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import BAD_TEXTS
 from tokenformer_jax.data.prepare import prepare, train_or_load_bpe
 from tokenformer_jax.data.sources import open_documents
@@ -61,4 +61,4 @@ def _bar(title: str, total: int | None) -> tqdm.tqdm:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

@@ -8,7 +8,7 @@ its held-out data. Shrinking to the counts before a growth, before training went
 
 from absl import flags
 
-from tokenformer_jax.cli import door, resize_flags
+from tokenformer_jax.cli import command, resize_flags
 
 resize_flags.define()
 
@@ -23,4 +23,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

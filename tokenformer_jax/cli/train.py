@@ -12,7 +12,7 @@ may not. SIGTERM saves and ends the run with exit code 143. Several processes: d
 from absl import flags
 from ml_collections import config_flags
 
-from tokenformer_jax.cli import door, process_flags
+from tokenformer_jax.cli import command, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="Python file with get_config(); by default WORKDIR/config.json."
@@ -32,10 +32,10 @@ def main(argv):
   from tokenformer_jax.training.resume import stored_config
 
   given = flags.FLAGS[_CONFIG.name].present
-  config = door.read_config(_CONFIG) if given else stored_config(_WORKDIR.value, "give --config")
+  config = command.read_config(_CONFIG) if given else stored_config(_WORKDIR.value, "give --config")
   process_flags.start(stops_by_itself=True)
   train(config, _WORKDIR.value, profile=_PROFILE.value, allow_data_change=_ALLOW_DATA_CHANGE.value)
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from tokenformer_jax.checked import nearest
+from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 
 

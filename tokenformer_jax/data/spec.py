@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from tokenformer_jax.checked import nearest
+from tokenformer_jax.config.validation import nearest
 
 KINDS = {
   "python-sources": "python-sources",

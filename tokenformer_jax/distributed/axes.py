@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tokenformer_jax.checked import nearest
+from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.distributed.mesh import MESH_AXES
 
 # Logical axis -> mesh axes that split it.

@@ -11,8 +11,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from tokenformer_jax.checked import nearest
 from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.distributed.chips import CHIPS, Chip
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh, mesh_sizes
 

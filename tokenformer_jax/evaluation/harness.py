@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from tokenformer_jax.checked import nearest
+from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.evaluation.log_likelihood import Request, log_likelihoods
 from tokenformer_jax.evaluation.perplexity import windows
 from tokenformer_jax.inference.generate import generate

@@ -9,7 +9,7 @@ import pathlib
 import zipfile
 from typing import NamedTuple
 
-from tokenformer_jax.checked import nearest
+from tokenformer_jax.config.validation import nearest
 
 
 class Question(NamedTuple):

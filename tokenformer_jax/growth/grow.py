@@ -123,14 +123,14 @@ def grow(
   qkv_tokens: int | None = None,
   proj_tokens: int | None = None,
   ffn_tokens: int | None = None,
-  how: str = "exact",
+  method: str = "exact",
   seed: int = 0,
 ) -> tuple[LanguageModel, GrowthReport]:
   """A bigger model with the same function: `bigger, report = grow(model, ffn_tokens=4096)`.
 
   Args:
     qkv_tokens, proj_tokens, ffn_tokens: new counts; those not given stay.
-    how: `exact`, `duplicate` (whole multiples) or `released`, which changes the function; see `GrowthConfig`.
+    method: `exact`, `duplicate` (whole multiples) or `released`, which changes the function; see `GrowthConfig`.
 
   Raises:
     ValueError: fewer tokens than the model has, or a way that cannot add them; see `plan.check_growth`.
@@ -138,6 +138,8 @@ def grow(
   given = dict(qkv_tokens=qkv_tokens, proj_tokens=proj_tokens, ffn_tokens=ffn_tokens)
   new_config = model.config.grown(**{name: count for name, count in given.items() if count is not None})
   _, params, tau = split(model)
-  weights, _, report = grow_state(_Weights(params, tau), model.config, new_config, GrowthConfig(how=how), seed=seed)
+  weights, _, report = grow_state(
+    _Weights(params, tau), model.config, new_config, GrowthConfig(method=method), seed=seed
+  )
   graphdef, _, _ = split(nnx.eval_shape(lambda: LanguageModel(new_config, rngs=nnx.Rngs(0))))
   return nnx.merge(graphdef, weights.params, weights.tau), report

@@ -86,7 +86,7 @@ def plan_growth(
 
 
 def check_growth(config: ModelConfig, new_config: ModelConfig, growth: GrowthConfig = GrowthConfig()) -> None:
-  """Raises ValueError unless `new_config` is `config` with more parameter tokens, and `growth.how` can add them.
+  """Raises ValueError unless `new_config` is `config` with more parameter tokens, and `growth.method` can add them.
 
   `exact` has no way for softmax; `duplicate` wants whole multiples.
   """
@@ -101,17 +101,17 @@ def check_growth(config: ModelConfig, new_config: ModelConfig, growth: GrowthCon
     if field.name in TOKEN_FIELDS:
       if new < old:
         raise ValueError(f"{field.name}: {old} -> {new}: growth cannot take rows away; choose at least {old}.")
-      if growth.how == "duplicate" and new % old:
+      if growth.method == "duplicate" and new % old:
         raise ValueError(
-          f"{field.name}: {old} -> {new}: how='duplicate' repeats all rows; choose a whole multiple, "
-          f"{new // old * old} or {(new // old + 1) * old}, or how='exact'."
+          f"{field.name}: {old} -> {new}: method='duplicate' repeats all rows; choose a whole multiple, "
+          f"{new // old * old} or {(new // old + 1) * old}, or method='exact'."
         )
     elif new != old:
       raise ValueError(f"{field.name}: {old!r} -> {new!r}: growth changes parameter tokens alone; keep {old!r}.")
-  if config.theta == "softmax" and growth.how == "exact":
+  if config.theta == "softmax" and growth.method == "exact":
     raise ValueError(
-      "theta='softmax': new rows with zero keys would still get weight exp(0), so how='exact' cannot "
-      "keep the function; how='duplicate' does, for whole multiples of the counts."
+      "theta='softmax': new rows with zero keys would still get weight exp(0), so method='exact' cannot "
+      "keep the function; method='duplicate' does, for whole multiples of the counts."
     )
 
 
@@ -136,7 +136,7 @@ def _parameter_tokens(config: ModelConfig) -> tuple[dict[str, tuple], dict[str, 
 
 def _new_rows(path: str, config: ModelConfig, growth: GrowthConfig) -> tuple[NewRows, float]:
   root, leaf = path.split("/")[0], path.split("/")[-1]
-  if growth.how == "duplicate":
+  if growth.method == "duplicate":
     # A value's parts each have the whole value's gradient; its copies' keys share the key's.
     if root == "params":
       return (NewRows.REPEATED if leaf == "keys" else NewRows.PARTS), 0.0
@@ -146,7 +146,7 @@ def _new_rows(path: str, config: ModelConfig, growth: GrowthConfig) -> tuple[New
       return NewRows.SQUARED_PARTS, 0.0
     return NewRows.REPEATED, 0.0
   if root == "params":
-    if growth.how == "released":
+    if growth.method == "released":
       return NewRows.RANDOM, KEY_STD if leaf == "keys" else value_std(config)
     return (NewRows.ZERO, 0.0) if leaf == "keys" else (NewRows.RANDOM, growth.value_scale * value_std(config))
   return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
@@ -154,8 +154,8 @@ def _new_rows(path: str, config: ModelConfig, growth: GrowthConfig) -> tuple[New
 
 def _tau_then(theta: str, old: int, new: int, growth: GrowthConfig) -> tuple[NewRows, float]:
   """What growth from `old` to `new` tokens makes of a layer's τ."""
-  if growth.how == "duplicate":
+  if growth.method == "duplicate":
     return NewRows.SCALED_TAU, initial_tau(theta, new) / initial_tau(theta, old)
-  if growth.how == "released" or growth.tau == "recomputed":
+  if growth.method == "released" or growth.tau == "recomputed":
     return NewRows.NEW_TAU, initial_tau(theta, new)
   return NewRows.NONE, 0.0

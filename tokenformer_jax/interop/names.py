@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from flax import nnx, traverse_util
 
-from tokenformer_jax.checked import nearest
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.interop.stored_array import quoted
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split

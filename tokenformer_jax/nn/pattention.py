@@ -8,8 +8,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from tokenformer_jax.checked import require_choice
 from tokenformer_jax.config import KERNELS
+from tokenformer_jax.config.validation import require_choice
 from tokenformer_jax.distributed.axes import is_split, platform
 from tokenformer_jax.nn.parameters import Tau, parameter
 from tokenformer_jax.nn.remat import OUTPUT

@@ -23,22 +23,22 @@ def causal_attention(
   k: Float[Array, "batch time head channel"],
   v: Float[Array, "batch time head channel"],
   segments: Int[Array, "batch time"] | None = None,
-  how: str | None = None,
+  implementation: str | None = None,
 ) -> Float[Array, "batch time head channel"]:
   """softmax(q kᵀ / √C) v of every token over itself and those before it, in its own segment.
 
   Args:
     q, k, v: [B, T, H, C].
     segments: document of each token; by default one.
-    how: `cudnn`, `splash` or `xla`; by default `kernel_for` this device, dtype and shape.
+    implementation: `cudnn`, `splash` or `xla`; by default `kernel_for` this device, dtype and shape.
   """
-  how = how or kernel_for(platform(), q.dtype, q.shape)
-  if how == "splash":
+  implementation = implementation or kernel_for(platform(), q.dtype, q.shape)
+  if implementation == "splash":
     return _splash(q, k, v, segments)
-  if how == "xla":
+  if implementation == "xla":
     return _plain(q, k, v, segments)
   mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=how)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
 
 
 def kernel_for(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]) -> str:

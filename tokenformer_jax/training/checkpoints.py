@@ -22,8 +22,8 @@ from tokenformer_jax.growth.plan import leaves_by_path, path_name
 from tokenformer_jax.growth.stream import save_args, stream_handler
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.state import TrainState, abstract_model
-from tokenformer_jax.training.work_folder import absolute
 
 TOKENIZER = "tokenizer.json"
 
@@ -121,7 +121,7 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
 
 def load_tokenizer(workdir: str) -> data.Tokenizer:
   """The tokenizer of a training run. Raises ValueError where the work folder has none."""
-  return data.load_tokenizer(absolute(workdir) / TOKENIZER)
+  return data.load_tokenizer(user_path(workdir) / TOKENIZER)
 
 
 class CheckpointStreams:
@@ -163,7 +163,7 @@ def _open(workdir: str, arrays: Callable[[], ocp.CheckpointHandler], **options) 
   # With handlers named, metadata can be read before arrays.
   handlers = {"model": arrays(), "optimizer": arrays(), "record": ocp.JsonCheckpointHandler()}
   return ocp.CheckpointManager(
-    absolute(workdir) / "checkpoints", item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+    user_path(workdir) / "checkpoints", item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
   )
 
 

@@ -20,6 +20,7 @@ from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.plan import check_growth
 from tokenformer_jax.inference.generate import generate
 from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.paths import replace_text, user_path
 from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints, load, load_tokenizer
 from tokenformer_jax.training.flops import peak_flops
 from tokenformer_jax.training.loss import LossSums
@@ -34,7 +35,6 @@ from tokenformer_jax.training.resume import (
 from tokenformer_jax.training.run_log import RunLog, plot_losses
 from tokenformer_jax.training.state import TrainState, abstract_model, fresh_state
 from tokenformer_jax.training.timing import Clock, Trace
-from tokenformer_jax.training.work_folder import absolute, replace_text
 
 
 def train(config: Config, workdir: str, *, profile: bool = False, allow_data_change: bool = False) -> float:
@@ -83,7 +83,7 @@ class _Run:
     self.peak = peak_flops(self.mesh)
 
     if jax.process_index() == 0:
-      folder = absolute(workdir)
+      folder = user_path(workdir)
       folder.mkdir(parents=True, exist_ok=True)
       data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
       replace_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2))

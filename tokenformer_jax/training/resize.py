@@ -25,11 +25,11 @@ from tokenformer_jax.growth.report import GrowthReport
 from tokenformer_jax.growth.shrink import ShrinkReport, check_shrink, least_used
 from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory, shrunk
 from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.checkpoints import TOKENIZER, CheckpointStreams, load, load_tokenizer
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.resume import CONFIG, check_same_model, check_same_tokenizer, stored_config
 from tokenformer_jax.training.state import TrainState, abstract_model
-from tokenformer_jax.training.work_folder import absolute
 
 
 def grow_run(
@@ -37,7 +37,7 @@ def grow_run(
   output: str,
   *,
   step: int | None = None,
-  how: str | None = None,
+  method: str | None = None,
   token_axis: int | None = None,
   **tokens: int | None,
 ) -> GrowthReport:
@@ -50,7 +50,7 @@ def grow_run(
     workdir: the run's work folder; it is not written to.
     output: the new folder, on a local disk.
     step: which checkpoint; by default the newest.
-    how: see `GrowthConfig`; by default as the run's configuration has it.
+    method: see `GrowthConfig`; by default as the run's configuration has it.
     token_axis: size of the mesh axis `token` that the grown run is to have; by default the run's.
     tokens: new `qkv_tokens`, `proj_tokens`, `ffn_tokens`; None for those that stay.
 
@@ -60,7 +60,7 @@ def grow_run(
   """
   source = Source(workdir, step)
   config, model = source.config, source.resized(tokens)
-  growth = dataclasses.replace(config.growth, stages=source.stages_to_come(), **({"how": how} if how else {}))
+  growth = dataclasses.replace(config.growth, stages=source.stages_to_come(), **({"method": method} if method else {}))
   plan = plan_growth(source.leaves, source.model, model, growth)
   mesh = config.mesh if token_axis is None else dataclasses.replace(config.mesh, token=token_axis)
   config = dataclasses.replace(config, model=model, growth=growth, mesh=mesh)
@@ -133,7 +133,7 @@ class Source:
     try:
       unfinished.mkdir(parents=True)
       (unfinished / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
-      (absolute(self._workdir) / TOKENIZER).copy(unfinished / TOKENIZER)
+      (user_path(self._workdir) / TOKENIZER).copy(unfinished / TOKENIZER)
       with tqdm.tqdm(total=len(jax.tree.leaves(state)), unit="leaf", dynamic_ncols=True, file=sys.stderr) as progress:
         target = CheckpointStreams(str(unfinished), lambda name: progress.update())
         target.save(
@@ -161,7 +161,7 @@ def _check_divides(config: Config) -> None:
 
 def check_target(output: str, workdir: str) -> epath.Path:
   """The new folder. Raises ValueError where it cannot be made."""
-  folder, source = absolute(output), absolute(workdir)
+  folder, source = user_path(output), user_path(workdir)
   if "://" in output:
     raise ValueError(f"output={output}: a new folder must come into being at once; give one on a local disk.")
   if folder.exists():

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from tokenformer_jax.config import Config, ModelConfig
-from tokenformer_jax.training.work_folder import absolute
+from tokenformer_jax.paths import user_path
 
 CONFIG = "config.json"
 # What changes how fast a model runs and not what it is.
@@ -35,7 +35,7 @@ def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir:
 
 def stored_config(workdir: str, way_out: str = "give the work folder of a run") -> Config:
   """The configuration of the run in a work folder, as last given. Raises ValueError where there is none."""
-  path = absolute(workdir) / CONFIG
+  path = user_path(workdir) / CONFIG
   if not path.exists():
     raise ValueError(f"{workdir}: no {CONFIG} there; {way_out}.")
   try:
@@ -47,7 +47,7 @@ def stored_config(workdir: str, way_out: str = "give the work folder of a run") 
 
 def check_same_run(config: Config, workdir: str, allow_data_change: bool) -> None:
   """Raises ValueError if a run was begun in the work folder with another first model or other data."""
-  folder = absolute(workdir)
+  folder = user_path(workdir)
   path = folder / CONFIG
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{workdir}: not a folder; use another --workdir.")

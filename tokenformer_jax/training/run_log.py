@@ -11,14 +11,14 @@ import matplotlib
 import matplotlib.figure
 from tensorboardX import SummaryWriter
 
-from tokenformer_jax.training.work_folder import absolute, replace_text
+from tokenformer_jax.paths import replace_text, user_path
 
 
 class RunLog:
   """Metrics of one run; `start_step` drops what a resumed run is going to write again."""
 
   def __init__(self, workdir: str, start_step: int):
-    self._folder = absolute(workdir)
+    self._folder = user_path(workdir)
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
@@ -55,7 +55,7 @@ class RunLog:
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
   """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-  path = absolute(workdir) / "metrics.jsonl"
+  path = user_path(workdir) / "metrics.jsonl"
   rows = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
@@ -96,7 +96,7 @@ def plot_losses(workdir: str) -> str:
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats a token)")
   axes.legend()
-  path = absolute(workdir) / "loss.png"
+  path = user_path(workdir) / "loss.png"
   with path.open("wb") as file:
     figure.savefig(file, dpi=120)
   return str(path)

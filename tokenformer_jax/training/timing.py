@@ -4,7 +4,7 @@ import time
 
 import jax
 
-from tokenformer_jax.training.work_folder import absolute
+from tokenformer_jax.paths import user_path
 
 _TRACED_STEPS = 5
 
@@ -30,7 +30,7 @@ class Trace:
   WORKDIR/profile."""
 
   def __init__(self, workdir: str, wanted: bool):
-    self._folder = str(absolute(workdir) / "profile")
+    self._folder = str(user_path(workdir) / "profile")
     self._wanted, self._steps_left = wanted and jax.process_index() == 0, 0
 
   def __enter__(self) -> "Trace":

@@ -11,7 +11,7 @@ DOOR = '''"""Opens a small door."""
 
 from absl import flags
 
-from tokenformer_jax.cli import door
+from tokenformer_jax.cli import command
 from tokenformer_jax.config import ModelConfig
 
 _DO = flags.DEFINE_string("do", None, "What to do.")
@@ -34,7 +34,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  door.run(main)
+  command.run(main)
 '''
 
 

@@ -27,9 +27,9 @@ def state():
   return small_run.noise(make_program(small_run.config(), MODEL, small_run.mesh()).shapes)
 
 
-def grown(state, how, theta="l2_norm_gelu", **growth):
+def grown(state, method, theta="l2_norm_gelu", **growth):
   old, new = (dataclasses.replace(config, theta=theta) for config in (MODEL, DOUBLE))
-  bigger, _, report = grow_state(state, old, new, GrowthConfig(how=how, **growth), seed=3)
+  bigger, _, report = grow_state(state, old, new, GrowthConfig(method=method, **growth), seed=3)
   return bigger, {leaf.path: leaf.new_rows for leaf in report.leaves}
 
 
@@ -37,25 +37,25 @@ def grown(state, how, theta="l2_norm_gelu", **growth):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how, theta", growth_table.CASES)
+@pytest.mark.parametrize("method, theta", growth_table.CASES)
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-6)])
-def test_logits_stay(how, theta, dtype, tolerance):
-  assert change(how, theta, SHALLOW, dtype)[0] <= tolerance
+def test_logits_stay(method, theta, dtype, tolerance):
+  assert change(method, theta, SHALLOW, dtype)[0] <= tolerance
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how, theta", growth_table.CASES)
+@pytest.mark.parametrize("method, theta", growth_table.CASES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_of_a_deep_model_stay_within_three_times_its_own_error(how, theta, dtype):
-  changed, own = change(how, theta, DEEP, dtype)
+def test_logits_of_a_deep_model_stay_within_three_times_its_own_error(method, theta, dtype):
+  changed, own = change(method, theta, DEEP, dtype)
   assert 0 < own and changed <= 3 * own
 
 
-@pytest.mark.parametrize("how, theta", growth_table.CASES)
-def test_a_layer_stays_and_its_new_rows_are_in_it(how, theta):
+@pytest.mark.parametrize("method, theta", growth_table.CASES)
+def test_a_layer_stays_and_its_new_rows_are_in_it(method, theta):
   rng = np.random.default_rng(0)
   x, keys, values = rng.normal(size=(5, 6)), rng.normal(size=(1, 4, 6)), rng.normal(size=(1, 4, 3))
-  rows = {"exact": (NewRows.ZERO, NewRows.RANDOM), "duplicate": (NewRows.REPEATED, NewRows.PARTS)}[how]
+  rows = {"exact": (NewRows.ZERO, NewRows.RANDOM), "duplicate": (NewRows.REPEATED, NewRows.PARTS)}[method]
   with jax.enable_x64(True):
     plans = [
       LeafPlan("values", leaf.shape, (1, 12, leaf.shape[2]), 1, kind, 1.0) for leaf, kind in zip((keys, values), rows)
@@ -65,7 +65,7 @@ def test_a_layer_stays_and_its_new_rows_are_in_it(how, theta):
       for leaf, plan in zip((keys, values), plans)
     )
     tau = initial_tau(theta, 4)
-    new_tau = tau * initial_tau(theta, 12) / initial_tau(theta, 4) if how == "duplicate" else tau
+    new_tau = tau * initial_tau(theta, 12) / initial_tau(theta, 4) if method == "duplicate" else tau
     before = pattention(x, ParameterTokens(keys[0], values[0], tau), theta)
     after = pattention(x, ParameterTokens(new_keys[0], new_values[0], new_tau), theta)
     moved_keys = new_keys[0] + np.where(np.arange(12)[:, None] < 4, 0.0, rng.normal(size=(12, 6)))
@@ -137,13 +137,16 @@ def test_duplicates_moments_are_cut_as_their_gradients_are(state, theta):
 @pytest.mark.parametrize(
   "counts, message",
   [
-    (dict(ffn_tokens=40), "ffn_tokens: 16 -> 40: how='duplicate' repeats all rows; choose a whole multiple, 32 or 48"),
-    (dict(qkv_tokens=12, ffn_tokens=32), "qkv_tokens: 8 -> 12: .* 8 or 16, or how='exact'"),
+    (
+      dict(ffn_tokens=40),
+      "ffn_tokens: 16 -> 40: method='duplicate' repeats all rows; choose a whole multiple, 32 or 48",
+    ),
+    (dict(qkv_tokens=12, ffn_tokens=32), "qkv_tokens: 8 -> 12: .* 8 or 16, or method='exact'"),
   ],
 )
 def test_duplicates_of_a_part_are_refused(counts, message):
   with pytest.raises(ValueError, match=message):
-    tf.grow(growth_table.lively(MODEL), how="duplicate", **counts)
+    tf.grow(growth_table.lively(MODEL), method="duplicate", **counts)
 
 
 # τ and the values at the seam.
@@ -169,7 +172,7 @@ def test_value_scale_is_that_of_the_new_values(state):
 @pytest.mark.parametrize(
   "fields, message",
   [
-    (dict(how="zero"), "how='zero': choose one of exact, released, duplicate"),
+    (dict(method="zero"), "method='zero': choose one of exact, released, duplicate"),
     (dict(tau="grow"), "tau='grow': choose one of kept"),
     (dict(value_scale=0.0), "value_scale=0.0: .* would never learn"),
     (dict(tau_steps=0), "tau_steps=0"),

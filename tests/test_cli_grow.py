@@ -73,8 +73,8 @@ MISTAKES = {
   "wrong type": ("grow", ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=many"], ["--ffn_tokens=many"]),
   "unknown way": (
     "grow",
-    ["--workdir={0}/run", "--output={0}/new", "--how=magic"],
-    ["--how=magic", "exact|released|duplicate"],
+    ["--workdir={0}/run", "--output={0}/new", "--method=magic"],
+    ["--method=magic", "exact|released|duplicate"],
   ),
   "no such run": ("grow", ["--workdir={0}/missing", "--output={0}/new", *COUNTS], ["{0}/missing: no checkpoint there"]),
   "no counts": ("grow", ["--workdir={0}/run", "--output={0}/new"], ["growth changes nothing: qkv_tokens=8"]),
@@ -92,7 +92,7 @@ MISTAKES = {
   ),
   "no multiple": (
     "grow",
-    ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=40", "--how=duplicate"],
+    ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=40", "--method=duplicate"],
     ["ffn_tokens: 16 -> 40", "32 or 48"],
   ),
 }

@@ -1,0 +1,167 @@
+"""How a model is trained: optimizer, growth, mesh, length of the run."""
+
+import dataclasses
+
+from tokenformer_jax.config.validation import Checked, require, require_choice
+
+MOMENT_DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
+GROWTH_METHODS = ("exact", "released", "duplicate")
+TAU_RULES = ("kept", "recomputed", "moved", "learned")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Checked):
+  """AdamW with global-norm clipping and a learning-rate schedule.
+
+  `warmup_cosine`: linear from 0, then cosine to `min_learning_rate` at the last step.
+  `warmup_stable_decay`: linear from 0, constant, linear to `min_learning_rate` over the last
+  `decay_steps`; the one to grow under, since it has no restart and no early decay.
+  `first_moment_dtype`, `second_moment_dtype`: of Adam's means of gradients and of their squares between updates;
+  bfloat16 saves 2 bytes a parameter each.
+  """
+
+  schedule: str = "warmup_stable_decay"
+  learning_rate: float = 6e-4
+  min_learning_rate: float = 6e-5
+  warmup_steps: int = 100
+  decay_steps: int = 0
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  z_loss: float = 0.0
+  first_moment_dtype: str = "float32"
+  second_moment_dtype: str = "float32"
+
+  def validate(self):
+    require_choice("schedule", self.schedule, SCHEDULES)
+    for field in ("first_moment_dtype", "second_moment_dtype"):
+      require_choice(field, getattr(self, field), MOMENT_DTYPES)
+    require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive.")
+    require(
+      0 <= self.min_learning_rate <= self.learning_rate,
+      "min_learning_rate",
+      self.min_learning_rate,
+      f"must be in [0, learning_rate={self.learning_rate}].",
+    )
+    for field in ("warmup_steps", "decay_steps", "weight_decay", "z_loss"):
+      require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
+    for field in ("beta1", "beta2"):
+      require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
+    for field in ("eps", "clip_norm"):
+      require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
+    require(
+      self.second_moment_dtype == "float32" or self.beta2 <= 0.99,
+      "beta2",
+      self.beta2,
+      "must be at most 0.99 with second_moment_dtype=bfloat16: what a step takes off would be rounded away.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthStage(Checked):
+  """At `step` (after that many updates) the model gets these token counts."""
+
+  step: int
+  qkv_tokens: int
+  proj_tokens: int
+  ffn_tokens: int
+
+  @property
+  def tokens(self) -> dict[str, int]:
+    return dict(qkv_tokens=self.qkv_tokens, proj_tokens=self.proj_tokens, ffn_tokens=self.ffn_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthConfig(Checked):
+  """Growth: when, and how new rows and old ones go on. The defaults are the best seen in experiments/growth_seam.py.
+
+  `method`: how the new rows begin (`growth.grow`):
+    `exact`: keys zero, values random, τ as it was: the function stays.
+    `released`: keys and values random, τ that of a new layer: the function changes, as in the released code.
+    `duplicate`: all rows repeated, each value cut in uneven parts, τ to fit: the function stays, for whole
+      multiples of the count.
+  `tau`, from then on: `kept`; `recomputed`, at once that of a new layer, which changes the function; `moved`
+    there over `tau_steps` steps, τ² linearly; `learned`, by Adam on log τ at the run's learning rate.
+  `value_scale`: size of the new values of `exact`, in units of a new layer's.
+  `warmup_steps`: over how many steps the new rows' updates rise to full size.
+  `new_rows_rate`, `old_rows_rate`: factors on the learning rate of the rows of the last growth, and of the
+    parameter tokens before them; 0 for old rows freezes them.
+  """
+
+  stages: tuple[GrowthStage, ...] = ()
+  method: str = "exact"
+  tau: str = "moved"
+  tau_steps: int = 500
+  value_scale: float = 0.3
+  warmup_steps: int = 100
+  new_rows_rate: float = 1.0
+  old_rows_rate: float = 0.5
+
+  def validate(self):
+    require_choice("method", self.method, GROWTH_METHODS)
+    require_choice("tau", self.tau, TAU_RULES)
+    require(self.tau_steps >= 1, "tau_steps", self.tau_steps, "must be at least 1.")
+    require(
+      self.value_scale > 0,
+      "value_scale",
+      self.value_scale,
+      "must be positive: new rows with zero keys and zero values would never learn.",
+    )
+    require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative.")
+    require(self.new_rows_rate > 0, "new_rows_rate", self.new_rows_rate, "must be positive.")
+    require(self.old_rows_rate >= 0, "old_rows_rate", self.old_rows_rate, "must not be negative.")
+    steps = [stage.step for stage in self.stages]
+    require(all(a < b for a, b in zip([0, *steps], steps)), "stages", steps, "the steps must be at least 1 and rise.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Checked):
+  """Devices along each mesh axis; −1 takes what the others leave.
+
+  `data` splits the batch; `fsdp` the batch and the parameters' channels; `token` parameter tokens, heads and
+  vocabulary; `sequence` the positions of each sequence, for those too long for one device.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  token: int = 1
+  sequence: int = 1
+
+  def validate(self):
+    sizes = dataclasses.asdict(self)
+    for axis, size in sizes.items():
+      require(size >= 1 or size == -1, f"{axis}", size, "must be at least 1, or −1 for the rest.")
+    require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be −1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(Checked):
+  """Length of the run, and how often it reports, evaluates and saves (all in optimizer steps)."""
+
+  num_steps: int = 1000
+  seed: int = 1234
+  gradient_accumulation: int = 1
+  log_every: int = 10
+  eval_every: int = 100
+  eval_batches: int = 20
+  checkpoint_every: int = 500
+  checkpoints_kept: int = 2
+  sample_prompt: str = "def "
+  sample_tokens: int = 100
+
+  def validate(self):
+    for field in (
+      "num_steps",
+      "gradient_accumulation",
+      "log_every",
+      "eval_every",
+      "eval_batches",
+      "checkpoint_every",
+      "checkpoints_kept",
+    ):
+      require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+    for field in ("seed", "sample_tokens"):
+      require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
