@@ -83,6 +83,39 @@ def test_a_named_source_is_held_out_whole(texts, tmp_path_factory):
   assert sum(data.train_tokens() == 256) == 60
 
 
+@pytest.fixture
+def two_sets(tmp_path_factory):
+  """Two folders of held-out text, "upper" and "digits", and the `held_out_sets` that names them."""
+  folder = tmp_path_factory.mktemp("sets")
+  (folder / "upper.txt").write_text("ABCDEFGH" * 20)
+  (folder / "digits.txt").write_text("01234567" * 20)
+  return f"upper=text:{folder}/upper.txt + digits=0.5*text:{folder}/digits.txt + 0.5*text:{folder}/upper.txt"
+
+
+def test_named_held_out_sets_give_batches_of_their_own_text(texts, two_sets):
+  data = open_data(config_of(texts, held_out_sets=two_sets), seq_length=T)
+  named = {name: list(batches) for name, batches in data.named_held_out_batches(3).items()}
+  assert list(named) == ["held_out", "upper", "digits"] and {len(batches) for batches in named.values()} == {3}
+  assert all(equal(a, b) for a, b in zip(named["held_out"], data.held_out_batches(3), strict=True))
+  assert bytes(named["upper"][0].inputs[0].tolist()) == b"ABCDEFGH"
+  first_ids = np.concatenate([batch.inputs[:, 0] for batch in named["digits"]]).tolist()
+  assert sorted(first_ids) == [ord("0")] * 6 + [ord("A")] * 6
+  assert len(data.report["digits"]) == 2 and len(data.held_out_tokens("upper")) == 161
+
+
+def test_named_held_out_sets_change_the_fingerprint_and_not_the_training_batches(texts, two_sets):
+  without, with_sets = (open_data(config_of(texts, held_out_sets=s), seq_length=T) for s in ("", two_sets))
+  assert "held_out_sets" not in without.fingerprint
+  with pytest.raises(ValueError, match="data.held_out_sets was None when this run began and is {'upper'"):
+    check_same(without.fingerprint, json.loads(json.dumps(with_sets.fingerprint)))
+  assert equal(next(without.train_batches()), next(with_sets.train_batches()))
+
+
+def test_a_named_held_out_set_without_a_batch_is_refused(texts, two_sets):
+  with pytest.raises(ValueError, match="text of the held-out set 'upper' fills 20 windows of 8 tokens, less than"):
+    open_data(config_of(texts, held_out_sets=two_sets, batch_size=21), seq_length=T)
+
+
 @pytest.mark.parametrize("packing", ["contiguous", "documents"])
 def test_processes_share_batches_and_resume_with_another_number_of_them(packing, texts):
   config = config_of(texts, packing=packing)
@@ -117,7 +150,7 @@ def test_a_held_out_mixture_without_a_batch_is_refused(texts, tmp_path_factory):
   other = tmp_path_factory.mktemp("one")
   (other / "a.txt").write_text("one window")
   config = config_of(texts, held_out_source=f"text:{texts}/*.txt + 0.9*text:{other}/a.txt")
-  with pytest.raises(ValueError, match="held-out mixture ends after 2 windows"):
+  with pytest.raises(ValueError, match="mixture of the held-out text ends after 2 windows"):
     open_data(config, seq_length=T)
 
 

@@ -1,28 +1,40 @@
-"""What a model reads."""
+"""The configuration of what a model reads."""
 
 import dataclasses
+import re
 
 from tokenformer_jax.config.validation import Checked, require, require_choice
 
 PACKINGS = ("contiguous", "documents")
 BAD_TEXTS = ("error", "replace", "skip")
+MAIN_HELD_OUT = "held_out"  # The name of the held-out text that every run has.
+_TAKEN_NAMES = (MAIN_HELD_OUT, "train", "growth")  # First parts of the names of other metrics.
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Checked):
   """What the model reads.
 
-  `source` is one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, …
-  Held-out text is `held_out_source` if given, else `held_out_fraction` of the source's documents,
-  chosen by a hash of each (of a file's name, or of the text of a part of one). `batch_size` is the
-  global number of sequences in one optimizer step. `bad_text`: text that cannot be read stops the run
-  (`error`); or bytes that are not UTF-8 become U+FFFD (`replace`); or the document is left out
-  (`skip`); both are counted.
+  Attributes:
+    source: the text to train on, one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, …
+    held_out_source: the spec of the held-out text; if it is empty, documents of `source` are held out.
+    held_out_fraction: the fraction of `source`'s documents that is held out if there is no `held_out_source`. A hash
+      of each document (of a file's name, or of the text where a file has several documents) decides.
+    held_out_sets: further held-out texts that are evaluated under their own names, `NAME=SPEC + NAME=SPEC`, as in
+      `books=text:books/*.txt + code=text:src/*.py`; a part without a name continues the mixture of the set before it.
+    tokenizer: what `tokenformer_jax.data.open_tokenizer` takes.
+    packing: how rows are made: windows over documents laid end to end (`contiguous`), or whole documents with attention
+      inside each (`documents`).
+    bad_text: what happens to text that cannot be read: it stops the run (`error`), bytes that are not UTF-8 become
+      U+FFFD (`replace`), or the document is left out (`skip`). Replacements and documents left out are counted.
+    batch_size: the global number of sequences in one optimizer step.
+    seed: the seed of the order of the training rows.
   """
 
   source: str = "python-sources"
   held_out_source: str = ""
   held_out_fraction: float = 0.05
+  held_out_sets: str = ""
   tokenizer: str = "bytes"
   packing: str = "contiguous"
   bad_text: str = "error"
@@ -32,7 +44,31 @@ class DataConfig(Checked):
   def validate(self):
     require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
     require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction, "must be between 0 and 1.")
+    self.named_held_out_sources()
     require_choice("packing", self.packing, PACKINGS)
     require_choice("bad_text", self.bad_text, BAD_TEXTS)
     require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
     require(self.seed >= 0, "seed", self.seed, "must not be negative.")
+
+  def named_held_out_sources(self) -> dict[str, str]:
+    """The source spec of each set in `held_out_sets` by its name, in the order in which they are written.
+
+    Raises:
+      ValueError: a part before the first name, a name without a source, or a name that is taken or appears twice.
+    """
+    sources: dict[str, str] = {}
+    name = None
+    for part in self.held_out_sets.split(" + ") if self.held_out_sets else ():
+      given, spec = re.fullmatch(r"(?s)\s*(?:([A-Za-z0-9_-]+)=)?(.*?)\s*", part).groups()
+      require(bool(given or name), "held_out_sets", self.held_out_sets, f"name the set, as in books={spec}.")
+      if not given:
+        sources[name] += f" + {spec}"
+        continue
+      name = given
+      require(bool(spec), "held_out_sets", self.held_out_sets, f"{name}= has no source; write {name}=text:GLOB.")
+      require(
+        name not in sources, "held_out_sets", self.held_out_sets, f"{name!r} names two sets; choose another name."
+      )
+      require(name not in _TAKEN_NAMES, "held_out_sets", self.held_out_sets, f"{name!r} is taken; choose another name.")
+      sources[name] = spec
+    return sources
