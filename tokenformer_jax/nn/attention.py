@@ -4,7 +4,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.rotary import Rotation, rotate
@@ -15,15 +14,17 @@ class Attention(nnx.Module):
   """Multi-head attention of the released models: separate q, k, v and proj, partial rotary.
 
   Args:
-    projection: makes one `hidden -> hidden` projection, `(num_tokens, rngs) -> nnx.Module`.
+    num_heads: attention heads H.
+    projection: makes one `hidden -> hidden` projection of as many parameter tokens as the named count of the model's
+      configuration says, `name -> nnx.Module`.
   """
 
-  def __init__(self, config: ModelConfig, projection, *, rngs: nnx.Rngs):
-    self.num_heads = config.num_heads
-    self.query = projection(config.qkv_tokens, rngs=rngs)
-    self.key = projection(config.qkv_tokens, rngs=rngs)
-    self.value = projection(config.qkv_tokens, rngs=rngs)
-    self.proj = projection(config.proj_tokens, rngs=rngs)
+  def __init__(self, num_heads: int, projection):
+    self.num_heads = num_heads
+    self.query = projection("qkv_tokens")
+    self.key = projection("qkv_tokens")
+    self.value = projection("qkv_tokens")
+    self.proj = projection("proj_tokens")
 
   def project(self, x_BxTxD: Float[Array, "batch time embed"], by: Rotation) -> tuple[Array, Array, Array]:
     """Queries and keys, rotated, and values, [B, T, H, C] each."""

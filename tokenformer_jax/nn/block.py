@@ -1,6 +1,5 @@
 """One TokenFormer layer (arXiv 2410.23168, eq. 6–8)."""
 
-import functools
 import math
 
 from flax import nnx
@@ -19,18 +18,23 @@ class Block(nnx.Module):
   """x + Attention(LN(x)), then + Pattention(LN(·)); the norms have no parameters."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    projection = functools.partial(
-      Pattention,
-      config.hidden_size,
-      config.hidden_size,
-      theta=config.theta,
-      gelu=config.gelu,
-      kernel=config.kernel,
-      key_init=nnx.initializers.normal(KEY_STD),
-      value_init=nnx.initializers.normal(value_std(config)),
-    )
-    self.attention = Attention(config, projection, rngs=rngs)
-    self.ffn = projection(config.ffn_tokens, rngs=rngs)
+
+    def projection(count: str) -> Pattention:
+      return Pattention(
+        config.hidden_size,
+        config.hidden_size,
+        getattr(config, count),
+        theta=config.theta,
+        gelu=config.gelu,
+        kernel=config.kernel,
+        key_std=KEY_STD,
+        value_std=value_std(config),
+        count=count,
+        rngs=rngs,
+      )
+
+    self.attention = Attention(config.num_heads, projection)
+    self.ffn = projection("ffn_tokens")
 
   def __call__(self, x_BxTxD, by, segments=None, remat=keep_scores):
     """[B, T, d] -> [B, T, d].

@@ -1,9 +1,11 @@
-"""How a parameter is declared: once, with its shape, its logical axes and its initialiser.
+"""How a parameter is declared: once, with everything that other packages need to know about it.
 
-Everything that needs one of the three (shardings, growth, decay masks, counts) reads it from here.
+Shardings, growth, shrinking, decay masks and parameter counts read the declarations (`Axes`, `Rows`) from the module.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,13 +16,45 @@ Axes = tuple[str | None, ...]
 Tree = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What a parameter with a `param_token` axis says about its rows.
+
+  Attributes:
+    count: the name of the count that sets their number, e.g. `ffn_tokens`: growth changes all rows of one count.
+    role: `key` or `value`, the side of the parameter tokens that the rows are.
+    std: the standard deviation of random new rows; None is 1/√N for a layer of N tokens.
+  """
+
+  count: str
+  role: str
+  std: float | None
+
+  def std_of(self, num_tokens: int) -> float:
+    """The standard deviation of the rows of a new layer with `num_tokens` parameter tokens."""
+    return 1.0 / math.sqrt(num_tokens) if self.std is None else self.std
+
+
 class Tau(nnx.Variable):
-  """The scale inside Θ: state, not a parameter. No gradient, no decay; growth alone changes it."""
+  """The scale inside Θ: state and not a parameter, with neither gradient nor decay.
+
+  Growth may change it, and so does the rule of a training run that follows a growth (`training.tau`). Its metadata has
+  `axes` and the layer's `theta`.
+  """
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: nnx.Initializer) -> nnx.Param:
-  """A float32 parameter of `shape`, whose axes have the logical names `axes`."""
-  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+def parameter(
+  rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: nnx.Initializer, rows: Rows | None = None
+) -> nnx.Param:
+  """A float32 parameter.
+
+  Args:
+    shape: its shape.
+    axes: the logical name of each axis, None for one that is never split.
+    init: its initialiser.
+    rows: what its rows are, where one axis is `param_token`.
+  """
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, rows=rows)
 
 
 def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
@@ -38,7 +72,7 @@ def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
 
 
 def unstack_layers(stacked: nnx.Module, num_layers: int) -> nnx.List:
-  """The modules that `stack_layers` made one of, each with leaves of its own."""
+  """The layers that `stack_layers` stacked, as modules with leaves of their own."""
   graphdef, *trees = split(stacked)
   layers = [nnx.merge(graphdef, *layer) for layer in _unstacked(trees, num_layers)]
   for layer in layers:
