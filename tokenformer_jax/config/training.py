@@ -5,6 +5,7 @@ import dataclasses
 from tokenformer_jax.config.validation import Checked, require, require_choice
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "lion", "muon")
 SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
 GROWTH_METHODS = ("exact", "released", "duplicate")
 TAU_RULES = ("kept", "recomputed", "moved", "learned")
@@ -12,13 +13,32 @@ TAU_RULES = ("kept", "recomputed", "moved", "learned")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Checked):
-  """AdamW with global-norm clipping and a learning-rate schedule.
+  """The optimizer, its learning-rate schedule, global-norm clipping and the average of the weights.
 
-  `warmup_cosine`: linear from 0, then cosine to `min_learning_rate` at the last step.
-  `warmup_stable_decay`: linear from 0, constant, linear to `min_learning_rate` over the last
-  `decay_steps`; the one to grow under, since it has no restart and no early decay.
-  `first_moment_dtype`, `second_moment_dtype`: of Adam's means of gradients and of their squares between updates;
-  bfloat16 saves 2 bytes a parameter each.
+  Attributes:
+    schedule: `warmup_stable_decay` rises linearly, stays constant, and falls linearly to `min_learning_rate` over the
+      last `decay_steps` updates. Use it for runs that grow, because it has neither a restart nor an early decay.
+      `warmup_cosine` rises linearly and falls along a cosine from there to the last update.
+      Of both, the first update has the rate learning_rate / warmup_steps, the update number `warmup_steps` has the
+      full rate, and the last update of a run that decays has exactly `min_learning_rate`.
+    learning_rate, min_learning_rate: the largest and the last rate.
+    warmup_steps, decay_steps: lengths in updates; together at most `training.num_steps`. `warmup_cosine` does not read
+      `decay_steps`.
+    beta1, beta2: decay rates of the running means. `adamw` uses them for the mean of the gradients and the mean of
+      their squares, `lion` for its update and its momentum (its paper takes 0.9 and 0.99), `muon` takes `beta1` for its
+      momentum (usually 0.95) and both for the parameters that it leaves to Adam.
+    eps: added to the denominators of `adamw` and `muon`.
+    weight_decay: decoupled decay, times the learning rate. The final norm is not decayed.
+    clip_norm: the largest global norm of the gradients; a large number such as 1e9 turns clipping off.
+    z_loss: coefficient of the mean of log² Σ exp(logits) in the loss.
+    first_moment_dtype, second_moment_dtype: types of the running means between updates; bfloat16 saves 2 bytes a
+      parameter each. The second applies to `adamw` only.
+    name: `adamw`, `lion` (arXiv 2302.06675), or `muon` (Newton-Schulz steps on the momentum of every matrix of
+      parameter tokens, each layer by itself; embedding and norms take Adam). Muon's updates are scaled to the size of
+      AdamW's (arXiv 2502.16982), so the same rates fit; Lion wants a rate 3 to 10 times smaller and a decay as much
+      larger.
+    ema_decay: decay of an exponential moving average of the weights, which evaluations and samples then use; 0 keeps
+      no average. The average of the first updates is shorter: the decay of update n is at most n / (n + 9).
   """
 
   schedule: str = "warmup_stable_decay"
@@ -34,8 +54,11 @@ class OptimizerConfig(Checked):
   z_loss: float = 0.0
   first_moment_dtype: str = "float32"
   second_moment_dtype: str = "float32"
+  name: str = "adamw"
+  ema_decay: float = 0.0
 
   def validate(self):
+    require_choice("name", self.name, OPTIMIZERS)
     require_choice("schedule", self.schedule, SCHEDULES)
     for field in ("first_moment_dtype", "second_moment_dtype"):
       require_choice(field, getattr(self, field), MOMENT_DTYPES)
@@ -48,15 +71,27 @@ class OptimizerConfig(Checked):
     )
     for field in ("warmup_steps", "decay_steps", "weight_decay", "z_loss"):
       require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
-    for field in ("beta1", "beta2"):
+    for field in ("beta1", "beta2", "ema_decay"):
       require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
     for field in ("eps", "clip_norm"):
       require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
     require(
+      self.second_moment_dtype == "float32" or self.name == "adamw",
+      "second_moment_dtype",
+      self.second_moment_dtype,
+      f"applies to name='adamw' only; leave it at 'float32' for name={self.name!r}.",
+    )
+    require(
       self.second_moment_dtype == "float32" or self.beta2 <= 0.99,
       "beta2",
       self.beta2,
-      "must be at most 0.99 with second_moment_dtype=bfloat16: what a step takes off would be rounded away.",
+      "must be at most 0.99 with second_moment_dtype=bfloat16, which would round away what a step removes.",
+    )
+    require(
+      self.name != "lion" or self.eps == OptimizerConfig.eps,
+      "eps",
+      self.eps,
+      f"name='lion' divides by nothing; leave eps at its default {OptimizerConfig.eps}.",
     )
 
 
@@ -119,10 +154,13 @@ class GrowthConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-  """Devices along each mesh axis; −1 takes what the others leave.
+  """Number of devices along each mesh axis; −1 takes the devices that the other axes leave.
 
-  `data` splits the batch; `fsdp` the batch and the parameters' channels; `token` parameter tokens, heads and
-  vocabulary; `sequence` the positions of each sequence, for those too long for one device.
+  Attributes:
+    data: splits the batch.
+    fsdp: splits the batch and the parameters' channels.
+    token: splits parameter tokens, attention heads and the vocabulary.
+    sequence: splits the positions of each sequence, for sequences that are too long for one device.
   """
 
   data: int = -1
@@ -133,7 +171,7 @@ class MeshConfig(Checked):
   def validate(self):
     sizes = dataclasses.asdict(self)
     for axis, size in sizes.items():
-      require(size >= 1 or size == -1, f"{axis}", size, "must be at least 1, or −1 for the rest.")
+      require(size >= 1 or size == -1, f"{axis}", size, "must be at least 1, or −1 for all remaining devices.")
     require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be −1.")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any
 
@@ -33,6 +34,8 @@ class Checked:
         object.__setattr__(self, field, float(value))
       elif kind in (int, float, str, bool) and type(value) is not kind:
         raise ValueError(f"{field}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
+      if kind is float and not math.isfinite(value):
+        raise ValueError(f"{field}={value!r}: must be a finite number.")
     self.validate()
 
   def validate(self) -> None:
