@@ -1,4 +1,4 @@
-"""Safetensors: the reference library reads ours and we its, and no header can cost time or memory."""
+"""Safetensors: files written here and by the reference package are read by both; no header costs time or memory."""
 
 import json
 import struct
@@ -31,7 +31,7 @@ def write(path, dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_reference_library_reads_what_is_written(path, dtype):
+def test_the_safetensors_package_reads_what_is_written(path, dtype):
   write(path, dtype)
   theirs = safetensors.numpy.load_file(path)
   ours = read_safetensors(path)
@@ -48,7 +48,7 @@ def test_the_reference_library_reads_what_is_written(path, dtype):
   assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_what_the_reference_library_writes_is_read(path):
+def test_what_the_safetensors_package_writes_is_read(path):
   arrays = {
     dtype.__name__: np.arange(6).reshape(2, 3).astype(dtype)
     for dtype in (np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_)
@@ -76,7 +76,7 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
 PLAIN = file_of({"x": entry()})
 
 
-def test_the_table_below_starts_from_a_good_file(path):
+def test_the_unchanged_file_of_the_next_table_is_read(path):
   path.write_bytes(PLAIN)
   assert read_safetensors(path).arrays["x"].read().tolist() == [0.0, 0.0]
 
@@ -84,17 +84,17 @@ def test_the_table_below_starts_from_a_good_file(path):
 @pytest.mark.parametrize(
   "content, message",
   [
-    (b"", "a header of 0 bytes"),
+    (b"", "the header claims 0 bytes"),
     (PLAIN[:5], "truncated"),
     (PLAIN[:30], "truncated"),
     (PLAIN[:-1], "truncated"),
-    (PLAIN + b"\0", "its arrays end at byte"),
-    (struct.pack("<Q", 2**63) + PLAIN[8:], "a header of 9223372036854775808 bytes"),
+    (PLAIN + b"\0", "the arrays end at byte"),
+    (struct.pack("<Q", 2**63) + PLAIN[8:], "the header claims 9223372036854775808 bytes"),
     (file_of(b"{" + b" " * 90_000_000 + b"}", b""), "90000002 bytes; more than 1048576 are refused"),
     (file_of(b"{" + b'"a":' * 250_000), "broken header"),
     (file_of(b"[" * 1_000_000), "broken header"),
     (file_of(b'{"x":' + b"9" * 900_000 + b"}"), "broken header"),
-    (file_of(b"[]", b""), "broken header .it is no object"),
+    (file_of(b"[]", b""), "broken header .it is not a JSON object"),
     (file_of(b"\xff{}", b""), "broken header"),
     (file_of(b'{"x":1,"x":2}'), "'x' occurs twice"),
     (file_of(b"{" + b"".join(b'"%d":1,' % i for i in range(90_000)) + b'"89999":1}'), "'89999' occurs twice"),
@@ -103,12 +103,12 @@ def test_the_table_below_starts_from_a_good_file(path):
     (file_of({"x": {**entry(), "more": 1}}), "is described by"),
     (file_of({"x": entry(dtype="F8")}), "of type 'F8'"),
     (file_of({"x": entry(dtype=[["F32"]])}), "of type"),
-    (file_of({"x": entry(shape=(-2,))}), "no array's shape"),
-    (file_of({"x": entry(shape=(2.0,))}), "no array's shape"),
-    (file_of({"x": entry(shape=(True, 2))}), "no array's shape"),
-    (file_of({"x": entry(shape=(2**40, 2**40))}), "no array's shape"),
-    (file_of({"x": entry(shape=(1,) * 9)}), "no array's shape"),
-    (file_of({"x": {**entry(), "shape": 2}}), "no array's shape"),
+    (file_of({"x": entry(shape=(-2,))}), "not a valid array shape"),
+    (file_of({"x": entry(shape=(2.0,))}), "not a valid array shape"),
+    (file_of({"x": entry(shape=(True, 2))}), "not a valid array shape"),
+    (file_of({"x": entry(shape=(2**40, 2**40))}), "not a valid array shape"),
+    (file_of({"x": entry(shape=(1,) * 9)}), "not a valid array shape"),
+    (file_of({"x": {**entry(), "shape": 2}}), "not a valid array shape"),
     (file_of({"x": entry(shape=(3,))}), r"at bytes \[0, 8\], but its shape \[3\] takes 12"),
     (file_of({"x": entry(offsets=(-8, 0))}), "at bytes"),
     (file_of({"x": entry(offsets=(0.0, 8.0))}), "at bytes"),
@@ -116,13 +116,13 @@ def test_the_table_below_starts_from_a_good_file(path):
     (file_of({"x": entry(offsets=(2**60, 2**60 + 8))}), "begins at byte"),
     (file_of({"x": entry(), "y": entry()}), "begins at byte"),
     (file_of({"x": entry(), "y": entry(offsets=(12, 20))}, bytes(20)), "begins at byte"),
-    (file_of({"../../x": entry()}), "'../../x' is no array's name"),
-    (file_of({"/x": entry()}), "is no array's name"),
-    (file_of({"a..b": entry()}), "is no array's name"),
-    (file_of({"": entry()}), "is no array's name"),
-    (file_of({"x\n": entry()}), "is no array's name"),
-    (file_of({"x" * 201: entry()}), "is no array's name"),
-    (file_of({"x": entry(), "__metadata__": {"a": 1}}), "__metadata__ is .* must hold strings"),
+    (file_of({"../../x": entry()}), "'../../x' is not a valid array name"),
+    (file_of({"/x": entry()}), "is not a valid array name"),
+    (file_of({"a..b": entry()}), "is not a valid array name"),
+    (file_of({"": entry()}), "is not a valid array name"),
+    (file_of({"x\n": entry()}), "is not a valid array name"),
+    (file_of({"x" * 201: entry()}), "is not a valid array name"),
+    (file_of({"x": entry(), "__metadata__": {"a": 1}}), "__metadata__ is .* must be strings"),
     (file_of({"x": entry(), "__metadata__": []}), "__metadata__ is"),
   ],
 )

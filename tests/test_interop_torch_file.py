@@ -1,4 +1,4 @@
-"""PyTorch's files: read as torch reads them, written so that torch can, and nothing in them is run."""
+"""PyTorch files are read as torch reads them and written so that torch can read them; their pickles are not run."""
 
 import base64
 import io
@@ -15,8 +15,8 @@ import pytest
 from tokenformer_jax.interop.stored_array import ComputedArray
 from tokenformer_jax.interop.torch_file import read_torch, write_torch
 
-# torch 2.13.0 saved an OrderedDict: a and b are parts of one storage as zero_to_fp32 leaves them, c is
-# a Parameter, d bfloat16, e float16, f int64.
+# An OrderedDict saved by torch 2.13.0: a and b share one storage as in the files of zero_to_fp32, c is a Parameter,
+# d is bfloat16, e float16, f int64.
 SAVED_BY_TORCH = zlib.decompress(
   base64.b85decode(
     "c-pO2O>7%Q6rSDnUpAq%X+jfzO8F@`C3V(bJGM*GxC>eVi-co@WH{8U?R9LivGdlGQb3U+p@eb*ao~u`g>x^68_JObNWg&;5|udh"
@@ -123,7 +123,7 @@ class Plain(pickle.Unpickler):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_written_is_a_torch_file(path, dtype):
+def test_a_written_file_is_a_torch_file(path, dtype):
   arrays = {"first.w": np.arange(300, dtype=np.float32).reshape(2, 150), "b": np.array([-1.5], np.float32)}
   computed = {name: ComputedArray(array.shape, lambda array=array: array) for name, array in arrays.items()}
   write_torch(path, computed, dtype)
@@ -140,7 +140,7 @@ def test_what_is_written_is_a_torch_file(path, dtype):
   assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_torch_reads_what_is_written(path):
+def test_torch_reads_a_written_file(path):
   torch = pytest.importorskip("torch")
   array = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
   write_torch(path, {"x": ComputedArray(array.shape, lambda: array)}, "float32")
@@ -161,7 +161,7 @@ def test_a_failed_write_leaves_nothing(path):
   assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_state_dict_inside_a_larger_one(path):
+def test_a_state_dict_inside_a_larger_dict_is_found(path):
   inner = b"}" + text("x") + tensor("0", 12, (3, 4)) + b"s"
   rates = text("rates") + b"](G" + bytes(8) + b"Ne"
   program = b"\x80\x02}(" + text("step") + b"K\x03" + text("module") + inner + rates + b"u."
@@ -188,12 +188,12 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(path, tmp_path, pro
   with pytest.raises(ValueError, match=f"^{path}: its pickle .*nothing of it was run"):
     read_torch(path)
   assert not marker.exists()
-  pickle.loads(program)  # It would have.
+  pickle.loads(program)  # Python's own unpickler runs it.
   assert marker.exists()
 
 
 def deep_tuple(levels):
-  """A tuple of two of the tuple before it: short to write, 2^levels long to print, hash or compare."""
+  """A tuple that contains the previous tuple twice: short to write, 2^levels long to print, hash or compare."""
   return b")" + b"".join(b"q\x00h\x00\x86" for _ in range(levels))
 
 
@@ -203,22 +203,22 @@ def deep_tuple(levels):
     (b"\x80\x02cposix\nsystem\n" + text("true") + b"\x85R.", "wants to call 'posix system'"),
     (b"\x80\x02cbuiltins\ngetattr\n(cposix\nsystem\n" + text("__globals__") + b"tR.", "getattr"),
     (b"\x80\x02ccollections\nOrderedDict\n](K\x01K\x02e\x85R.", "wants to call"),
-    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n.", "holds a _Global"),
+    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n.", "is a _Global"),
     (b"\x80\x02" + deep_tuple(1000) + text("x") + b"\x86Q.", "broken"),
     (b"\x80\x02(" + deep_tuple(1000) + b"tQ.", "broken"),
-    (b"\x80\x02}" + deep_tuple(1000) + b"K\x01s.", "for a key"),
+    (b"\x80\x02}" + deep_tuple(1000) + b"K\x01s.", "is used as a key"),
     (b"\x80\x02" + deep_tuple(1000) + b")R.", "wants to call"),
     (b"\x80\x02(" + text("storage") + b"ctorch\nFloatStorage\n" + deep_tuple(99) + b"NK\x01tQ.", "storage"),
-    (b"\x80\x02(" + text("storage") + b"cnumpy\nndarray\n" + text("0") + b"NK\x01tQ.", "no storage"),
-    (b"\x80\x02}r\xff\xff\xff\xff.", "no arrays"),  # A memo slot of 4 billion.
+    (b"\x80\x02(" + text("storage") + b"cnumpy\nndarray\n" + text("0") + b"NK\x01tQ.", "not a storage"),
+    (b"\x80\x02}r\xff\xff\xff\xff.", "no arrays with names"),  # A memo slot of 4 billion.
     (b"\x80\x02X\xff\xff\xff\x7fa.", "broken"),  # A string of 2 GB.
     (b"\x80\x02\x8b\xff\xff\xff\x7f.", "broken"),  # A number of 2 GB.
     (b"\x80\x02" + b"(" * 500_000 + b".", "broken"),
     (b"\x80\x02" + b"K\x01" * 600_000, "damaged zip archive .*1200002 bytes"),
     (b"\x80\x02}", "broken"),
     (b"\x80\x02u.", "broken"),
-    (b"\x80\x02K\x01.", "holds a int"),
-    (b"\x80\x02}.", "no arrays"),
+    (b"\x80\x02K\x01.", "is a int"),
+    (b"\x80\x02}.", "no arrays with names"),
     (b"garbage", "broken"),
   ],
 )
@@ -227,7 +227,7 @@ def test_hostile_and_broken_pickles_cost_little(path, program, message):
   start = time.process_time()
   with pytest.raises(ValueError, match=message) as caught:
     read_torch(path)
-  # Two seconds, where the worst takes a quarter of one: the machine may be busy.
+  # The slowest takes a quarter of a second; the limit leaves time for a busy machine.
   assert time.process_time() - start < 2.0
   assert len(str(caught.value)) < 600 + len(str(path)) and "\n" not in str(caught.value)
 
@@ -235,19 +235,19 @@ def test_hostile_and_broken_pickles_cost_little(path, program, message):
 @pytest.mark.parametrize(
   "arguments, settings, message",
   [
-    (("0", 12, (4, 3)), dict(strides=(1, 4)), r"strides \(1, 4\); save it with .contiguous"),
-    (("0", 12, (4, 3)), dict(offset=1), "array of 12 numbers at 1 in a storage of 12"),
-    (("0", 12, (2,)), dict(offset=-1), "array of 2 numbers at -1"),
-    (("0", 12, (-2,)), {}, "no array's shape"),
-    (("0", 12, (2**31 - 1,) * 3), dict(strides=(1, 1, 1)), "no array's shape"),
-    (("0", 12, (1,) * 9), {}, "no array's shape"),
-    (("0", 13, (2,)), {}, "storage 0 is smaller than the pickle says"),
-    (("0", -1, (2,)), {}, "no array's shape"),
+    (("0", 12, (4, 3)), dict(strides=(1, 4)), r"strides \(1, 4\); call .contiguous"),
+    (("0", 12, (4, 3)), dict(offset=1), "array of 12 numbers begins at 1 in a storage of 12"),
+    (("0", 12, (2,)), dict(offset=-1), "array of 2 numbers begins at -1"),
+    (("0", 12, (-2,)), {}, "not a valid array shape"),
+    (("0", 12, (2**31 - 1,) * 3), dict(strides=(1, 1, 1)), "not a valid array shape"),
+    (("0", 12, (1,) * 9), {}, "not a valid array shape"),
+    (("0", 13, (2,)), {}, "storage 0 is smaller than the pickle claims"),
+    (("0", -1, (2,)), {}, "not a valid array shape"),
     (("1", 12, (2,)), {}, "broken"),
-    (("0", 12, (2,)), dict(storage="UntypedStorage"), "no storage of numbers"),
+    (("0", 12, (2,)), dict(storage="UntypedStorage"), "not a storage of numbers"),
   ],
 )
-def test_arrays_that_cannot_be_are_refused(path, arguments, settings, message):
+def test_impossible_arrays_are_refused(path, arguments, settings, message):
   one_tensor(path, "0", 12, (3, 4))
   np.testing.assert_array_equal(read_torch(path).arrays["x"].read(), np.arange(12.0).reshape(3, 4))
   one_tensor(path, *arguments, **settings)
@@ -255,12 +255,12 @@ def test_arrays_that_cannot_be_are_refused(path, arguments, settings, message):
     read_torch(path)
 
 
-def test_an_axis_of_one_may_have_any_stride(path):
+def test_an_axis_of_one_element_may_have_any_stride(path):
   one_tensor(path, "0", 12, (3, 1, 4), strides=(4, 77, 1))
   np.testing.assert_array_equal(read_torch(path).arrays["x"].read(), np.arange(12.0).reshape(3, 1, 4))
 
 
-def test_damage_is_found(path):
+def test_a_damaged_archive_is_refused(path):
   for length in (0, 30, 500, 1000, len(SAVED_BY_TORCH) - 1):
     path.write_bytes(SAVED_BY_TORCH[:length])
     with pytest.raises(ValueError, match="damaged zip archive"):
@@ -277,7 +277,7 @@ def test_other_archives_are_refused(path):
   with pytest.raises(ValueError, match="w/data/0 is compressed"):
     read_torch(path)
   archive(path, b"", byteorder=b"big")
-  with pytest.raises(ValueError, match="most significant byte first"):
+  with pytest.raises(ValueError, match="its numbers are big-endian"):
     read_torch(path)
   with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
     file.writestr("w/data.pkl", bytes(50_000_000))  # 50 kB in the file.
@@ -285,5 +285,5 @@ def test_other_archives_are_refused(path):
     read_torch(path)
   with zipfile.ZipFile(path, "w") as file:
     file.writestr("word/document.xml", "<w/>")
-  with pytest.raises(ValueError, match="not one of torch.save"):
+  with pytest.raises(ValueError, match="torch.save did not write"):
     read_torch(path)

@@ -1,9 +1,9 @@
-"""What the pickle of a state dict describes, found out without unpickling it.
+"""Reads what the pickle of a state dict describes, without unpickling it.
 
 A pickle is a program for a small stack machine that may import and call anything. `torch.save` needs few
-of its opcodes for a state dict; the machine below knows those and builds dicts, lists, tuples, numbers,
-strings and `PickledArray`s. It imports nothing and calls nothing of what the pickle names: whatever else
-is asked for is refused by name.
+of its opcodes for a state dict; the interpreter below knows these and builds dicts, lists, tuples, numbers,
+strings and `PickledArray`s. It imports and calls nothing that the pickle names, and refuses every other
+request with its name.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 @dataclasses.dataclass(frozen=True)
 class PickledArray:
-  """A contiguous array, `offset` elements into the storage with this key."""
+  """A contiguous array that begins `offset` elements after the start of the storage with this key."""
 
   storage: str
   dtype: str
@@ -38,15 +38,16 @@ class PickledArray:
 
 
 def run(program: bytes, storage_bytes: Mapping[str, int], where: str) -> dict:
-  """The dict that the pickle `program` describes.
+  """Returns the dict that the pickle `program` describes.
 
   Args:
-    storage_bytes: size of each storage that is there, by key.
+    program: the bytes of the pickle.
+    storage_bytes: the size of each storage in the file, by key.
     where: the file, for messages.
 
   Raises:
-    ValueError: the pickle asks for more than arrays and dicts, for arrays that its storages do not hold
-      or that are not contiguous, or is broken.
+    ValueError: the pickle asks for anything other than arrays and dicts, for an array that does not fit
+      into its storage or is not contiguous, or is broken.
   """
   machine = _Machine(storage_bytes, where)
   try:
@@ -58,13 +59,13 @@ def run(program: bytes, storage_bytes: Mapping[str, int], where: str) -> dict:
   except (IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
     raise ValueError(f"{where}: its pickle is broken ({quoted(error)}).") from None
   if not isinstance(result, dict):
-    raise ValueError(f"{where}: holds a {type(result).__name__}; expected a dict of arrays.")
+    raise ValueError(f"{where}: its pickle is a {type(result).__name__}; expected a dict of arrays.")
   return result
 
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-  """The name of something that a pickle would import."""
+  """The name of an object that a pickle would import."""
 
   name: str
 
@@ -77,7 +78,7 @@ class _Storage:
 
 
 class _Refused(ValueError):
-  """Told to the user as it is."""
+  """An error whose message is complete and is not wrapped into another one."""
 
 
 class _Machine:
@@ -132,9 +133,9 @@ class _Machine:
         arguments, function = pop(), pop()
         push(self._call(function, arguments))
       case "BUILD":
-        pop()  # Attributes of a dict, which a state dict's `_metadata` is.
+        pop()  # This sets attributes of a dict, such as a state dict's `_metadata`.
       case _:
-        raise self._refusal(f"uses {opcode}, which torch.save does not for a state dict")
+        raise self._refusal(f"uses the opcode {opcode}, which torch.save does not use for a state dict")
 
   def _to_mark(self) -> list:
     mark = self._marks.pop()
@@ -145,20 +146,20 @@ class _Machine:
   def _set(self, items: list) -> None:
     target = self.stack[-1]
     if type(target) is not dict:
-      raise TypeError(f"items for {type(target).__name__}")
+      raise TypeError(f"items are set in a {type(target).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
-      # Not only for tidiness: the hash of a tuple of tuples may take for ever.
+      # Other keys are refused before they are hashed, because the hash of nested tuples may take exponential time.
       if not isinstance(key, (str, int)):
-        raise TypeError(f"{quoted(key)} for a key")
+        raise TypeError(f"{quoted(key)} is used as a key")
       target[key] = value
 
   def _storage(self, described) -> _Storage:
     kind, storage_type, key, _, size = described
     name = storage_type.name.removeprefix("torch ") if isinstance(storage_type, _Global) else ""
     if kind != "storage" or name not in STORAGES or not isinstance(key, str):
-      raise self._refusal(f"asks for {quoted(described)}, which is no storage of numbers")
+      raise self._refusal(f"asks for {quoted(described)}, which is not a storage of numbers")
     if num_bytes(checked_shape([size], f"storage {key}"), STORAGES[name]) > self._storage_bytes[key]:
-      raise ValueError(f"storage {key} is smaller than the pickle says")
+      raise ValueError(f"storage {key} is smaller than the pickle claims")
     return _Storage(key, STORAGES[name], size)
 
   def _call(self, function, arguments: tuple):
@@ -170,7 +171,7 @@ class _Machine:
       case _Global("torch._utils _rebuild_tensor_v2"):
         return self._array(*arguments[:4])
     called = quoted(function.name if isinstance(function, _Global) else function)
-    raise self._refusal(f"wants to call {called}, which is no part of a state dict")
+    raise self._refusal(f"wants to call {called}, which no state dict needs")
 
   def _array(self, storage: _Storage, offset: int, shape: tuple, strides: tuple) -> PickledArray:
     shape = checked_shape(shape, "an array")
@@ -178,14 +179,16 @@ class _Machine:
     for axis in reversed(shape):
       contiguous.insert(0, size)
       size *= axis
-    # The stride of an axis of one element is of no account, nor is any of an empty array.
+    # The stride of an axis with one element has no meaning, and an empty array has no meaningful strides.
     if size and any(axis > 1 and a != b for axis, a, b in zip(shape, strides, contiguous, strict=True)):
-      raise _Refused(f"{self._where}: an array of shape {shape} has strides {strides}; save it with .contiguous().")
+      raise _Refused(
+        f"{self._where}: an array of shape {shape} has strides {strides}; call .contiguous() before saving it."
+      )
     if not 0 <= offset <= storage.size - size:
-      raise ValueError(f"array of {size} numbers at {offset} in a storage of {storage.size}")
+      raise ValueError(f"an array of {size} numbers begins at {offset} in a storage of {storage.size}")
     return PickledArray(storage.key, storage.dtype, offset, shape)
 
   def _refusal(self, what: str) -> _Refused:
     return _Refused(
-      f"{self._where}: its pickle {what}; nothing of it was run. Do not open this file with tools that would."
+      f"{self._where}: its pickle {what}; nothing of it was run. Do not open this file with tools that run pickles."
     )

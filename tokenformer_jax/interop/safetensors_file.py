@@ -1,15 +1,17 @@
-"""Safetensors files: eight bytes of header length, a JSON header, then the arrays' bytes.
+"""Safetensors files: eight bytes with the header's length, a JSON header, then the bytes of the arrays.
 
-The format leaves much open that a hostile or broken file can use; the limits here are tighter than its own.
+The format admits much that a hostile or damaged file can use (a name that occurs twice, names such as ../../x, a header of
+90 MB); the limits here are tighter. The `safetensors` package is not used: it reads only local files, does not report
+names that occur twice, and its writer needs all arrays in memory. The tests compare both directions with it.
 """
 
 import json
-import pathlib
 import re
 import struct
 from collections.abc import Mapping
 
 import numpy as np
+from etils import epath
 
 from tokenformer_jax.interop.stored_array import (
   DTYPES,
@@ -34,36 +36,44 @@ _NAMES = {
   "bool": "BOOL",
 }
 _DTYPES = {theirs: ours for ours, theirs in _NAMES.items()}
-# The released 1.5B's header takes 60 kB. JSON of a megabyte is parsed in milliseconds.
+# The header of the released 1.5B model has 60 kB. Parsing a megabyte of JSON takes milliseconds.
 _LARGEST_HEADER = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 
-def read_safetensors(path: pathlib.Path) -> Weights:
-  """What the file holds; of its arrays only the header's account is read.
+def read_safetensors(path: epath.Path) -> Weights:
+  """Reads the header of a safetensors file; the arrays are read later.
+
+  Args:
+    path: the file, local or in an object store.
+
+  Returns:
+    The arrays and the metadata strings.
 
   Raises:
-    ValueError: it is no safetensors file, or one with a header above 1 MiB, a name twice or of other
-      characters than letters, digits, `_`, `-` and `.`, an unknown type, or arrays that overlap, leave
-      gaps, or do not fill the file.
+    ValueError: the file is not in the safetensors format, its header is larger than 1 MiB, a name occurs
+      twice or has characters other than letters, digits, `_`, `-` and `.`, a type is unknown, or the arrays
+      overlap, leave gaps, or do not fill the file.
   """
-  size = path.stat().st_size
   with path.open("rb") as file:
+    size = file.seek(0, 2)
+    file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
       raise ValueError(
-        f"{path}: a header of {length} bytes in a file of {size}; it is truncated or no safetensors file, get it again."
+        f"{path}: the header claims {length} bytes in a file of {size}; the file is truncated or is not in the "
+        "safetensors format, get it again."
       )
     if length > _LARGEST_HEADER:
-      raise ValueError(f"{path}: a header of {length} bytes; more than {_LARGEST_HEADER} are refused.")
+      raise ValueError(f"{path}: the header has {length} bytes; more than {_LARGEST_HEADER} are refused.")
     raw = file.read(length)
   header = _parse(raw, path)
   metadata = header.pop("__metadata__", {})
   if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-    raise ValueError(f"{path}: __metadata__ is {quoted(metadata)}; it must hold strings.")
+    raise ValueError(f"{path}: __metadata__ is {quoted(metadata)}; all its values must be strings.")
   arrays = {name: _array(name, entry, path, 8 + length) for name, entry in header.items()}
   end = 8 + length
-  # By their ends too, for an empty array begins where the next one does.
+  # The ends take part in the sorting, because an empty array begins at the same byte as the next one.
   spans = sorted(
     (array.offset, array.offset + num_bytes(array.shape, array.dtype), name) for name, array in arrays.items()
   )
@@ -75,13 +85,20 @@ def read_safetensors(path: pathlib.Path) -> Weights:
     end = stop
   if end != size:
     raise ValueError(
-      f"{path}: its arrays end at byte {end}, the file at {size}; it is truncated or damaged, get it again."
+      f"{path}: the arrays end at byte {end} and the file at {size}; it is truncated or damaged, get it again."
     )
   return Weights(str(path), arrays, metadata)
 
 
-def write_safetensors(path: pathlib.Path, arrays: Mapping, dtype: str, metadata: Mapping[str, str]) -> None:
-  """Writes `arrays`, each with a `shape` and `read()`, one after the other in `dtype`."""
+def write_safetensors(path: epath.Path, arrays: Mapping, dtype: str, metadata: Mapping[str, str]) -> None:
+  """Writes a safetensors file, completely or not at all, with one array in memory at a time.
+
+  Args:
+    path: the file to write.
+    arrays: name -> object with a `shape` and a `read()` that returns the array.
+    dtype: the type of all arrays in the file, a name in `DTYPES`.
+    metadata: strings to store beside the arrays.
+  """
   header: dict = {"__metadata__": dict(metadata)}
   end = 0
   for name, array in arrays.items():
@@ -95,7 +112,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping, dtype: str, metadata:
       file.write(np.ascontiguousarray(array.read(), DTYPES[dtype]).view(np.uint8).data)
 
 
-def _parse(raw: bytes, path: pathlib.Path) -> dict:
+def _parse(raw: bytes, path: epath.Path) -> dict:
   def unique(pairs):
     fields = {}
     for name, value in pairs:
@@ -107,23 +124,25 @@ def _parse(raw: bytes, path: pathlib.Path) -> dict:
   try:
     header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     if not isinstance(header, dict):
-      raise ValueError("it is no object")
+      raise ValueError("it is not a JSON object")
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: broken header ({error}); not a safetensors file, or a damaged one.") from None
+    raise ValueError(
+      f"{path}: broken header ({error}); the file is damaged or is not in the safetensors format."
+    ) from None
   return header
 
 
-def _array(name: str, entry, path: pathlib.Path, base: int) -> StoredArray:
+def _array(name: str, entry, path: epath.Path, base: int) -> StoredArray:
   where = f"{path}: {quoted(name)}"
   if not _NAME.fullmatch(name) or ".." in name:
-    raise ValueError(f"{where} is no array's name; letters, digits, '_', '-' and single '.' are allowed.")
+    raise ValueError(f"{where} is not a valid array name; letters, digits, '_', '-' and single '.' are allowed.")
   if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
     raise ValueError(f"{where} is described by {quoted(entry)}; expected dtype, shape and data_offsets.")
   if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
     raise ValueError(f"{where} is of type {quoted(entry['dtype'])}; known: {', '.join(_DTYPES)}.")
   shape, offsets = entry["shape"], entry["data_offsets"]
   if not isinstance(shape, list):
-    raise ValueError(f"{where}: {quoted(shape)} is no array's shape.")
+    raise ValueError(f"{where}: {quoted(shape)} is not a valid array shape.")
   shape, dtype = checked_shape(shape, where), _DTYPES[entry["dtype"]]
   if not (
     isinstance(offsets, list)

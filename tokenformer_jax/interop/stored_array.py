@@ -1,19 +1,19 @@
-"""Arrays that are still in their file: known by name, shape and type, read when and as far as needed."""
+"""Arrays that stay in their file until they are read, and the checks that every weight format shares."""
 
 import contextlib
 import dataclasses
 import math
 import os
-import pathlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 _PLAIN = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), **{name: np.dtype(name) for name in _PLAIN}}
-# What a damaged or hostile file may claim; no real array comes near.
+# Limits for what a damaged or hostile file may claim. No real array comes near them.
 _MOST_AXES = 8
 _MOST_ELEMENTS = 2**48
 _BLOCK_BYTES = 2**24
@@ -27,32 +27,45 @@ class StoredArray:
   """A contiguous array of little-endian numbers in a file.
 
   Attributes:
-    offset: where its first byte is in the file.
-    dtype: a name in `DTYPES`.
+    path: the file, local or in an object store.
+    offset: the position of the array's first byte in the file.
+    shape: its shape.
+    dtype: its type, a name in `DTYPES`.
   """
 
-  path: pathlib.Path
+  path: epath.Path
   offset: int
   shape: tuple[int, ...]
   dtype: str
 
   def read(self, rows: slice = slice(None)) -> np.ndarray:
-    """The array, or the given consecutive rows of its first axis, in memory of its own.
+    """Reads the array, or consecutive rows of its first axis.
+
+    Args:
+      rows: the rows to read, with step 1; by default all.
+
+    Returns:
+      A read-only array [rows, *shape[1:]] of the stored type.
 
     Raises:
-      ValueError: the file ends before the array.
+      ValueError: the file ends before the array does.
     """
     start, stop, _ = rows.indices(self.shape[0])
     shape = (stop - start, *self.shape[1:])
     size = num_bytes(shape, self.dtype)
-    offset = self.offset + num_bytes((start, *self.shape[1:]), self.dtype)
-    raw = np.fromfile(self.path, np.uint8, size, offset=offset)
-    if raw.size != size:
-      raise ValueError(f"{self.path}: ends inside an array; the file is truncated, get it again.")
-    return raw.view(DTYPES[self.dtype]).reshape(shape)
+    with self.path.open("rb") as file:
+      file.seek(self.offset + num_bytes((start, *self.shape[1:]), self.dtype))
+      raw = file.read(size)
+    if len(raw) != size:
+      raise ValueError(f"{self.path}: the file ends inside an array; it is truncated, get it again.")
+    return np.frombuffer(raw, DTYPES[self.dtype]).reshape(shape)
 
   def blocks(self, rows: slice) -> Iterator[tuple[slice, np.ndarray]]:
-    """The same in pieces of some 16 MB: (which of the asked rows, their array)."""
+    """Reads the same rows in blocks of about 16 MB.
+
+    Yields:
+      Pairs of a slice into the requested rows and the array of these rows.
+    """
     start, stop, _ = rows.indices(self.shape[0])
     step = max(1, _BLOCK_BYTES // max(1, num_bytes(self.shape[1:], self.dtype)))
     for begin in range(start, stop, step):
@@ -62,7 +75,7 @@ class StoredArray:
 
 @dataclasses.dataclass(frozen=True)
 class ComputedArray:
-  """An array that is made when it is written."""
+  """An array that is computed when it is written, so that no two need to be in memory at once."""
 
   shape: tuple[int, ...]
   read: Callable[[], np.ndarray]
@@ -70,12 +83,12 @@ class ComputedArray:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """What a weight file, or a folder of them, holds.
+  """The content of a weight file, or of a folder of weight files.
 
   Attributes:
     where: the file or folder, for messages.
-    arrays: by name.
-    metadata: the strings a safetensors file carries beside its arrays.
+    arrays: the arrays by name.
+    metadata: the strings that a safetensors file carries beside its arrays.
   """
 
   where: str
@@ -84,31 +97,39 @@ class Weights:
 
 
 def checked_shape(shape, name: str) -> tuple[int, ...]:
-  """`shape` as a tuple of sizes, or a ValueError for what cannot be an array's shape."""
+  """Returns `shape` as a tuple of sizes.
+
+  Args:
+    shape: any iterable that a file gave.
+    name: the array, for the message.
+
+  Raises:
+    ValueError: no array can have this shape.
+  """
   shape = tuple(shape)
   if (
     len(shape) > _MOST_AXES
     or not all(type(size) is int and 0 <= size <= _MOST_ELEMENTS for size in shape)
     or math.prod(shape) > _MOST_ELEMENTS
   ):
-    raise ValueError(f"{name}: {quoted(shape)} is no array's shape.")
+    raise ValueError(f"{name}: {quoted(shape)} is not a valid array shape.")
   return shape
 
 
 def num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-  """Size of an array of `shape`."""
+  """The number of bytes of an array with this shape and type."""
   return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def quoted(value) -> str:
-  """`repr` of anything a file may have made, cut where it is long or deep, in one line."""
+  """The `repr` of any value that a file may have produced, in one line and shortened where it is long or deep."""
   return _SHORT.repr(value)
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A path to write to, beside `path`, whose place it takes at the end; after an error it is removed."""
-  path = pathlib.Path(path)
+def written_whole(path: str | os.PathLike) -> Iterator[epath.Path]:
+  """Gives a path to write to beside `path`, and moves it to `path` at the end; after an error it is removed."""
+  path = epath.Path(path)
   unfinished = path.with_name(path.name + ".unfinished")
   try:
     yield unfinished
