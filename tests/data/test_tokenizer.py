@@ -58,6 +58,55 @@ def test_a_trained_bpe_gives_text_back_and_shortens_it(bpe):
   assert bpe.vocab_size == 300 and bpe.encode("<|endoftext|>") == [bpe.end_of_document]
 
 
+def metaspace(model, trainer):
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  tokenizer.decoder = tokenizers.decoders.Metaspace()
+  tokenizer.train_from_iterator(["the cat sat on the mat, the end"] * 5, trainer)
+  return HuggingFaceTokenizer(json.loads(tokenizer.to_str()), "</s>")
+
+
+@pytest.fixture(scope="module")
+def not_byte_level():
+  special = dict(special_tokens=["<unk>", "</s>"], show_progress=False)
+  wordpiece = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
+  wordpiece.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  wordpiece.decoder = tokenizers.decoders.WordPiece()
+  wordpiece.train_from_iterator(
+    ["the cat sat on the mat, the end"] * 5, tokenizers.trainers.WordPieceTrainer(vocab_size=60, **special)
+  )
+  return {
+    "unigram": metaspace(
+      tokenizers.models.Unigram(), tokenizers.trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", **special)
+    ),
+    "bpe": metaspace(
+      tokenizers.models.BPE(unk_token="<unk>"), tokenizers.trainers.BpeTrainer(vocab_size=60, **special)
+    ),
+    "wordpiece": HuggingFaceTokenizer(json.loads(wordpiece.to_str()), "</s>"),
+  }
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "wordpiece"])
+def test_a_continuation_keeps_the_space_after_its_prompt(kind, not_byte_level):
+  tokenizer = not_byte_level[kind]
+  ids = tokenizer.encode("the cat sat, the mat")
+  assert tokenizer.decode(ids) == "the cat sat, the mat"
+  for cut in range(len(ids) + 1):
+    assert tokenizer.decode(ids[:cut]) + tokenizer.decode_after(ids[:cut], ids[cut:]) == "the cat sat, the mat"
+  prompt, continuation = tokenizer.encode("the"), tokenizer.encode("cat")
+  assert tokenizer.decode_after(prompt, continuation) == " cat"
+  # After an end of document a new text begins, which has no space before its first word.
+  assert tokenizer.decode_after([*prompt, tokenizer.end_of_document], continuation) == "cat"
+
+
+def test_a_continuation_completes_the_character_that_its_prompt_began():
+  tokenizer, ids = ByteTokenizer(), list("a€b".encode())
+  assert tokenizer.decode_after(ids[:2], ids[2:]) == "€b"
+  assert tokenizer.decode_after(ids[:2], ids[2:3]) == ""
+  assert tokenizer.decode_after(ids[:1], ids[1:3]) == "\ufffd"
+  assert tokenizer.decode_after(ids[:4], ids[4:]) == "b"
+
+
 def test_a_bpe_without_room_for_bytes_is_refused():
   with pytest.raises(ValueError, match="BPE of 256 ids"):
     byte_level_bpe.train([TEXT], 256)
