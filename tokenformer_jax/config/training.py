@@ -7,7 +7,7 @@ from tokenformer_jax.config.validation import Checked, require, require_choice
 MOMENT_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lion", "muon")
 SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
-GROWTH_METHODS = ("exact", "released", "duplicate")
+GROWTH_METHODS = ("exact", "live", "released", "duplicate")
 TAU_RULES = ("kept", "recomputed", "moved", "learned")
 
 

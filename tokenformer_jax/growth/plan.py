@@ -2,29 +2,33 @@
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import Any
 
-import jax
+import numpy as np
 from flax import nnx
 
 from tokenformer_jax.config import GrowthConfig, ModelConfig
+from tokenformer_jax.growth.layers import TokenLayer, leaves_by_path, path_name, token_axis, token_layers
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.nn.block import KEY_STD, value_std
-from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.nn.theta import initial_tau
 
+__all__ = ["LeafPlan", "NewRows", "check_growth", "leaves_by_path", "path_name", "plan_growth", "plan_leaves"]
+
+# The counts of a language model.
 TOKEN_FIELDS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
 
 
 class NewRows(enum.Enum):
-  """How a leaf goes on: the new rows of one that grows, or a τ."""
+  """What happens to a leaf: how its new rows begin, or what becomes of a τ. The value is what a report says."""
 
   NONE = "copied"
   ZERO = "zeros"
   RANDOM = "random"
+  LIVE = "mixtures of the old"  # Random mixtures of old keys that lengthen every row of scores by the same factor.
   STEP = "this step"
   REPEATED = "the old ones again"
-  PARTS = "parts of the old ones"  # Uneven, and together the old row; the old row becomes one of them.
+  PARTS = "parts of the old ones"  # Uneven parts that add up to the old row; the old row becomes one of them.
   SQUARED_PARTS = "squared parts of the old ones"
   NEW_TAU = "as of a new layer"
   SCALED_TAU = "scaled"
@@ -32,12 +36,12 @@ class NewRows(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-  """One leaf of a training state: its shape before and after, and how its new rows begin.
+  """One leaf of a training state or of a model: its shape before and after, and how its new rows begin.
 
   Attributes:
     path: names joined by '/', e.g. `params/blocks/ffn/keys`.
     axis: the axis that grows; None where the shape stays.
-    number: of random rows the standard deviation; of a τ its new value, or the factor on it.
+    number: the standard deviation of random rows; the new value of a τ, or the factor on it.
   """
 
   path: str
@@ -51,111 +55,137 @@ class LeafPlan:
 def plan_growth(
   shapes: Any, config: ModelConfig, new_config: ModelConfig, growth: GrowthConfig = GrowthConfig()
 ) -> dict[str, LeafPlan]:
-  """The plan for a state of leaf shapes `shapes` whose model is `config`, by leaf path.
-
-  A leaf grows if it is a parameter with a `param_token` axis, or mirrors one (the optimizer's
-  moments, rows' ages): if its path ends in that parameter's.
-
-  Args:
-    shapes: a state with fields `params`, `tau` and, in a training run, `opt_state`, `born`, `step`;
-      arrays or `jax.ShapeDtypeStruct`s.
+  """`plan_leaves` for the model of `config` that becomes that of `new_config`.
 
   Raises:
-    ValueError: see `check_growth`; or a leaf's shape is not that of `config`.
+    ValueError: see `check_growth` and `plan_leaves`.
   """
   check_growth(config, new_config, growth)
-  axes, old_counts = _parameter_tokens(config)
-  _, new_counts = _parameter_tokens(new_config)
+  layers = layers_of(config)
+  return plan_leaves(shapes, layers, counts_of(layers, new_config), growth)
+
+
+def plan_leaves(
+  shapes: Any, layers: Mapping[str, TokenLayer], counts: Mapping[str, int], growth: GrowthConfig = GrowthConfig()
+) -> dict[str, LeafPlan]:
+  """The plan for a model, or for the training state of one, by leaf path.
+
+  A leaf grows if it is a parameter of a layer that grows, or mirrors one (the optimizer's moments, the births of
+  rows): its path ends in that parameter's.
+
+  Args:
+    shapes: a tree with the fields `params`, `tau` and, in a training run, `opt_state`, `born`, `step`; of arrays,
+      streams or `jax.ShapeDtypeStruct`s.
+    layers: the layers of the model before growth (`growth.layers.token_layers`).
+    counts: the number of tokens that each layer is to have, by path.
+    growth: how new rows begin; its stages are not used.
+
+  Raises:
+    ValueError: nothing grows, a layer would lose tokens, `growth.method` cannot add them, or a leaf's shape is not
+      that of its layer.
+  """
+  _check_counts(layers, counts, growth)
+  owners = {f"{path}/{name}": (layer, name) for path, layer in layers.items() for name in layer.rows}
   plan = {}
   for path, leaf in leaves_by_path(shapes).items():
-    layer = path.split("/", 1)[-1].rpartition("/")[0]
-    owner = next((name for name in axes if path.endswith("/" + name)), None)
-    if path.startswith("tau/") and old_counts[f"{layer}/keys"] != new_counts[f"{layer}/keys"]:
-      old, new = old_counts[f"{layer}/keys"], new_counts[f"{layer}/keys"]
-      plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, *_tau_then(config.theta, old, new, growth))
+    root, _, inside = path.partition("/")
+    layer = layers.get(inside.rpartition("/")[0])
+    if root == "tau" and layer is not None and counts[layer.path] != layer.num_tokens:
+      plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, *_tau_then(layer, counts[layer.path], growth))
       continue
-    if owner is None or old_counts[owner] == new_counts[owner]:
+    owner = next((owners[name] for name in owners if path.endswith("/" + name)), None)
+    if owner is None or counts[owner[0].path] == owner[0].num_tokens:
       plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, NewRows.NONE)
       continue
-    axis = 0 if path.startswith("born/") else axes[owner].index("param_token")
-    if leaf.shape[axis] != old_counts[owner]:
-      raise ValueError(f"{path} {leaf.shape}: axis {axis} should have the model's {old_counts[owner]} tokens.")
-    shape = (*leaf.shape[:axis], new_counts[owner], *leaf.shape[axis + 1 :])
-    plan[path] = LeafPlan(path, leaf.shape, shape, axis, *_new_rows(path, config, growth))
+    layer, name = owner
+    axis = 0 if root == "born" else token_axis(layer.axes[name], leaf.shape)
+    if leaf.shape[axis] != layer.num_tokens:
+      raise ValueError(f"{path} {leaf.shape}: axis {axis} should have the model's {layer.num_tokens} tokens.")
+    if root == "params" and not np.issubdtype(leaf.dtype, np.floating) and leaf.dtype.name != "bfloat16":
+      raise ValueError(f"{path} is {leaf.dtype}: only floating-point parameter tokens can grow; grow the model first.")
+    shape = (*leaf.shape[:axis], counts[layer.path], *leaf.shape[axis + 1 :])
+    plan[path] = LeafPlan(path, leaf.shape, shape, axis, *_new_rows(path, layer, name, counts[layer.path], growth))
   return plan
 
 
 def check_growth(config: ModelConfig, new_config: ModelConfig, growth: GrowthConfig = GrowthConfig()) -> None:
-  """Raises ValueError unless `new_config` is `config` with more parameter tokens, and `growth.method` can add them.
-
-  `exact` has no way for softmax; `duplicate` wants whole multiples.
-  """
-  if new_config == config:
-    raise ValueError(
-      "growth changes nothing: "
-      + ", ".join(f"{f}={getattr(config, f)}" for f in TOKEN_FIELDS)
-      + " are the model's counts already; give at least one a larger value."
-    )
+  """Raises ValueError unless `new_config` is `config` with more parameter tokens, and `growth.method` can add them."""
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(config, field.name), getattr(new_config, field.name)
-    if field.name in TOKEN_FIELDS:
-      if new < old:
-        raise ValueError(f"{field.name}: {old} -> {new}: growth cannot take rows away; choose at least {old}.")
-      if growth.method == "duplicate" and new % old:
-        raise ValueError(
-          f"{field.name}: {old} -> {new}: method='duplicate' repeats all rows; choose a whole multiple, "
-          f"{new // old * old} or {(new // old + 1) * old}, or method='exact'."
-        )
-    elif new != old:
+    if field.name not in TOKEN_FIELDS and new != old:
       raise ValueError(f"{field.name}: {old!r} -> {new!r}: growth changes parameter tokens alone; keep {old!r}.")
-  if config.theta == "softmax" and growth.method == "exact":
+  layers = layers_of(config)
+  _check_counts(layers, counts_of(layers, new_config), growth)
+
+
+def layers_of(config: ModelConfig) -> dict[str, TokenLayer]:
+  """The layers of parameter tokens in the model of `config`, by path."""
+  return token_layers(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+
+
+def counts_of(layers: Mapping[str, TokenLayer], config: ModelConfig) -> dict[str, int]:
+  """The number of tokens that `config` gives each layer, by path."""
+  return {path: getattr(config, layer.count) for path, layer in layers.items()}
+
+
+def _check_counts(layers: Mapping[str, TokenLayer], counts: Mapping[str, int], growth: GrowthConfig) -> None:
+  changes = {path: (layer.num_tokens, counts[path]) for path, layer in layers.items()}
+  if all(old == new for old, new in changes.values()):
+    shown = {layer.count: layer.num_tokens for layer in layers.values()}
     raise ValueError(
-      "theta='softmax': new rows with zero keys would still get weight exp(0), so method='exact' cannot "
-      "keep the function; method='duplicate' does, for whole multiples of the counts."
-    )
+      "growth changes nothing: " + ", ".join(f"{name}={number}" for name, number in shown.items())
+      + " are the model's counts already; give at least one a larger value."
+    )  # fmt: skip
+  for path, (old, new) in changes.items():
+    layer = layers[path]
+    change = f"{layer.count}: {old} -> {new}"
+    if new < old:
+      raise ValueError(f"{change}: growth cannot take rows away; choose at least {old}.")
+    if new == old:
+      continue
+    if growth.method == "duplicate" and new % old:
+      raise ValueError(
+        f"{change}: method='duplicate' repeats all rows; choose a whole multiple, "
+        f"{new // old * old} or {(new // old + 1) * old}, or method='exact'."
+      )
+    if growth.method == "exact" and layer.theta == "softmax":
+      raise ValueError(
+        "theta='softmax': new rows with zero keys would still get weight exp(0), so method='exact' cannot "
+        "keep the function; method='duplicate' does, for whole multiples of the counts."
+      )
+    if growth.method == "live" and layer.theta != "l2_norm_gelu":
+      raise ValueError(
+        f"theta={layer.theta!r}: method='live' keeps the function of l2_norm_gelu alone, whose norm is that of the "
+        f"scores themselves; choose method={'duplicate' if layer.theta == 'softmax' else 'exact'!r}."
+      )
 
 
-def leaves_by_path(tree: Any, is_leaf=None) -> dict[str, Any]:
-  """{'params/blocks/ffn/keys': leaf, …}."""
-  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
-
-
-def path_name(path) -> str:
-  """A JAX key path as names joined by '/'."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _parameter_tokens(config: ModelConfig) -> tuple[dict[str, tuple], dict[str, int]]:
-  """Logical axes, and number of parameter tokens, of each parameter that can grow, by path."""
-  model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-  shapes = leaves_by_path(split(model)[1])
-  axes = leaves_by_path(logical_axes(model)[0], is_leaf=lambda node: isinstance(node, tuple))
-  axes = {path: names for path, names in axes.items() if "param_token" in names}
-  return axes, {path: shapes[path].shape[names.index("param_token")] for path, names in axes.items()}
-
-
-def _new_rows(path: str, config: ModelConfig, growth: GrowthConfig) -> tuple[NewRows, float]:
-  root, leaf = path.split("/")[0], path.split("/")[-1]
+def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: GrowthConfig) -> tuple[NewRows, float]:
+  root, rows = path.partition("/")[0], layer.rows[name]
+  is_key = rows.role == "key"
   if growth.method == "duplicate":
-    # A value's parts each have the whole value's gradient; its copies' keys share the key's.
+    # The parts of a value each have the whole value's gradient; the copies of a key share the key's.
     if root == "params":
-      return (NewRows.REPEATED if leaf == "keys" else NewRows.PARTS), 0.0
-    if leaf == "keys" and "/mu/" in path:
+      return (NewRows.REPEATED if is_key else NewRows.PARTS), 0.0
+    if is_key and "/mu/" in path:
       return NewRows.PARTS, 0.0
-    if leaf == "keys" and "/nu/" in path:
+    if is_key and "/nu/" in path:
       return NewRows.SQUARED_PARTS, 0.0
     return NewRows.REPEATED, 0.0
-  if root == "params":
-    if growth.method == "released":
-      return NewRows.RANDOM, KEY_STD if leaf == "keys" else value_std(config)
-    return (NewRows.ZERO, 0.0) if leaf == "keys" else (NewRows.RANDOM, growth.value_scale * value_std(config))
-  return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
+  if root != "params" and not root.startswith("ema"):
+    return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
+  match growth.method:
+    case "released":
+      return NewRows.RANDOM, rows.std_of(count)
+    case "live":
+      return (NewRows.LIVE if is_key else NewRows.ZERO), 0.0
+  return (NewRows.ZERO, 0.0) if is_key else (NewRows.RANDOM, growth.value_scale * rows.std_of(count))
 
 
-def _tau_then(theta: str, old: int, new: int, growth: GrowthConfig) -> tuple[NewRows, float]:
-  """What growth from `old` to `new` tokens makes of a layer's τ."""
-  if growth.method == "duplicate":
-    return NewRows.SCALED_TAU, initial_tau(theta, new) / initial_tau(theta, old)
+def _tau_then(layer: TokenLayer, new: int, growth: GrowthConfig) -> tuple[NewRows, float]:
+  """What growth to `new` tokens makes of a layer's τ."""
+  if growth.method in ("duplicate", "live"):
+    return NewRows.SCALED_TAU, initial_tau(layer.theta, new) / initial_tau(layer.theta, layer.num_tokens)
   if growth.method == "released" or growth.tau == "recomputed":
-    return NewRows.NEW_TAU, initial_tau(theta, new)
+    return NewRows.NEW_TAU, initial_tau(layer.theta, new)
   return NewRows.NONE, 0.0

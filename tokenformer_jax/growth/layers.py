@@ -1,0 +1,134 @@
+"""The layers of parameter tokens in a model, as its parameters declare them."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config.validation import nearest
+from tokenformer_jax.nn.parameters import Axes, Rows, Tau
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayer:
+  """One layer of N parameter tokens, or a stack of such layers.
+
+  Attributes:
+    path: where the model has it, names joined by '/', e.g. `blocks/ffn`.
+    count: the name of the count that sets N.
+    num_tokens: N.
+    theta: its Θ.
+    axes: name of each of its parameters, e.g. `keys` -> logical axes.
+    rows: name of each of its parameters -> what its rows are.
+  """
+
+  path: str
+  count: str
+  num_tokens: int
+  theta: str
+  axes: Mapping[str, Axes]
+  rows: Mapping[str, Rows]
+
+
+def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
+  """All layers of parameter tokens in an NNX module, by path; the module may be abstract (`nnx.eval_shape`).
+
+  Raises:
+    ValueError: a leaf with rows has no τ beside it, or its shape does not fit its axes.
+  """
+  state = nnx.state(model)
+  variables = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+  thetas = {path.rpartition("/")[0]: v.theta for path, v in variables.items() if isinstance(v, Tau)}
+  layers: dict[str, dict[str, nnx.Param]] = {}
+  for path, variable in variables.items():
+    if isinstance(variable, nnx.Param) and getattr(variable, "rows", None) is not None:
+      layer, _, name = path.rpartition("/")
+      layers.setdefault(layer, {})[name] = variable
+  found = {}
+  for path, parameters in layers.items():
+    if path not in thetas:
+      raise ValueError(f"{path}: its parameter tokens have no τ beside them; declare one with nn.parameters.Tau.")
+    counts = {name: v.shape[token_axis(v.axes, v.shape)] for name, v in parameters.items()}
+    names = {v.rows.count for v in parameters.values()}
+    if len(set(counts.values())) != 1 or len(names) != 1:
+      raise ValueError(f"{path}: its parameters have {counts} rows under the counts {sorted(names)}; expected one.")
+    axes = {name: v.axes for name, v in parameters.items()}
+    rows = {name: v.rows for name, v in parameters.items()}
+    found[path] = TokenLayer(path, names.pop(), next(iter(counts.values())), thetas[path], axes, rows)
+  return found
+
+
+def token_axis(axes: Axes, shape: tuple[int, ...]) -> int:
+  """Which axis of an array the parameter tokens are; axes in front of the declared ones are those of a stack."""
+  return axes.index("param_token") + len(shape) - len(axes)
+
+
+def new_counts(
+  layers: Mapping[str, TokenLayer], by_path: Mapping[str, int] | None, by_name: Mapping[str, int | None]
+) -> dict[str, int]:
+  """The number of tokens that each layer is to have, by path.
+
+  Args:
+    layers: the model's layers.
+    by_path: path, or pattern such as `layers/*/ffn`, -> number.
+    by_name: name of a count -> number; None for one that stays.
+
+  Raises:
+    ValueError: the model has no such layer or count, two entries disagree, or a number is below 1.
+  """
+  if not layers:
+    raise ValueError("the model has no layer of parameter tokens (tf.Pattention): there is nothing to grow or shrink.")
+  chosen: dict[str, int] = {}
+  given = {f"{name}={number}": ([path for path, layer in layers.items() if layer.count == name], number)
+           for name, number in by_name.items() if number is not None}  # fmt: skip
+  given |= {f"{pattern!r}: {number}": (fnmatch.filter(layers, pattern), number)
+            for pattern, number in (by_path or {}).items()}  # fmt: skip
+  for entry, (paths, number) in given.items():
+    if not paths:
+      counts = sorted({layer.count for layer in layers.values()})
+      raise ValueError(
+        f"{entry}: the model has no such layer; its counts are {', '.join(counts)}, its layers {', '.join(layers)}."
+        + nearest(entry.partition("=")[0].partition(":")[0].strip("'"), [*counts, *layers])
+      )
+    if not isinstance(number, int) or number < 1:
+      raise ValueError(f"{entry}: must be a whole number of at least 1.")
+    for path in paths:
+      if chosen.setdefault(path, number) != number:
+        raise ValueError(f"{entry}: {path} is to have {chosen[path]} tokens by another entry; give it one number.")
+  return {path: chosen.get(path, layer.num_tokens) for path, layer in layers.items()}
+
+
+def with_counts(model: nnx.Module, counts: Mapping[str, int]) -> None:
+  """Writes the numbers of tokens into the configuration of each module inside `model` that has a `ModelConfig`.
+
+  Raises:
+    ValueError: layers that share a count in the configuration are to have different numbers of tokens.
+  """
+  layers = token_layers(model)
+  for prefix, module in nnx.iter_modules(model):
+    config = getattr(module, "config", None)
+    if not isinstance(config, ModelConfig):
+      continue
+    start = "".join(f"{name}/" for name in map(str, prefix))
+    numbers: dict[str, int] = {}
+    for path, layer in layers.items():
+      if path.startswith(start) and numbers.setdefault(layer.count, counts[path]) != counts[path]:
+        raise ValueError(
+          f"{path}: {counts[path]} tokens where another layer under {layer.count} has {numbers[layer.count]}: the "
+          f"model's configuration has one number for all of them; give {layer.count}=… instead of paths."
+        )
+    module.config = config.grown(**numbers)
+
+
+def leaves_by_path(tree: Any, is_leaf=None) -> dict[str, Any]:
+  """{'params/blocks/ffn/keys': leaf, …}."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
+
+
+def path_name(path) -> str:
+  """A JAX key path as names joined by '/'."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
