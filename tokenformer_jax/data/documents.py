@@ -1,31 +1,36 @@
-"""Text sources on local disk: each yields documents in an order that depends on their names alone."""
+"""Text sources in files: each yields documents in an order that depends on the names of the files alone."""
 
-import glob
-import gzip
 import json
 import os
 import pathlib
+import sys
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from absl import logging
+from etils import epath
+
+from tokenformer_jax.data import files
 
 
 class Document(NamedTuple):
-  """One document; `key` decides by its hash whether it is held out."""
+  """One document; the hash of `key` decides whether the document is held out."""
 
   key: str
   text: str
 
 
 class BadText:
-  """What to do with text that cannot be read, and how often it was done.
+  """What happens to text that cannot be read, and how often it happened.
 
   Args:
-    choice: `error` raises; `replace` reads bytes that are not UTF-8 as U+FFFD and raises for the rest;
+    choice: `error` raises; `replace` reads bytes that are not UTF-8 as U+FFFD and raises for everything else;
       `skip` leaves the document out.
+
+  Attributes:
+    replaced: the number of byte sequences that became U+FFFD so far.
+    skipped: the number of documents that were left out so far.
   """
 
   def __init__(self, choice: str = "error"):
@@ -34,20 +39,28 @@ class BadText:
     self.skipped = 0
 
   def report(self, name: str) -> None:
-    """Warns of what was replaced or left out."""
+    """Logs a warning with both counts, unless both are zero."""
     if self.replaced or self.skipped:
       logging.warning(
         "%s: %d byte sequences that are not UTF-8 replaced, %d documents left out.", name, self.replaced, self.skipped
       )
 
   def refuse(self, message: str) -> None:
-    """Counts one document left out, or raises ValueError(message)."""
+    """Counts one document as left out, or raises ValueError(message) unless the choice is `skip`."""
     if self.choice != "skip":
       raise ValueError(message)
     self.skipped += 1
 
   def unicode(self, text: str, where: str) -> str | None:
-    """Text without halves of surrogate pairs, which escapes such as \\ud800 make; None to leave it out."""
+    """Replaces or refuses halves of surrogate pairs, which escapes such as \\ud800 make.
+
+    Args:
+      text: what JSON made of a string.
+      where: names the text in the message.
+
+    Returns:
+      Text that UTF-8 can encode, or None if the document is to be left out.
+    """
     try:
       text.encode("utf-8")
       return text
@@ -57,13 +70,22 @@ class BadText:
         self.replaced += replaced.count("\ufffd") - text.count("\ufffd")
         return replaced
       self.refuse(
-        f"{where} is not Unicode at character {error.start} (half a surrogate pair): mend it, or "
-        "choose bad_text=replace or =skip."
+        f"{where} is not Unicode at character {error.start} (half a surrogate pair): correct it, or choose "
+        "bad_text=replace or =skip."
       )
       return None
 
   def decode(self, raw: bytes, where: str, offset: int) -> str | None:
-    """UTF-8 text, or None for a document to leave out; `offset` is where `raw` starts in its file."""
+    """Decodes UTF-8.
+
+    Args:
+      raw: the bytes of a document.
+      where: names the document in the message.
+      offset: where `raw` starts in its file.
+
+    Returns:
+      The text, or None if the document is to be left out.
+    """
     try:
       return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -72,8 +94,8 @@ class BadText:
         self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
         return text
       self.refuse(
-        f"{where} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}): convert "
-        "it, or choose bad_text=replace or =skip."
+        f"{where} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}): convert it, or choose "
+        "bad_text=replace or =skip."
       )
       return None
 
@@ -82,9 +104,9 @@ class DocumentSource(NamedTuple):
   """Documents that can be read again and again.
 
   Attributes:
-    name: what errors and reports call it.
-    read: starts a pass over the documents; what cannot be read goes through the `BadText` given.
-    size: about how many bytes of text there are, for a progress bar; None if that is not known.
+    name: the name of the source in errors and reports.
+    read: starts a pass over the documents; the given `BadText` decides about text that cannot be read.
+    size: the approximate number of bytes of text, for a progress bar; None if it is unknown.
   """
 
   name: str
@@ -93,13 +115,13 @@ class DocumentSource(NamedTuple):
 
 
 def python_sources() -> DocumentSource:
-  """The standard library of the running interpreter, one document a file, without its tests."""
+  """The standard library of the running interpreter without its tests; every file is a document."""
   root = pathlib.Path(sysconfig.get_path("stdlib"))
 
   def read(bad: BadText) -> Iterator[Document]:
-    for folder, folders, files in os.walk(root):
+    for folder, folders, names in os.walk(root):
       folders[:] = sorted(set(folders) - {"site-packages", "test", "tests", "idle_test", "__pycache__"})
-      for file in sorted(files):
+      for file in sorted(names):
         path = pathlib.Path(folder, file)
         if path.suffix == ".py" and path.stat().st_size:
           text = path.read_text(encoding="utf-8", errors="replace")
@@ -109,41 +131,48 @@ def python_sources() -> DocumentSource:
 
 
 def text_files(rest: str) -> DocumentSource:
-  """`GLOB[#MARKER]`: plain or gzip files; documents are files, or what lies between lines that are MARKER.
+  """`GLOB[#MARKER]`: plain or compressed files of text.
 
-  A file's key is its path below the first folder that the glob leaves open; a part's key is its text.
+  Without a marker every file is a document, and its key is its path below the first folder with a wildcard. With one,
+  the text between two lines that are MARKER alone is a document, and its key is its text.
+
+  Raises:
+    ValueError: no file matches; reading raises it for text that cannot be read (see `BadText`).
   """
   pattern, _, marker = rest.partition("#")
-  paths = _matches(pattern, f"text:{rest}")
+  paths = files.matches(pattern, f"text:{rest}")
 
-  def documents_of(path: pathlib.Path, bad: BadText) -> Iterator[Document]:
+  def documents_of(path: epath.Path, bad: BadText) -> Iterator[Document]:
+    is_empty = True
     for offset, raw in _parts(path, marker.encode()):
+      is_empty = is_empty and not raw
       text = bad.decode(raw, str(path), offset)
       if text:
-        yield Document(text if marker else _relative(path, pattern), text)
+        yield Document(text if marker else files.relative(path, pattern), text)
+    if is_empty:
+      bad.refuse(f"{path} is empty: remove it, narrow the glob, or choose bad_text=skip.")
 
   def read(bad: BadText) -> Iterator[Document]:
     for path in paths:
-      if not path.stat().st_size:
-        bad.refuse(f"{path} is empty: remove it, narrow the glob, or choose bad_text=skip.")
-      else:
-        yield from _until_broken(documents_of(path, bad), bad)
+      yield from _until_broken(documents_of(path, bad), bad)
 
-  return DocumentSource(f"text:{rest}", read, lambda: sum(map(_text_size, paths)))
+  return DocumentSource(f"text:{rest}", read, lambda: sum(map(files.text_size, paths)))
 
 
 def jsonl_files(rest: str) -> DocumentSource:
-  """`GLOB#FIELD`: one JSON object a line, the document being the text in its FIELD; plain or gzip."""
+  """`GLOB#FIELD`: plain or compressed files with one JSON object a line; the text in its FIELD is a document.
+
+  Raises:
+    ValueError: there is no field or no file matches; reading raises it for lines that cannot be read (see `BadText`).
+  """
   pattern, _, field = rest.partition("#")
   if not field:
     raise ValueError(f"source jsonl:{rest}: name the field that holds the text, as in jsonl:{rest}#text.")
-  paths = _matches(pattern, f"jsonl:{rest}")
+  paths = files.matches(pattern, f"jsonl:{rest}")
 
-  def documents_of(path: pathlib.Path, bad: BadText) -> Iterator[Document]:
-    offset = 0
-    for number, raw in enumerate(_lines(path), 1):
+  def documents_of(path: epath.Path, bad: BadText) -> Iterator[Document]:
+    for number, (offset, raw) in enumerate(files.lines(path), 1):
       text = _field(raw, field, f"{path} line {number} (byte {offset})", offset, bad)
-      offset += len(raw)
       if text:
         yield Document(text, text)
 
@@ -151,10 +180,11 @@ def jsonl_files(rest: str) -> DocumentSource:
     for path in paths:
       yield from _until_broken(documents_of(path, bad), bad)
 
-  return DocumentSource(f"jsonl:{rest}", read, lambda: sum(map(_text_size, paths)))
+  return DocumentSource(f"jsonl:{rest}", read, lambda: sum(map(files.text_size, paths)))
 
 
 def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str | None:
+  """The text in a line's field; None for a blank line and for one to leave out."""
   if not raw.strip():
     return None
   line = bad.decode(raw, where, offset)
@@ -163,11 +193,18 @@ def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str
   try:
     record = json.loads(line)
   except json.JSONDecodeError as error:
-    bad.refuse(f"{where} is not JSON: {error.msg} at column {error.colno}; mend it, or choose bad_text=skip.")
+    bad.refuse(f"{where} is not JSON: {error.msg} at column {error.colno}; correct it, or choose bad_text=skip.")
+    return None
+  except ValueError:  # Python's limit for converting integers, which guards against quadratic time.
+    limit = sys.get_int_max_str_digits()
+    bad.refuse(f"{where} holds an integer of more than {limit} digits: shorten it, or choose bad_text=skip.")
+    return None
+  except RecursionError:
+    bad.refuse(f"{where} is nested too deeply to be read: flatten it, or choose bad_text=skip.")
     return None
   if not isinstance(record, dict) or field not in record:
-    has = ", ".join(map(str, record)) if isinstance(record, dict) else f"only a {type(record).__name__}"
-    bad.refuse(f"{where} has no field {field!r}; it has {has}.")
+    has = ", ".join(map(repr, record)) if isinstance(record, dict) else f"only a {type(record).__name__}"
+    bad.refuse(f"{where} has no field {field!r}; it has {has or 'none'}.")
     return None
   if not isinstance(record[field], str):
     bad.refuse(f"{where}: field {field!r} is a {type(record[field]).__name__}, not text.")
@@ -175,71 +212,22 @@ def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str
   return bad.unicode(record[field], f"{where}: field {field!r}")
 
 
-def _matches(pattern: str, spec: str) -> list[pathlib.Path]:
-  paths = sorted(pathlib.Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True))
-  paths = [path for path in paths if path.is_file()]
-  if not paths:
-    raise ValueError(f"source {spec}: no file matches {pattern!r} (from {os.getcwd()}).")
-  return paths
-
-
-def _relative(path: pathlib.Path, pattern: str) -> str:
-  """The part of `path` that the glob left open, so that a corpus may move to another folder."""
-  fixed = pathlib.Path(os.path.expanduser(pattern))
-  while glob.has_magic(str(fixed)):
-    fixed = fixed.parent
-  return path.name if path == fixed else path.relative_to(fixed).as_posix()
-
-
-class _BrokenFile(ValueError):
-  """A file that breaks off; what was read before it is good."""
-
-
 def _until_broken(documents: Iterator[Document], bad: BadText) -> Iterator[Document]:
+  """The documents of a file up to where it cannot be read any further; the rest counts as one document left out."""
   try:
     yield from documents
-  except _BrokenFile as error:
+  except files.BrokenFile as error:
     bad.refuse(str(error))
 
 
-def _is_gzip(path: pathlib.Path) -> bool:
-  with open(path, "rb") as file:
-    return file.read(2) == b"\x1f\x8b"
-
-
-def _text_size(path: pathlib.Path) -> int:
-  """Bytes of text: of a gzip file, what its last four bytes say (modulo 2³², one member)."""
-  size = path.stat().st_size
-  if not _is_gzip(path):
-    return size
-  with open(path, "rb") as file:
-    file.seek(max(size - 4, 0))
-    return int.from_bytes(file.read(), "little")
-
-
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
-  """The lines of a plain or gzip file with their ends."""
-  size = 0
-  try:
-    with (gzip.open if _is_gzip(path) else open)(path, "rb") as file:
-      for line in file:
-        size += len(line)
-        yield line
-  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-    raise _BrokenFile(
-      f"{path}: the gzip stream breaks off after {size} bytes of text ({error}): fetch it "
-      "again, or choose bad_text=skip."
-    ) from None
-
-
-def _parts(path: pathlib.Path, marker: bytes) -> Iterator[tuple[int, bytes]]:
-  """(offset, bytes) of each stretch of lines between lines that are `marker` alone; all of it if empty."""
-  start, end, lines = 0, 0, []
-  for line in _lines(path):
-    end += len(line)
+def _parts(path: epath.Path, marker: bytes) -> Iterator[tuple[int, bytes]]:
+  """(offset, bytes) of each stretch of lines between lines that are `marker` alone; of the whole file if it is empty."""
+  start, end, lines = None, 0, []
+  for offset, line in files.lines(path):
+    start, end = offset if start is None else start, offset + len(line)
     if marker and line.rstrip(b"\r\n") == marker:
       yield start, b"".join(lines)
       start, lines = end, []
     else:
       lines.append(line)
-  yield start, b"".join(lines)
+  yield start or 0, b"".join(lines)
