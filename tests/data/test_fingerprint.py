@@ -1,5 +1,6 @@
 import copy
 import json
+import types
 
 import pytest
 
@@ -43,6 +44,21 @@ def test_the_first_difference_is_named_with_both_values(path, value, words):
     check_same(STORED, changed(path, value))
 
 
+def test_another_tokenizer_is_named_with_its_way_out_and_an_old_form_of_the_same_is_accepted():
+  tokenizer = types.SimpleNamespace(matches=lambda fingerprint: fingerprint in ("new form", "old form"))
+  now = {**STORED, "tokenizer": "new form"}
+  check_same({**STORED, "tokenizer": "old form"}, now, tokenizer)
+  for given in (tokenizer, None):
+    with pytest.raises(ValueError, match="data.tokenizer was 'other' .* is 'new form' now: set data.tokenizer to the"):
+      check_same({**STORED, "tokenizer": "other"}, now, given)
+
+
+def test_long_values_are_shortened_in_the_message():
+  with pytest.raises(ValueError) as error:
+    check_same({"source": []}, {"source": [{"sha256": "ab"}] * 100})
+  assert len(str(error.value)) < 500
+
+
 def test_files_differ_by_length_and_by_any_byte_of_a_small_one(tmp_path):
   contents = [b"", b"\0", b"\0" * 1000, b"\0" * 999 + b"\1"]
   for i, content in enumerate(contents):
@@ -52,7 +68,7 @@ def test_files_differ_by_length_and_by_any_byte_of_a_small_one(tmp_path):
   assert hash_file(tmp_path / "again") == hash_file(tmp_path / "2")
 
 
-def test_of_large_files_evenly_spread_blocks_are_looked_at(tmp_path, monkeypatch):
+def test_large_files_are_hashed_in_evenly_spread_blocks(tmp_path, monkeypatch):
   monkeypatch.setattr(fingerprint, "WHOLE", 40)
   monkeypatch.setattr(fingerprint, "BLOCK", 10)
   raw = bytearray(100)
@@ -62,6 +78,6 @@ def test_of_large_files_evenly_spread_blocks_are_looked_at(tmp_path, monkeypatch
     path.write_bytes(bytes(raw[:at] + b"\1" + raw[at + 1 :] if at is not None else raw))
     hashes.append(hash_file(path))
   assert len(set(hashes[:4])) == 4  # First, last and a middle block.
-  assert hashes[4] == hashes[0]  # Between the blocks: what sampling does not see.
+  assert hashes[4] == hashes[0]  # A byte between the blocks is not seen.
   (tmp_path / "file").write_bytes(bytes(101))
   assert hash_file(tmp_path / "file") != hashes[0]

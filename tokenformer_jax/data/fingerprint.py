@@ -1,30 +1,39 @@
-"""What a run's data is, in a form that can be stored and compared."""
+"""Fingerprints of a run's data, which are stored with its checkpoints and compared when it resumes."""
 
 import hashlib
 import os
 from typing import Any
 
+from tokenformer_jax.data.tokenizer import Tokenizer
+
 WHOLE = 256 * 2**20
 BLOCK = 2**20
+SHOWN = 200  # Characters of a value in a message.
 
 
-def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same(stored: dict[str, Any], now: dict[str, Any], tokenizer: Tokenizer | None = None) -> None:
   """Raises ValueError naming the first difference between two data fingerprints.
 
   Args:
-    stored: the fingerprint that lies with a checkpoint.
+    stored: the fingerprint in a checkpoint.
     now: the fingerprint of the data that is open.
+    tokenizer: the tokenizer that is open. If it is given, the stored fingerprint of the tokenizer may be in the form of
+      an earlier release (see `Tokenizer.matches`).
   """
+  if tokenizer is not None and tokenizer.matches(stored.get("tokenizer")):
+    stored = {**stored, "tokenizer": now["tokenizer"]}
   difference = _first_difference(stored, now, "data")
   if difference:
     path, before, after = difference
+    way_out = "set data.tokenizer to the work folder's" if path == "data.tokenizer" else "restore the old data"
     raise ValueError(
-      f"{path} was {before!r} when this run began and is {after!r} now: give the old data "
-      "back, start a new run, or pass --allow_data_change to go on knowingly."
+      f"{path} was {_shown(before)} when this run began and is {_shown(after)} now: {way_out}, start a new run, or "
+      "pass --allow_data_change to resume with other data."
     )
 
 
 def _first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
+  """(path, value in `a`, value in `b`) of the first leaf that differs; None stands for a missing value."""
   if isinstance(a, dict) and isinstance(b, dict):
     children = [(f"{path}.{key}", a.get(key), b.get(key)) for key in [*a, *(k for k in b if k not in a)]]
   elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
@@ -34,8 +43,17 @@ def _first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
   return next(filter(None, (_first_difference(x, y, p) for p, x, y in children)), None)
 
 
+def _shown(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
 def hash_file(path: str | os.PathLike) -> str:
-  """SHA-256 of a file's size and bytes; above 256 MiB, of 256 blocks of 1 MiB spread evenly over it."""
+  """SHA-256, hexadecimal, of a file's size and bytes.
+
+  Above 256 MiB, 256 blocks of 1 MiB are hashed that are spread evenly over the file, so that opening a large corpus
+  takes no longer than opening a small one. Truncation and replacement are found; a change between the blocks is not.
+  """
   size = os.path.getsize(path)
   digest = hashlib.sha256(size.to_bytes(8, "little"))
   starts = range(0, size, BLOCK)
