@@ -13,7 +13,8 @@ from tokenformer_jax.data.corpus import split, tokenize
 from tokenformer_jax.data.documents import text_files
 from tokenformer_jax.data.prepare import prepare, train_or_load_bpe
 from tokenformer_jax.data.token_files import open_tokens
-from tokenformer_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from tokenformer_jax.data.tokenizer import ByteTokenizer
+from tokenformer_jax.data.tokenizer_files import load_tokenizer
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+import copy
+import hashlib
 import json
 
 import huggingface_hub
@@ -7,14 +9,8 @@ import tokenizers
 
 from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data import tokenizer as tokenizer_module
-from tokenformer_jax.data.tokenizer import (
-  ByteTokenizer,
-  HuggingFaceTokenizer,
-  load_tokenizer,
-  open_tokenizer,
-  save_tokenizer,
-  tokenizer_from_json,
-)
+from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from tokenformer_jax.data.tokenizer_files import load_tokenizer, open_tokenizer, save_tokenizer
 
 TEXT = "def main():\n  return 'naïve café 東京 🙂'\n\n\nThe end, the end. 12 345\n" * 20
 
@@ -112,24 +108,152 @@ def test_a_bpe_without_room_for_bytes_is_refused():
     byte_level_bpe.train([TEXT], 256)
 
 
-def test_saved_tokenizers_come_back_the_same(bpe, tmp_path):
-  for tokenizer in (bpe, ByteTokenizer()):
-    save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
-    loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+@pytest.fixture
+def saved(bpe, tmp_path):
+  """A function that saves a tokenizer in a new folder and returns the path of its tokenizer.json."""
+
+  def save(tokenizer=bpe, name="tokenizer.json"):
+    folder = tmp_path / f"saved{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    save_tokenizer(tokenizer, folder / name)
+    return folder / name
+
+  return save
+
+
+def test_saved_tokenizers_are_restored_with_their_settings(bpe, saved):
+  as_text = HuggingFaceTokenizer(bpe.huggingface(), "<|endoftext|>", "text")
+  other_end = HuggingFaceTokenizer(bpe.huggingface(), "e")
+  for tokenizer in (bpe, as_text, other_end, ByteTokenizer()):
+    path = saved(tokenizer)
+    loaded = load_tokenizer(path)
+    assert loaded.encode(TEXT + "<|endoftext|>") == tokenizer.encode(TEXT + "<|endoftext|>")
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.end_of_document == tokenizer.end_of_document
-    assert open_tokenizer(str(tmp_path)).fingerprint == tokenizer.fingerprint
-  assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert open_tokenizer(str(path.parent)).fingerprint == tokenizer.fingerprint
+    assert {p.name for p in path.parent.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_saved_files_are_in_the_format_of_hugging_face(bpe, saved):
+  for tokenizer in (bpe, ByteTokenizer()):
+    path = saved(tokenizer)
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    ids = theirs.encode(TEXT).ids
+    assert ids == tokenizer.encode(TEXT) and theirs.decode(ids) == TEXT
+    config = json.loads((path.parent / "tokenizer_config.json").read_text())
+    assert theirs.token_to_id(config["eos_token"]) == tokenizer.end_of_document
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_files_of_earlier_releases_are_read_and_brought_into_the_present_format(bpe, tmp_path):
+  path = tmp_path / "tokenizer.json"
+  path.write_text(
+    json.dumps({"kind": "huggingface", "end_of_document": "<|endoftext|>", "tokenizer": bpe.huggingface()})
+  )
+  assert load_tokenizer(path).fingerprint == bpe.fingerprint
+  save_tokenizer(bpe, path)
+  assert json.loads(path.read_text()) == bpe.huggingface()
+  path.write_text('{"kind": "bytes"}')
+  assert load_tokenizer(path).fingerprint == ByteTokenizer().fingerprint
+
+
+def test_files_that_are_not_this_tokenizer_are_never_overwritten(bpe, saved, tmp_path):
+  other = saved(ByteTokenizer())
+  foreign, config = tmp_path / "notes.json", tmp_path / "tokenizer_config.json"
+  foreign.write_text('{"mine": 1}')
+  config.write_text('{"eos_token": "</s>"}')
+  for path, words in ((other, "holds another"), (foreign, "is not overwritten"), (config, "not written by this")):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=words):
+      save_tokenizer(bpe, path if path != config else tmp_path / "tokenizer.json")
+    assert path.read_bytes() == before
+  # The same tokenizer, written by another program, is not touched either.
+  foreign.write_text(json.dumps(bpe.huggingface(), indent=7))
+  save_tokenizer(bpe, foreign)
+  assert foreign.read_text() == json.dumps(bpe.huggingface(), indent=7)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(bpe, saved):
+  path = saved()
+  for file in path.parent.iterdir():
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+  assert load_tokenizer(path).fingerprint == bpe.fingerprint
+
+
+def test_an_empty_path_is_refused():
+  for spec in ("", "#<|endoftext|>"):
+    with pytest.raises(ValueError, match="the path is empty"):
+      open_tokenizer(spec)
+
+
+def test_the_text_of_a_special_token_is_text_if_asked(bpe, saved):
+  text = "a<|endoftext|>b"
+  assert bpe.encode(text) == [*bpe.encode("a"), bpe.end_of_document, *bpe.encode("b")]
+  as_text = HuggingFaceTokenizer(bpe.huggingface(), "<|endoftext|>", special_tokens="text")
+  assert as_text.end_of_document not in as_text.encode(text) and as_text.decode(as_text.encode(text)) == text
+  assert as_text.fingerprint != bpe.fingerprint
+  path = str(saved(as_text))
+  assert open_tokenizer(path, special_tokens="text").encode(text) == as_text.encode(text)
+  with pytest.raises(ValueError, match="saved with special_tokens='text', not 'recognise': set data.special_tokens"):
+    open_tokenizer(path, special_tokens="recognise")
+  with pytest.raises(ValueError, match="special_tokens='none' is unknown"):
+    open_tokenizer(str(saved()), special_tokens="none")
+
+
+def test_text_is_impossible_where_the_vocabulary_itself_has_the_special_token():
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+  words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  with pytest.raises(ValueError, match="gives the text '</s>' the id 1"):
+    HuggingFaceTokenizer(json.loads(words.to_str()), "</s>", special_tokens="text")
 
 
 def test_fingerprints_differ_where_the_ids_do(bpe):
   other = HuggingFaceTokenizer(byte_level_bpe.train([TEXT.upper()], 300), "<|endoftext|>")
-  assert len({bpe.fingerprint, other.fingerprint, ByteTokenizer().fingerprint}) == 3
+  ignoring = copy.deepcopy(bpe.huggingface())
+  ignoring["model"]["ignore_merges"] = True
+  unsplit = copy.deepcopy(bpe.huggingface())
+  unsplit["pre_tokenizer"]["use_regex"] = False
+  changed = [HuggingFaceTokenizer(description, "<|endoftext|>") for description in (ignoring, unsplit)]
+  assert len({t.fingerprint for t in (bpe, other, ByteTokenizer(), *changed)}) == 5
+
+
+def older(description):
+  """The description as releases of `tokenizers` from before 0.20 write it."""
+  description = copy.deepcopy(description)
+  model = description["model"]
+  model["merges"] = [" ".join(merge) for merge in model["merges"]]
+  model["vocab"] = dict(reversed(model["vocab"].items()))
+  for option in ("byte_fallback", "ignore_merges", "dropout"):
+    del model[option]
+  del description["pre_tokenizer"]["use_regex"], description["version"]
+  return description
+
+
+def test_the_fingerprint_does_not_change_with_the_version_of_the_tokenizers_package(bpe):
+  for description in (older(bpe.huggingface()), json.loads(bpe._tokenizer.to_str())):
+    tokenizer = HuggingFaceTokenizer(description, "<|endoftext|>")
+    assert tokenizer.encode(TEXT) == bpe.encode(TEXT)
+    assert tokenizer.fingerprint == bpe.fingerprint
+
+
+def test_the_fingerprint_of_metaspace_does_not_change_with_the_version(not_byte_level):
+  description = copy.deepcopy(not_byte_level["unigram"].huggingface())
+  for part in ("pre_tokenizer", "decoder"):
+    description[part] = {"type": "Metaspace", "replacement": "▁", "str_rep": "▁", "add_prefix_space": True}
+  assert HuggingFaceTokenizer(description, "</s>").fingerprint == not_byte_level["unigram"].fingerprint
+
+
+def test_fingerprints_that_earlier_releases_stored_are_recognised(bpe):
+  tokenizer = HuggingFaceTokenizer(older(bpe.huggingface()), "<|endoftext|>")
+  stored = {"kind": "huggingface", "end_of_document": "<|endoftext|>", "tokenizer": tokenizer.huggingface()}
+  text = json.dumps(stored, ensure_ascii=False, sort_keys=True)
+  assert tokenizer.matches(hashlib.sha256(text.encode()).hexdigest()) and tokenizer.matches(bpe.fingerprint)
+  assert not tokenizer.matches(ByteTokenizer().fingerprint)
+  assert ByteTokenizer().fingerprint == hashlib.sha256(b'{"kind": "bytes"}').hexdigest()
 
 
 def test_vocab_and_merges_make_the_tokenizer_of_the_json(bpe, tmp_path):
-  description = json.loads(bpe.to_json())["tokenizer"]
+  description = copy.deepcopy(bpe.huggingface())
   vocab = description["model"]["vocab"] | {"<|endoftext|>": bpe.end_of_document}
   (tmp_path / "vocab.json").write_text(json.dumps(vocab))
   merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
@@ -143,7 +267,7 @@ def test_vocab_and_merges_make_the_tokenizer_of_the_json(bpe, tmp_path):
 
 
 def test_truncation_and_padding_of_a_json_are_switched_off(bpe):
-  raw = tokenizers.Tokenizer.from_str(json.dumps(json.loads(bpe.to_json())["tokenizer"]))
+  raw = tokenizers.Tokenizer.from_str(json.dumps(bpe.huggingface()))
   raw.enable_truncation(5)
   raw.enable_padding(length=10)
   tokenizer = HuggingFaceTokenizer(json.loads(raw.to_str()), "<|endoftext|>")
@@ -159,14 +283,14 @@ def test_long_texts_are_cut_where_it_changes_no_id(bpe, monkeypatch):
   assert bpe.encode(TEXT) == whole
   assert [ids.tolist() for ids in bpe.encode_documents(["a", TEXT, ""])] == [bpe.encode("a"), whole, []]
   # A tokenizer that puts a space before every text must not be cut: each piece would get one.
-  description = json.loads(bpe.to_json())["tokenizer"]
+  description = copy.deepcopy(bpe.huggingface())
   description["pre_tokenizer"] |= {"add_prefix_space": True}
   prefixing = HuggingFaceTokenizer(description, "<|endoftext|>")
   assert list(prefixing._cut("word\n" * 50)) == ["word\n" * 50]
 
 
-def test_the_token_that_ends_documents_can_be_named(bpe, tmp_path):
-  description = json.loads(bpe.to_json())["tokenizer"]
+def test_the_token_that_ends_documents_can_be_named(bpe, saved, tmp_path):
+  description = copy.deepcopy(bpe.huggingface())
   description["added_tokens"][0]["content"] = "<stop>"
   description["model"]["vocab"].pop("<|endoftext|>", None)
   description["model"]["vocab"]["<stop>"] = bpe.end_of_document
@@ -175,12 +299,17 @@ def test_the_token_that_ends_documents_can_be_named(bpe, tmp_path):
     open_tokenizer(f"{tmp_path}/hf.json")
   with pytest.raises(ValueError, match="'<halt>' is not in this tokenizer's vocabulary"):
     open_tokenizer(f"{tmp_path}/hf.json#<halt>")
-  assert open_tokenizer(f"{tmp_path}/hf.json#<stop>").end_of_document == bpe.end_of_document
+  stop = open_tokenizer(f"{tmp_path}/hf.json#<stop>")
+  assert stop.end_of_document == bpe.end_of_document
+  assert load_tokenizer(saved(stop)).fingerprint == stop.fingerprint
+  # A folder from Hugging Face names the token in its config.
+  (tmp_path / "hf_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+  assert open_tokenizer(f"{tmp_path}/hf.json").fingerprint == stop.fingerprint
 
 
 def test_names_are_looked_up_on_the_hub(bpe, tmp_path, monkeypatch):
   path = tmp_path / "hub.json"
-  path.write_text(json.dumps(json.loads(bpe.to_json())["tokenizer"]))
+  path.write_text(json.dumps(bpe.huggingface()))
   asked = []
 
   def download(*args):
@@ -205,7 +334,9 @@ def test_names_are_looked_up_on_the_hub(bpe, tmp_path, monkeypatch):
     ('{"model": {}}', "has none of"),
     ('{"model": {"type": "BPE", "vocab": {"</s>": 0}}}', "is not a Hugging Face tokenizer JSON"),
     ('{"kind": "huggingface"}', "not a tokenizer saved by"),
-    (b"\xff", "is not JSON"),
+    ('{"kind": "words"}', "kind 'words' is unknown"),
+    (b"\xff", "cannot be read"),
+    ("[" * 100000, "is not JSON"),
   ],
 )
 def test_files_that_are_no_tokenizer(content, words, tmp_path):
@@ -219,8 +350,6 @@ def test_files_that_are_no_tokenizer(content, words, tmp_path):
 def test_saved_files_and_folders_that_are_broken(tmp_path):
   with pytest.raises(ValueError, match="cannot be read"):
     load_tokenizer(tmp_path / "missing.json")
-  with pytest.raises(ValueError, match="kind 'words' is unknown"):
-    tokenizer_from_json('{"kind": "words"}')
   with pytest.raises(ValueError, match="neither tokenizer.json nor vocab.json"):
     open_tokenizer(str(tmp_path))
   (tmp_path / "vocab.json").write_text("{}")

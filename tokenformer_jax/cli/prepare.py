@@ -13,7 +13,7 @@ from tokenformer_jax.config import BAD_TEXTS
 from tokenformer_jax.data.prepare import prepare, train_or_load_bpe
 from tokenformer_jax.data.sources import open_documents
 from tokenformer_jax.data.spec import parse_sources
-from tokenformer_jax.data.tokenizer import open_tokenizer
+from tokenformer_jax.data.tokenizer_files import open_tokenizer
 
 SOURCE = flags.DEFINE_string(
   "source",

@@ -1,25 +1,27 @@
-"""Any corpus in, exact batches out: sources, tokenizers, packing, loader. No jax; imports `config` alone.
+"""Turns any corpus into exact batches: sources, tokenizers, packing, loader. Imports no jax.
 
-A source is one string, `config.data.source`; several with weights make a mixture, as in
+A source is one string, `config.data.source`. Several sources with weights make a mixture, as in
 `0.7*text:a/*.txt + 0.3*jsonl:b#text`:
 
     python-sources                       the running interpreter's standard library
-    text:GLOB[#MARKER]                   plain or gzip files; documents are files, or parted by marker lines
-    jsonl:GLOB#FIELD                     one JSON object a line, plain or gzip
-    tokens:PATH[#DTYPE]                  a prepared folder, a Megatron/GPT-NeoX .bin + .idx, a nanoGPT .bin
+    text:GLOB[#MARKER]                   text files; documents are files, or the text between marker lines
+    jsonl:GLOB#FIELD                     JSON lines; documents are the text in one field
+    tokens:PATH[#DTYPE]                  token files, see `token_files.open_tokens`
     tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]
     huggingface:NAME[,CONFIG][@SPLIT][#FIELD]
 
-The way of the text: `sources` opens documents, `corpus` has them as ids and splits them into train and
-held-out parts, `packing` makes rows of model inputs, `loader` shuffles, shares and stacks rows into batches.
-Anything else with a length and rows (images, say) goes into the loader as it is: see `packing.Packer`.
+Files of `text` and `jsonl` are plain or compressed (gzip, bzip2, xz, zstd), and `~` in a path is the home folder.
+`sources` opens documents, `corpus` holds them as ids and splits them into training and held-out parts, `packing` makes
+rows of model inputs, and `loader` shuffles, shares and stacks rows into batches. Anything else with a length and rows,
+such as images, goes into the loader directly: see `packing.Packer`.
 """
 
 from tokenformer_jax.data.dataset import Data, open_data
 from tokenformer_jax.data.fingerprint import check_same
 from tokenformer_jax.data.loader import BatchIterator
 from tokenformer_jax.data.packing import Batch
-from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, save_tokenizer
+from tokenformer_jax.data.tokenizer import Tokenizer
+from tokenformer_jax.data.tokenizer_files import load_tokenizer, open_tokenizer, save_tokenizer
 
 __all__ = [
   "Batch",

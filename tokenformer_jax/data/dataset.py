@@ -12,7 +12,8 @@ from tokenformer_jax.data import loader
 from tokenformer_jax.data.corpus import split
 from tokenformer_jax.data.mixture import Mixture, Packing, Sources
 from tokenformer_jax.data.packing import Batch
-from tokenformer_jax.data.tokenizer import Tokenizer, open_tokenizer
+from tokenformer_jax.data.tokenizer import Tokenizer
+from tokenformer_jax.data.tokenizer_files import open_tokenizer
 
 
 class Data:
@@ -111,7 +112,7 @@ def open_data(
     raise ValueError(
       f"batch_size={config.batch_size} cannot be shared by {process_count} processes: make it a multiple."
     )
-  tokenizer = tokenizer or open_tokenizer(config.tokenizer)
+  tokenizer = tokenizer or open_tokenizer(config.tokenizer, config.special_tokens)
   packing = Packing(config.packing, seq_length, tokenizer.end_of_document)
   train = Sources(config.source, tokenizer, config.bad_text)
   if config.held_out_source:

@@ -1,26 +1,26 @@
-"""Tokenizers: bytes, and anything that the `tokenizers` package reads; each one self-contained JSON text."""
+"""Tokenizers: bytes, and anything that the `tokenizers` package reads. `tokenizer_files` opens and saves them."""
 
 import functools
 import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from tokenformer_jax.data import byte_level_bpe
+from tokenformer_jax.data.canonical_tokenizer import canonical
 
-LONG_TEXT = 500_000  # Characters.
+LONG_TEXT = 500_000  # Characters; a longer text is encoded in pieces.
 PADDING_MULTIPLE = 128
-END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
+SPECIAL_TOKENS = ("recognise", "text")
 
 
 class Tokenizer:
   """Text to ids and back.
 
   Attributes:
-    vocab_size: the ids that mean something are 0 … vocab_size − 1.
+    vocab_size: the ids that have a text are 0 … vocab_size − 1.
     end_of_document: the id that follows every document.
   """
 
@@ -28,7 +28,11 @@ class Tokenizer:
   end_of_document: int
 
   def encode(self, text: str) -> list[int]:
-    """The ids of `text`; no begin or end token is added. ValueError if it is not Unicode."""
+    """The ids of a text, without a begin or end token.
+
+    Raises:
+      ValueError: the text holds half a surrogate pair and is therefore not Unicode.
+    """
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -38,13 +42,14 @@ class Tokenizer:
     return self.encode_documents([text])[0].tolist()
 
   def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """One array [n] of `dtype` a text, computed in parallel where the tokenizer can."""
+    """One array [n] of `dtype` for each text, computed in parallel where the tokenizer can."""
     raise NotImplementedError
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of `ids`; end-of-document ids leave no trace, bytes that are no UTF-8 become U+FFFD.
+    """The text of `ids`; end-of-document ids have no text, and bytes that are not UTF-8 become U+FFFD.
 
-    Raises ValueError for an id that is negative or not below `vocab_size`.
+    Raises:
+      ValueError: an id is negative or not below `vocab_size`.
     """
     ids = [int(i) for i in ids]
     for position, i in enumerate(ids):
@@ -72,43 +77,49 @@ class Tokenizer:
       U+FFFD (or is empty, if the context ended inside the same character); a call with more ids gives the character.
 
     Raises:
-      ValueError: an id without text, see `decode`.
+      ValueError: an id has no text, see `decode`.
     """
     context = list(context_ids)
     if self.end_of_document in context:
       context = context[len(context) - context[::-1].index(self.end_of_document) :]
-    # The longest common prefix is all of the context's text, except for a character that its last id only began.
     before, together = self.decode(context), self.decode([*context, *ids])
-    return together[len(os.path.commonprefix([before, together])) :]
+    # The common prefix is all of the context's text, except for a character that its last ids only began.
+    differs = (i for i, (a, b) in enumerate(zip(before, together)) if a != b)
+    return together[next(differs, min(len(before), len(together))) :]
 
   def _decode(self, ids: list[int]) -> str:
     raise NotImplementedError
 
   @property
   def padded_vocab_size(self) -> int:
-    """The model's vocabulary: the next multiple of 128, as in the released models (50277 → 50304)."""
+    """The vocabulary size of a model: the next multiple of 128, as in the released models (50277 → 50304)."""
     return -(-self.vocab_size // PADDING_MULTIPLE) * PADDING_MULTIPLE
 
   @property
   def dtype(self) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
+    """The smaller of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
-  def to_json(self) -> str:
-    """Everything that is needed to make this tokenizer again with `tokenizer_from_json`."""
-    return json.dumps(self._description(), ensure_ascii=False, sort_keys=True)
-
-  def _description(self) -> dict:
+  def huggingface(self) -> dict[str, Any]:
+    """The parsed tokenizer.json in Hugging Face's format, which gives the same ids."""
     raise NotImplementedError
 
-  @functools.cached_property
+  def record(self) -> dict[str, Any]:
+    """What Hugging Face's format does not say about this tokenizer: its kind, its end of document, its settings."""
+    raise NotImplementedError
+
+  @property
   def fingerprint(self) -> str:
-    """SHA-256 of `to_json()`, hexadecimal."""
-    return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+    """SHA-256, hexadecimal, of everything that decides about ids; no version of a package changes it."""
+    raise NotImplementedError
+
+  def matches(self, fingerprint: str) -> bool:
+    """Whether a stored fingerprint is this tokenizer's, including the form that earlier releases stored."""
+    return fingerprint == self.fingerprint
 
 
 class ByteTokenizer(Tokenizer):
-  """UTF-8 bytes as ids 0–255; end of document is 256."""
+  """UTF-8 bytes as ids 0–255; the end of document is 256. No text is a special token."""
 
   vocab_size = 257
   end_of_document = 256
@@ -119,8 +130,15 @@ class ByteTokenizer(Tokenizer):
   def _decode(self, ids):
     return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-  def _description(self):
+  def huggingface(self):
+    return byte_level_bpe.describe_bytes()
+
+  def record(self):
     return {"kind": "bytes"}
+
+  @property
+  def fingerprint(self):
+    return _sha256(self.record())
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -129,14 +147,27 @@ class HuggingFaceTokenizer(Tokenizer):
   Args:
     description: the parsed tokenizer.json.
     end_of_document: the name of the token that ends a document.
+    special_tokens: what the name of a special token means where a text contains it. `recognise`: the special id,
+      as in Hugging Face, so that the text `<|endoftext|>` inside a document ends it. `text`: ordinary characters,
+      for corpora that write about such tokens or that others could have written them into. Padding, separators
+      and the end of document itself are not concerned: ids are added, not text.
+
+  Raises:
+    ValueError: the description is not a tokenizer's, the end of document is not in its vocabulary, or its
+      vocabulary makes the special id of the plain text, so that `text` is impossible.
   """
 
-  def __init__(self, description: dict, end_of_document: str):
+  def __init__(self, description: dict[str, Any], end_of_document: str, special_tokens: str = "recognise"):
     import tokenizers
 
-    self._json = {**description, "truncation": None, "padding": None}
-    self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._json))
-    self._end_of_document = end_of_document
+    if special_tokens not in SPECIAL_TOKENS:
+      raise ValueError(f"special_tokens={special_tokens!r} is unknown; choose from {', '.join(SPECIAL_TOKENS)}.")
+    self._description = {**description, "truncation": None, "padding": None}
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._description))
+    except Exception as error:  # The package raises bare Exception for a JSON that it cannot use.
+      raise ValueError(f"it is not a Hugging Face tokenizer JSON: {error}.") from None
+    self._end_of_document, self._special_tokens = end_of_document, special_tokens
     end = self._tokenizer.token_to_id(end_of_document)
     if end is None:
       raise ValueError(
@@ -145,6 +176,12 @@ class HuggingFaceTokenizer(Tokenizer):
       )
     self.end_of_document = end
     self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+    self._tokenizer.encode_special_tokens = special_tokens == "text"
+    if special_tokens == "text" and end in self.encode(end_of_document):
+      raise ValueError(
+        f"special_tokens='text': this tokenizer's vocabulary gives the text {end_of_document!r} the id {end} "
+        "even where it is not read as a special token; choose special_tokens='recognise'."
+      )
 
   def encode_documents(self, texts):
     short = {i: text for i, text in enumerate(texts) if len(text) <= LONG_TEXT}
@@ -161,7 +198,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
 
   def _cut(self, text: str) -> Iterator[str]:
-    """Pieces of a long text whose ids, end to end, are its ids; an encoding takes 100 times its memory."""
+    """Pieces of a long text whose ids, end to end, are its ids; encoding takes 100 times the memory of the text."""
     start = 0
     while len(text) - start > LONG_TEXT:
       cut = text.find("\n", start + LONG_TEXT)
@@ -174,7 +211,7 @@ class HuggingFaceTokenizer(Tokenizer):
     yield text[start:]
 
   def _may_cut(self, text: str, cut: int) -> bool:
-    """Whether the pre-tokenizer parts words at `cut`, and both sides have the ids that they have together."""
+    """Whether the pre-tokenizer separates words at `cut`, and both sides have the ids that they have together."""
     words = self._tokenizer.pre_tokenizer
     left, right = text[cut - 100 : cut], text[cut : cut + 100]
     if words is None or all(end != len(left) for _, (_, end) in words.pre_tokenize_str(left + right)):
@@ -185,129 +222,21 @@ class HuggingFaceTokenizer(Tokenizer):
   def _decode(self, ids):
     return self._tokenizer.decode([i for i in ids if i != self.end_of_document], skip_special_tokens=False)
 
-  def _description(self):
-    return {"kind": "huggingface", "end_of_document": self._end_of_document, "tokenizer": self._json}
+  def huggingface(self):
+    return self._description
+
+  def record(self):
+    settings = {} if self._special_tokens == "recognise" else {"special_tokens": self._special_tokens}
+    return {"kind": "huggingface", "end_of_document": self._end_of_document, **settings}
+
+  @functools.cached_property
+  def fingerprint(self):
+    return _sha256({**self.record(), "tokenizer": canonical(self._description)})
+
+  def matches(self, fingerprint):
+    # Earlier releases hashed the file as it was, so that the version of the package that wrote it counted.
+    return fingerprint in (self.fingerprint, _sha256({**self.record(), "tokenizer": self._description}))
 
 
-def tokenizer_from_json(text: str, where: str = "tokenizer") -> Tokenizer:
-  """The tokenizer of `Tokenizer.to_json()`; `where` names it in errors."""
-  try:
-    description = json.loads(text)
-    kind = description["kind"]
-    if kind == "bytes":
-      return ByteTokenizer()
-    if kind == "huggingface":
-      return HuggingFaceTokenizer(description["tokenizer"], description["end_of_document"])
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
-    raise ValueError(f"{where}: not a tokenizer saved by tokenformer_jax ({error!r}).") from None
-  raise ValueError(f"{where}: tokenizer kind {kind!r} is unknown; known: bytes, huggingface.")
-
-
-def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-  """Writes the tokenizer into one self-contained file; an existing file is replaced in one step."""
-  path = pathlib.Path(path)
-  unfinished = path.with_name(path.name + ".unfinished")
-  unfinished.write_text(tokenizer.to_json(), encoding="utf-8")
-  unfinished.replace(path)
-
-
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-  """The tokenizer in a file of `save_tokenizer`."""
-  try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"tokenizer file {path} cannot be read: {error}.") from None
-  return tokenizer_from_json(text, where=str(path))
-
-
-def open_tokenizer(spec: str) -> Tokenizer:
-  """The tokenizer that `spec` names.
-
-  `bytes`; or `WHERE[#TOKEN]`, where WHERE is a file of `save_tokenizer`, a Hugging Face tokenizer JSON,
-  a folder with one of these or with GPT-2 style `vocab.json` and `merges.txt`, or a name on the Hugging
-  Face hub; TOKEN ends documents, `<|endoftext|>` and the like if not given.
-  """
-  if spec == "bytes":
-    return ByteTokenizer()
-  where, _, end_of_document = spec.partition("#")
-  path = pathlib.Path(where).expanduser()
-  if path.is_dir():
-    path = _file_in(path)
-  if path.is_file():
-    description = _vocab_and_merges(path) if path.name == "merges.txt" else _read_json(path)
-  elif where.startswith((".", "/", "~")) or where.endswith(".json") or where.count("/") > 1:
-    raise ValueError(
-      f"tokenizer {where!r} does not exist: give a tokenizer JSON, a folder with vocab.json "
-      "and merges.txt, a name on the Hugging Face hub, or 'bytes'."
-    )
-  else:
-    description = _from_hub(where)
-  if description.get("kind") in ("bytes", "huggingface"):
-    return tokenizer_from_json(json.dumps(description), where=where)
-  try:
-    return HuggingFaceTokenizer(description, end_of_document or _guess_end(description, where))
-  except ValueError:
-    raise
-  except Exception as error:  # The tokenizers package raises bare Exception for a JSON it cannot use.
-    raise ValueError(f"tokenizer {where!r} is not a Hugging Face tokenizer JSON: {error}.") from None
-
-
-def _file_in(folder: pathlib.Path) -> pathlib.Path:
-  if (folder / "tokenizer.json").is_file():
-    return folder / "tokenizer.json"
-  if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-    return folder / "merges.txt"
-  candidates = sorted(folder.glob("*tokenizer*.json"))
-  if len(candidates) != 1:
-    raise ValueError(
-      f"tokenizer folder {folder} has neither tokenizer.json nor vocab.json with merges.txt: "
-      f"name the file itself. It holds {', '.join(sorted(os.listdir(folder))) or 'nothing'}."
-    )
-  return candidates[0]
-
-
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    description = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(f"tokenizer {path} is not JSON: {error}.") from None
-  if not isinstance(description, dict):
-    raise ValueError(f"tokenizer {path} holds a {type(description).__name__}, not a tokenizer's description.")
-  return description
-
-
-def _vocab_and_merges(merges: pathlib.Path) -> dict:
-  """GPT-2's byte-level BPE with the vocabulary of two files in one folder."""
-  import tokenizers
-
-  try:
-    model = tokenizers.models.BPE.from_file(str(merges.with_name("vocab.json")), str(merges))
-  except Exception as error:  # The tokenizers package raises bare Exception for broken files.
-    raise ValueError(f"tokenizer {merges.parent}: vocab.json and merges.txt do not fit: {error}.") from None
-  return byte_level_bpe.describe(model)
-
-
-def _from_hub(name: str) -> dict:
-  import huggingface_hub
-
-  try:
-    return _read_json(pathlib.Path(huggingface_hub.hf_hub_download(name, "tokenizer.json")))
-  except Exception as error:  # No network, no such repository, a gate: the hub has many exceptions.
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise ValueError(
-      f"tokenizer {name!r} is no local file, and tokenizer.json could not be had from the "
-      f"Hugging Face hub ({reason}): check the name, or give a local path."
-    ) from None
-
-
-def _guess_end(description: dict, where: str) -> str:
-  model = description.get("model", {})
-  vocab = model.get("vocab", ()) if isinstance(model, dict) else ()
-  names = {token.get("content") for token in description.get("added_tokens", ())}
-  for name in END_OF_DOCUMENT_NAMES:
-    if name in names or (isinstance(vocab, dict) and name in vocab):
-      return name
-  raise ValueError(
-    f"tokenizer {where!r} has none of {', '.join(END_OF_DOCUMENT_NAMES)}: name the token that "
-    "ends a document after '#', as in PATH#TOKEN."
-  )
+def _sha256(description: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(description, ensure_ascii=False, sort_keys=True).encode("utf-8")).hexdigest()

@@ -1,0 +1,233 @@
+"""Tokenizers in files: Hugging Face's tokenizer.json, with our record in the tokenizer_config.json beside it.
+
+`save_tokenizer` writes two files in Hugging Face's own format, so that `tokenizers.Tokenizer.from_file` and
+transformers read them. tokenizer_config.json names the token that ends documents (`eos_token`); its entry
+`tokenformer_jax`, which others ignore, holds what the format cannot say.
+"""
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from tokenformer_jax.data import byte_level_bpe
+from tokenformer_jax.data.canonical_tokenizer import canonical
+from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+from tokenformer_jax.paths import is_uri, replace_text, user_path
+
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
+RECORD = "tokenformer_jax"
+
+
+def config_path(path: epath.Path) -> epath.Path:
+  """The file beside a tokenizer.json that holds its record: tokenizer_config.json."""
+  return path.with_name(path.stem + "_config.json")
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+  """Writes PATH, such as tokenizer.json, in Hugging Face's format, and PATH's stem + `_config.json` beside it.
+
+  A file that is there already is left alone if it is this tokenizer; one of an earlier release is brought into
+  the present format.
+
+  Raises:
+    ValueError: PATH holds another tokenizer or something else, or the config beside it was not written by this
+      package. Neither is ever overwritten.
+  """
+  path = user_path(path, "tokenizer file")
+  config = config_path(path)
+  if path.exists():
+    try:
+      present = load_tokenizer(path)
+    except ValueError as error:
+      raise ValueError(f"{path} is not overwritten: {error} Move it away, or choose another folder.") from None
+    if present.fingerprint != tokenizer.fingerprint:
+      raise ValueError(
+        f"{path} holds another tokenizer and is not overwritten: move it away, or choose another folder."
+      )
+    if "kind" not in _read_json(path):
+      return
+  if config.exists() and RECORD not in _read_json(config):
+    raise ValueError(
+      f"{config} was not written by this package and is not overwritten: move it away, or choose another folder."
+    )
+  record = tokenizer.record()
+  settings = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": record.get("end_of_document", byte_level_bpe.END_OF_DOCUMENT),
+    "clean_up_tokenization_spaces": False,
+    "split_special_tokens": record["kind"] == "bytes" or record.get("special_tokens") == "text",
+    RECORD: record,
+  }
+  # The tokenizer comes last: where it is complete, its record is there.
+  replace_text(config, json.dumps(settings, indent=2) + "\n")
+  replace_text(path, json.dumps(tokenizer.huggingface(), indent=2) + "\n")
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """The tokenizer in a file of `save_tokenizer`, with the settings that it was saved with.
+
+  Raises:
+    ValueError: the file cannot be read, or it is not a tokenizer.
+  """
+  path = user_path(path, "tokenizer file")
+  return _from_file(path, _read_json(path))
+
+
+def open_tokenizer(spec: str, special_tokens: str | None = None) -> Tokenizer:
+  """The tokenizer that `spec` names.
+
+  Args:
+    spec: `bytes`; or `WHERE[#TOKEN]`. WHERE is a tokenizer.json (Hugging Face's or one of `save_tokenizer`), a
+      folder with one or with GPT-2 style `vocab.json` and `merges.txt`, or a name on the Hugging Face hub; files
+      and folders may be URIs (gs://…). TOKEN ends documents; if it is not given, the file's record names it, or
+      it is the first of `<|endoftext|>` and the like that the vocabulary has, or the `eos_token` of the
+      tokenizer_config.json.
+    special_tokens: `recognise` or `text`, see `HuggingFaceTokenizer`; None takes what the file's record says.
+
+  Raises:
+    ValueError: nothing is there, it is not a tokenizer, the token that ends documents is unknown, or
+      `special_tokens` is not what the tokenizer was saved with.
+  """
+  if spec == "bytes":
+    return ByteTokenizer()
+  where, _, end_of_document = spec.partition("#")
+  path = user_path(where, "tokenizer")
+  if path.is_dir():
+    path = _file_in(path)
+  if path.is_file():
+    description = _vocab_and_merges(path) if path.name == "merges.txt" else _read_json(path)
+    return _from_file(path, description, end_of_document, special_tokens)
+  if is_uri(where) or where.startswith((".", "/", "~")) or where.endswith(".json") or where.count("/") > 1:
+    raise ValueError(
+      f"tokenizer {where!r} does not exist: give a tokenizer JSON, a folder with vocab.json "
+      "and merges.txt, a name on the Hugging Face hub, or 'bytes'."
+    )
+  return _from_file(_from_hub(where), None, end_of_document, special_tokens, where)
+
+
+def _from_file(
+  path: epath.Path,
+  description: dict[str, Any] | None,
+  end_of_document: str = "",
+  special_tokens: str | None = None,
+  name: str = "",
+) -> Tokenizer:
+  """The tokenizer of a parsed file (None reads it) and of the record beside it; `name` is for messages."""
+  name = name or str(path)
+  description = _read_json(path) if description is None else description
+  if "kind" in description:  # One file with everything in it, as earlier releases wrote it.
+    record, description = description, description.get("tokenizer")
+    eos_token = None
+  else:
+    config = _config(path)
+    record, eos_token = config.get(RECORD, {}), config.get("eos_token")
+  if record.get("kind", "huggingface") not in ("bytes", "huggingface"):
+    raise ValueError(f"tokenizer {name}: its kind {record['kind']!r} is unknown; known: bytes, huggingface.")
+  if record.get("kind") == "bytes" or (not record and _is_bytes(description)):
+    if end_of_document:
+      raise ValueError(f"tokenizer {name}#{end_of_document}: a tokenizer of bytes has its own end of document.")
+    return ByteTokenizer()
+  if not isinstance(description, dict):
+    raise ValueError(f"tokenizer {name} is not a tokenizer saved by tokenformer_jax: it has no 'tokenizer'.")
+  saved = record.get("special_tokens", "recognise")
+  if special_tokens is not None and saved != "recognise" and special_tokens != saved:
+    raise ValueError(
+      f"tokenizer {name} was saved with special_tokens={saved!r}, not {special_tokens!r}: "
+      f"set data.special_tokens={saved!r}, or give the tokenizer that it was made from."
+    )
+  end = end_of_document or record.get("end_of_document") or _guess_end(description, eos_token, name)
+  try:
+    return HuggingFaceTokenizer(description, end, special_tokens or saved)
+  except ValueError as error:
+    raise ValueError(f"tokenizer {name}: {error}") from None
+
+
+def _is_bytes(description: Any) -> bool:
+  """Whether a file is the one that `save_tokenizer` writes for bytes, so that its ids need no lookup."""
+  model = description.get("model") if isinstance(description, dict) else None
+  if not isinstance(model, dict) or len(model.get("vocab") or ()) != ByteTokenizer.vocab_size:
+    return False
+  return canonical(description) == canonical(byte_level_bpe.describe_bytes())
+
+
+def _config(path: epath.Path) -> dict[str, Any]:
+  config = config_path(path)
+  return _read_json(config) if config.is_file() else {}
+
+
+def _file_in(folder: epath.Path) -> epath.Path:
+  if (folder / "tokenizer.json").is_file():
+    return folder / "tokenizer.json"
+  if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    return folder / "merges.txt"
+  names = sorted(path.name for path in folder.iterdir())
+  candidates = [name for name in names if name.endswith(".json") and "tokenizer" in name and "_config" not in name]
+  if len(candidates) != 1:
+    raise ValueError(
+      f"tokenizer folder {folder} has neither tokenizer.json nor vocab.json with merges.txt: "
+      f"name the file itself. It holds {', '.join(names) or 'nothing'}."
+    )
+  return folder / candidates[0]
+
+
+def _read_text(path: epath.Path) -> str:
+  """A text file, without the byte-order mark that some editors write."""
+  try:
+    return path.read_bytes().decode("utf-8-sig")
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"tokenizer file {path} cannot be read: {error}.") from None
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  text = _read_text(path)
+  try:
+    description = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"tokenizer file {path} is not JSON: {error}.") from None
+  if not isinstance(description, dict):
+    raise ValueError(f"tokenizer file {path} holds a {type(description).__name__}, not a tokenizer's description.")
+  return description
+
+
+def _vocab_and_merges(merges: epath.Path) -> dict[str, Any]:
+  """GPT-2's byte-level BPE with the vocabulary of two files in one folder."""
+  vocab = _read_json(merges.with_name("vocab.json"))
+  lines = [line for line in _read_text(merges).split("\n") if line.strip() and not line.startswith("#version")]
+  pairs = [line.rstrip("\r").split(" ") for line in lines]
+  for pair, line in zip(pairs, lines):
+    if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
+      raise ValueError(
+        f"tokenizer {merges.parent}: vocab.json and merges.txt do not fit: the merge {line!r} is not two "
+        "tokens of the vocabulary that make a third."
+      )
+  return byte_level_bpe.describe(vocab, pairs)
+
+
+def _from_hub(name: str) -> epath.Path:
+  import huggingface_hub
+
+  try:
+    return epath.Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
+  except Exception as error:  # No network, no such repository, a gate: the hub has many exceptions.
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise ValueError(
+      f"tokenizer {name!r} is no local file, and tokenizer.json could not be downloaded from the "
+      f"Hugging Face hub ({reason}): check the name, or give a local path."
+    ) from None
+
+
+def _guess_end(description: dict[str, Any], eos_token: Any, name: str) -> str:
+  model = description.get("model", {})
+  vocab = model.get("vocab", ()) if isinstance(model, dict) else ()
+  tokens = description.get("added_tokens") or ()
+  names = {token.get("content") for token in tokens if isinstance(token, dict)}
+  eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
+  for end in (*END_OF_DOCUMENT_NAMES, eos_token):
+    if end in names or (isinstance(vocab, dict) and end in vocab):
+      return end
+  raise ValueError(
+    f"tokenizer {name!r} has none of {', '.join(END_OF_DOCUMENT_NAMES)}: name the token that "
+    "ends a document after '#', as in PATH#TOKEN."
+  )
