@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tokenformer_jax.config import DataConfig
-from tokenformer_jax.data import check_same, open_data
+from tokenformer_jax.data import byte_level_bpe, check_same, open_data
 from tokenformer_jax.data.tokenizer import ByteTokenizer
 
 T = 8
@@ -52,7 +52,7 @@ def test_an_epoch_is_every_training_window_once(texts):
   assert sorted(rows.tolist()) == sorted(expected.tolist())
 
 
-def test_train_and_held_out_texts_are_all_the_documents_and_share_none(texts):
+def test_every_document_is_either_trained_on_or_held_out(texts):
   data = open_data(config_of(texts), seq_length=T)
 
   def documents(tokens):
@@ -75,7 +75,7 @@ def test_held_out_batches_are_the_same_at_every_call_and_for_every_seed(texts):
   assert len(list(data.held_out_batches(10**6))) == len(everything)
 
 
-def test_a_named_source_is_held_out_whole(texts, tmp_path_factory):
+def test_all_of_a_held_out_source_is_held_out(texts, tmp_path_factory):
   other = tmp_path_factory.mktemp("other")
   (other / "valid.txt").write_text("held out " * 20)
   data = open_data(config_of(texts, held_out_source=f"text:{other}/valid.txt"), seq_length=T)
@@ -177,13 +177,32 @@ def test_the_fingerprint_follows_content_and_settings_but_not_the_folder(texts, 
     check_same(before, fingerprint(moved))
 
 
-def test_a_given_tokenizer_goes_before_the_configs(texts):
+def test_a_given_tokenizer_replaces_the_configs(texts):
   data = open_data(config_of(texts, tokenizer="nowhere.json"), seq_length=T, tokenizer=ByteTokenizer())
   assert data.tokenizer.vocab_size == 257
   assert data.fingerprint["tokenizer"] == ByteTokenizer().fingerprint
 
 
-def test_the_default_is_pythons_own_library():
+def test_the_name_of_a_special_token_in_a_document_is_its_id_or_plain_text(texts, tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+  path.write_text(json.dumps(byte_level_bpe.train(["is the number"], 257)))
+  (texts / "0.txt").write_text("before <|endoftext|> after")
+
+  def data_of(special_tokens):
+    config = config_of(texts, tokenizer=f"{path}#<|endoftext|>", special_tokens=special_tokens)
+    return open_data(config, seq_length=T)
+
+  recognised, text = data_of("recognise"), data_of("text")
+  ends = [
+    np.sum(np.append(d.train_tokens(), d.held_out_tokens()) == d.tokenizer.end_of_document) for d in (recognised, text)
+  ]
+  assert ends == [61, 60]
+  assert data_of("recognise").fingerprint == recognised.fingerprint != text.fingerprint
+  with pytest.raises(ValueError, match="special_tokens='split': choose one of recognise, text"):
+    config_of(texts, special_tokens="split")
+
+
+def test_the_default_source_is_pythons_own_library():
   data = open_data(DataConfig(), seq_length=256)
   share = len(data.held_out_tokens()) / (len(data.held_out_tokens()) + len(data.train_tokens()))
   assert 0.01 < share < 0.12 and len(data.train_tokens()) > 5_000_000
@@ -203,7 +222,7 @@ def test_the_default_is_pythons_own_library():
     (dict(tokenizer="./nowhere.json"), "does not exist"),
   ],
 )
-def test_what_does_not_do_is_said_at_once(changes, words, texts):
+def test_mistakes_are_named_when_the_data_is_opened(changes, words, texts):
   with pytest.raises(ValueError, match=words):
     open_data(config_of(texts, **changes), seq_length=T, process_count=2)
 

@@ -6,9 +6,10 @@ import re
 from tokenformer_jax.config.validation import Checked, require, require_choice
 
 PACKINGS = ("contiguous", "documents")
+SPECIAL_TOKENS = ("recognise", "text")
 BAD_TEXTS = ("error", "replace", "skip")
 MAIN_HELD_OUT = "held_out"  # The name of the held-out text that every run has.
-_TAKEN_NAMES = (MAIN_HELD_OUT, "train", "growth")  # First parts of the names of other metrics.
+_TAKEN_NAMES = (MAIN_HELD_OUT, "train")  # What `Data.report` calls the other texts.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class DataConfig(Checked):
     held_out_sets: further held-out texts that are evaluated under their own names, `NAME=SPEC + NAME=SPEC`, as in
       `books=text:books/*.txt + code=text:src/*.py`; a part without a name continues the mixture of the set before it.
     tokenizer: what `tokenformer_jax.data.open_tokenizer` takes.
+    special_tokens: what the name of a special token, such as `<|endoftext|>`, means inside a document: its special id
+      (`recognise`), or plain text like any other (`text`). The tokenizer `bytes` has no such names.
     packing: how rows are made: windows over documents laid end to end (`contiguous`), or whole documents with attention
       inside each (`documents`).
     bad_text: what happens to text that cannot be read: it stops the run (`error`), bytes that are not UTF-8 become
@@ -36,6 +39,7 @@ class DataConfig(Checked):
   held_out_fraction: float = 0.05
   held_out_sets: str = ""
   tokenizer: str = "bytes"
+  special_tokens: str = "recognise"
   packing: str = "contiguous"
   bad_text: str = "error"
   batch_size: int = 16
@@ -45,6 +49,7 @@ class DataConfig(Checked):
     require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
     require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction, "must be between 0 and 1.")
     self.named_held_out_sources()
+    require_choice("special_tokens", self.special_tokens, SPECIAL_TOKENS)
     require_choice("packing", self.packing, PACKINGS)
     require_choice("bad_text", self.bad_text, BAD_TEXTS)
     require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
