@@ -20,6 +20,7 @@ from tokenformer_jax.training.state import abstract_model
 CASES = [
   ("exact", "l2_norm_gelu"),
   ("exact", "gelu_l2_norm"),
+  ("live", "l2_norm_gelu"),
   ("duplicate", "l2_norm_gelu"),
   ("duplicate", "gelu_l2_norm"),
   ("duplicate", "softmax"),

@@ -14,8 +14,10 @@ from tests import oracle, small_run
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax import data
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.growth.plan import leaves_by_path
-from tokenformer_jax.growth.shrink import most_used, shrink_tree, token_usage
+from tokenformer_jax.growth.layers import leaves_by_path
+from tokenformer_jax.growth.plan import counts_of, layers_of
+from tokenformer_jax.growth.shrink import Kept, most_used, shrink_tree
+from tokenformer_jax.growth.usage import Usage, token_usage
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.program import make_program
@@ -49,8 +51,8 @@ def test_use_is_the_mean_absolute_contribution(model, usage):
   x = oracle.layer_norm(np.asarray(model.embedding[...], np.float64)[ids])
   weights = oracle.weights(x @ query["keys"].T, "l2_norm_gelu", tau)
   contributions = [np.abs(weight) * np.linalg.norm(value) for weight, value in zip(weights.T, query["values"])]
-  np.testing.assert_allclose(usage["blocks/attention/query"][0], np.mean(contributions, axis=1), rtol=1e-5)
-  assert {path: use.shape for path, use in usage.items()} == {
+  np.testing.assert_allclose(usage["blocks/attention/query"].use[0], np.mean(contributions, axis=1), rtol=1e-5)
+  assert {path: one.use.shape for path, one in usage.items()} == {
     **{f"blocks/attention/{name}": (2, 8) for name in ("query", "key", "value", "proj")},
     "blocks/ffn": (2, 16),
   }
@@ -59,24 +61,22 @@ def test_use_is_the_mean_absolute_contribution(model, usage):
 def test_use_is_the_mean_over_positions_however_they_are_batched(model, usage):
   together = token_usage(model, [np.concatenate(BATCHES)])
   for path in usage:
-    np.testing.assert_allclose(together[path], usage[path], rtol=1e-5)
+    np.testing.assert_allclose(together[path].use, usage[path].use, rtol=1e-5)
+    np.testing.assert_allclose(together[path].mass, usage[path].mass, rtol=1e-5)
 
 
 def test_the_least_used_of_each_layer_go_and_the_others_keep_their_order(model, usage):
   smaller, report = tf.shrink(model, BATCHES, qkv_tokens=5, ffn_tokens=9)
   assert smaller.config == MODEL.grown(qkv_tokens=5, ffn_tokens=9)
   for layer in range(2):
-    use = usage["blocks/ffn"][layer]
+    use = usage["blocks/ffn"].use[layer]
     stay = use > np.sort(use)[6]
     for leaf in ("keys", "values"):
       np.testing.assert_array_equal(
         getattr(smaller.blocks.ffn, leaf)[...][layer], getattr(model.blocks.ffn, leaf)[...][layer][stay]
       )
-  small_run.assert_same(split(smaller)[2], split(model)[2])
   assert report.tokens["blocks/attention/proj"] == (8, 8, 0.0)
-  shares = [
-    1 - np.sort(use)[:, use.shape[1] - 5 :].sum() / use.sum() for path, use in usage.items() if path.endswith("key")
-  ]
+  shares = [1 - np.sort(one.use)[:, 3:].sum() / one.use.sum() for path, one in usage.items() if path.endswith("key")]
   assert report.tokens["blocks/attention/key"] == (8, 5, pytest.approx(shares[0]))
 
 
@@ -94,14 +94,14 @@ def test_the_reported_losses_are_those_of_the_two_models(model):
 
 
 def test_of_tokens_used_alike_the_newest_go_first():
-  kept = most_used(
-    {"blocks/ffn": np.array([[0.0, 2.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]])}, MODEL.grown(ffn_tokens=3)
-  )
-  assert kept["blocks/ffn"].tolist() == [[0, 1, 3], [0, 1, 2]]
+  use = np.array([[0.0, 2.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
+  layers = layers_of(MODEL.grown(ffn_tokens=5))
+  kept = most_used({"blocks/ffn": Usage(use, np.ones_like(use))}, layers, {"blocks/ffn": 3})
+  assert kept["blocks/ffn"].rows.tolist() == [[0, 1, 3], [0, 1, 2]]
 
 
 def test_births_that_differ_between_layers_become_the_latest():
-  kept = {"blocks/ffn": np.array([[0, 1], [0, 2]])}
+  kept = {"blocks/ffn": Kept(np.array([[0, 1], [0, 2]]), np.ones(2))}
   born = shrink_tree({"born": {"blocks": {"ffn": {"keys": jnp.array([0, 5, 7])}}}}, kept)
   assert leaves_by_path(born)["born/blocks/ffn/keys"].tolist() == [0, 7]
 
@@ -115,7 +115,9 @@ def test_untrained_growth_is_undone_to_the_bit(theta):
   graphdef, *_ = split(
     nnx.eval_shape(lambda: tf.LanguageModel(dataclasses.replace(GROWN, theta=theta), rngs=nnx.Rngs(0)))
   )
-  kept = most_used(token_usage(nnx.merge(graphdef, grown.params, grown.tau), BATCHES), config)
+  layers = layers_of(dataclasses.replace(GROWN, theta=theta))
+  usage = token_usage(nnx.merge(graphdef, grown.params, grown.tau), BATCHES)
+  kept = most_used(usage, layers, counts_of(layers, config))
   small_run.assert_same(shrink_tree(grown, kept), state)
 
 
@@ -163,7 +165,7 @@ def test_a_grown_work_folder_is_shrunk_back_to_what_it_was(tmp_path):
   [
     (BATCHES, dict(), "shrinking changes nothing: qkv_tokens=8, proj_tokens=8, ffn_tokens=16"),
     (BATCHES, dict(qkv_tokens=9, ffn_tokens=8), "qkv_tokens: 8 -> 9: shrinking cannot add rows"),
-    (BATCHES, dict(ffn_tokens=0), "ffn_tokens=0: must be at least 1"),
+    (BATCHES, dict(ffn_tokens=0), "ffn_tokens=0: must be a whole number of at least 1"),
     ([], dict(ffn_tokens=8), "batches: there are none"),
     ([np.zeros((2, 1), np.int32)], dict(ffn_tokens=8), r"batch \(2, 1\): expected token ids \[B, T\]"),
     ([np.full((2, 4), 264)], dict(ffn_tokens=8), "ids from 264 to 264; expected 0 to 263"),

@@ -1,4 +1,4 @@
-"""Leaves of a checkpoint read, changed and written in slices, so that a model larger than memory can grow.
+"""Reads, changes and writes the leaves of a checkpoint in slices, so that a model larger than memory can grow.
 
 Orbax still writes the checkpoint, its metadata and its commit; only its handling of a leaf is replaced.
 """
@@ -7,7 +7,7 @@ import collections
 import ctypes
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,20 +15,20 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from tokenformer_jax.growth.grow import grow_leaf, leaf_key
+from tokenformer_jax.growth.grow import check_leaf_rank, grow_leaf, leaf_key
 from tokenformer_jax.growth.plan import LeafPlan, NewRows
-from tokenformer_jax.growth.shrink import Kept, rows_kept, shrink_leaf
+from tokenformer_jax.growth.shrink import Kept, kept_of, shrink_leaf
 
-# Slices are as large as stay below, and as much may wait to be written.
+# A slice is at most this large, and slices of this size in all may wait to be written.
 SLICE_BYTES = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafStream:
-  """An array that need not be in memory as a whole.
+  """An array that need not be in memory completely.
 
   Attributes:
-    rows: entries of the first axis that are read at a time, so that no part of a file is read twice.
+    rows: how many entries of the first axis a read should take at a time, so that no part of a file is read twice.
     read: `(start, stop) -> array[start:stop]`; of a scalar `(0, 1) -> array`.
   """
 
@@ -42,7 +42,7 @@ class LeafStream:
     return math.prod(self.shape) * self.dtype.itemsize
 
   def slices(self) -> list[tuple[int, int]]:
-    """The (start, stop) to read, of equal length where that can be."""
+    """The (start, stop) of each read, of equal length where possible."""
     length = self.shape[0] if self.shape else 1
     pieces = -(-length // self.rows)
     most = max(SLICE_BYTES * pieces // max(self.nbytes, 1), 1)
@@ -51,26 +51,30 @@ class LeafStream:
 
 
 def grown(leaf: LeafStream, plan: LeafPlan, seed: int, step: int) -> LeafStream:
-  """The leaf that `grow_state` would make, a slice at a time, on the host."""
+  """The leaf that `grow_state` would make, computed on the host a slice at a time."""
   if plan.new_rows is NewRows.NONE:
     return leaf
   nameless = dataclasses.replace(plan, path="")  # Leaves of one shape share a program.
 
   def grow(old: np.ndarray, first_layer: int) -> np.ndarray:
+    if plan.new_rows is NewRows.LIVE:
+      check_leaf_rank(old, plan)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
       return np.asarray(_grow_slice(old, nameless, leaf_key(plan, seed), np.int32(step), np.int32(first_layer)))
 
-  if plan.axis == 0:  # Rows' births, which have no layers.
+  if plan.axis == 0:  # Births of rows have no layer axis.
     return LeafStream(plan.new_shape, leaf.dtype, plan.new_shape[0], lambda *_: grow(leaf.read(0, leaf.shape[0]), 0))
   return LeafStream(plan.new_shape, leaf.dtype, leaf.rows, lambda start, stop: grow(leaf.read(start, stop), start))
 
 
-def shrunk(path: str, leaf: LeafStream, kept: Kept) -> LeafStream:
+def shrunk(path: str, leaf: LeafStream, kept: Mapping[str, Kept]) -> LeafStream:
   """The leaf that `shrink_leaf` would make, a slice at a time."""
-  rows = rows_kept(path, kept)
-  if rows is None:
+  one = kept_of(path, kept)
+  if one is None:
     return leaf
-  count = rows.shape[1]
+  if path.startswith("tau/"):
+    return dataclasses.replace(leaf, read=lambda start, stop: shrink_leaf(path, leaf.read(start, stop), kept, start))
+  count = one.rows.shape[-1]
   if len(leaf.shape) == 1:
     return LeafStream((count,), leaf.dtype, count, lambda *_: shrink_leaf(path, leaf.read(0, leaf.shape[0]), kept))
   return LeafStream(
@@ -85,13 +89,13 @@ _grow_slice = jax.jit(grow_leaf, static_argnums=1)
 
 
 def save_args(leaf: jax.Array | LeafStream) -> ocp.SaveArgs:
-  """How a leaf is cut into chunks on disk: a large stacked one by its layers, for slices to be read alone."""
+  """How a leaf is cut into chunks on disk: a large stacked one by its layers, so that slices can be read alone."""
   stacked = len(leaf.shape) >= 3 and leaf.nbytes > SLICE_BYTES
   return ocp.SaveArgs(shard_axes=(0,) if stacked else ())
 
 
 def stream_handler(written: Callable[[str], None] = lambda name: None) -> ocp.PyTreeCheckpointHandler:
-  """Restores trees of `LeafStream`s, still open files, and saves such trees leaf by leaf.
+  """A handler that restores trees of `LeafStream`s, whose files stay open, and saves such trees leaf by leaf.
 
   Args:
     written: called after each leaf is on disk, with its name.
@@ -107,7 +111,7 @@ class _LeafHandler(type_handlers.TypeHandler):
     self._written = written
 
   def typestr(self) -> str:
-    return "jax.Array"  # What else they are restored as.
+    return "jax.Array"  # Other handlers restore them as arrays.
 
   async def metadata(self, infos):
     return await type_handlers.NumpyHandler().metadata(infos)
@@ -126,9 +130,10 @@ class _LeafHandler(type_handlers.TypeHandler):
 
 
 def keep_little_freed_memory() -> None:
-  """Has this process return what it frees.
+  """Makes this process return freed memory to the system.
 
-  glibc keeps freed memory for the thread that freed it, and tensorstore's and XLA's many threads all free slices.
+  glibc keeps freed memory in an arena of the thread that freed it, and the many threads of tensorstore and XLA all free
+  slices.
   """
   libc = ctypes.CDLL(None)
   if hasattr(libc, "mallopt"):
@@ -142,7 +147,7 @@ async def _open(info: type_handlers.ParamInfo) -> LeafStream:
   def read(start: int, stop: int) -> np.ndarray:
     try:
       return (store[start:stop] if store.rank else store).read().result()
-    except ValueError as error:  # tensorstore's word for missing and damaged files.
+    except ValueError as error:  # tensorstore raises it for missing and for damaged files.
       raise ValueError(f"{info.parent_dir}: {info.name} cannot be read; choose another checkpoint. {error}") from None
 
   rows = store.chunk_layout.read_chunk.shape[0] if store.rank else 1

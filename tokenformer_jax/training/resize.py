@@ -20,7 +20,7 @@ from tokenformer_jax import data
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh
-from tokenformer_jax.growth.plan import path_name, plan_growth
+from tokenformer_jax.growth.plan import counts_of, layers_of, path_name, plan_growth
 from tokenformer_jax.growth.report import GrowthReport
 from tokenformer_jax.growth.shrink import ShrinkReport, check_shrink, least_used
 from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory, shrunk
@@ -89,7 +89,8 @@ def shrink_run(
   text = data.open_data(config.data, seq_length=model.seq_length)
   count = config.training.eval_batches
   usage_on, loss_on = itertools.islice(text.train_batches(), count), text.held_out_batches(count)
-  rows, report = least_used(load(workdir, source.step), model, usage_on, loss_on)
+  counts = counts_of(layers_of(source.model), model)
+  rows, report = least_used(load(workdir, source.step), counts, usage_on, loss_on)
   source.write(output, config, lambda path, leaf: shrunk(path, leaf, rows))
   return report
 
@@ -133,7 +134,7 @@ class Source:
     try:
       unfinished.mkdir(parents=True)
       (unfinished / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
-      (user_path(self._workdir) / TOKENIZER).copy(unfinished / TOKENIZER)
+      data.save_tokenizer(load_tokenizer(self._workdir), unfinished / TOKENIZER)
       with tqdm.tqdm(total=len(jax.tree.leaves(state)), unit="leaf", dynamic_ncols=True, file=sys.stderr) as progress:
         target = CheckpointStreams(str(unfinished), lambda name: progress.update())
         target.save(
