@@ -3,11 +3,15 @@
 import os
 import pathlib
 
-# Read by jax when it is imported, here and in the processes that tests start.
+# JAX reads these when it is imported, here and in the processes that tests start.
 _ROOT = pathlib.Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# LLVM without optimisations compiles these small programs in half the time. Set XLA_FLAGS=--xla_backend_optimization_level=3
+# to test the code that users run; `.ci/run` does so on its newest Python.
+if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
