@@ -16,7 +16,7 @@ TEXTS = [f"{i} is the number of this tfds document. " * 3 for i in range(40)]
 
 
 class LocalBooks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A data set that is found by its files alone, as one that another program made."""
+  """A data set that is found by its files alone, like one that another program made."""
 
   VERSION = tfds.core.Version("1.0.0")
 
@@ -78,7 +78,7 @@ def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
 @pytest.mark.parametrize(
   "rest, words",
   [
-    ("local_boks#text", r"no data set 'local_boks'.*Did you mean 'local_books'\?"),
+    ("local_boks#text", r"has a data set 'local_boks'\..*Did you mean 'local_books'\?"),
     ("local_books:2.0.0#text", "other versions or configs of 'local_books': 1.0.0"),
     ("local_books/large#text", "other versions or configs of 'local_books': 1.0.0"),
     ("local_books@valid#text", "split 'valid' cannot be read .* it has train, test"),
@@ -87,13 +87,13 @@ def test_a_tfds_data_set_becomes_batches_without_tensorflow(tfds_folder):
     ("local_books#txet", "Did you mean 'text'"),
   ],
 )
-def test_tfds_mistakes(rest, words, tfds_folder):
+def test_tfds_errors_name_the_mistake_and_what_exists(rest, words, tfds_folder):
   with pytest.raises(ValueError, match=words) as error:
     tfds_documents(rest)
   assert "\n" not in str(error.value)
 
 
-def test_data_sets_that_cannot_be_made_here_say_why(tfds_folder, monkeypatch):
+def test_the_reason_is_named_if_a_data_set_cannot_be_made(tfds_folder, monkeypatch):
   class Catalogue:
     def __init__(self, error):
       self._error = error
@@ -118,9 +118,10 @@ def test_data_sets_that_cannot_be_made_here_say_why(tfds_folder, monkeypatch):
       tfds_documents("local_books#text")
 
 
-@pytest.mark.filterwarnings("ignore")  # The package's own, which change from version to version.
-def test_huggingface_data_sets(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore")  # Warnings of the package itself, which change from version to version.
+def test_huggingface_data_sets_in_folders(tmp_path, monkeypatch):
   monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setenv("HOME", str(tmp_path))
   datasets = pytest.importorskip("datasets", reason="the package `datasets` is not installed")
   files = tmp_path / "files"
   files.mkdir()
@@ -128,8 +129,8 @@ def test_huggingface_data_sets(tmp_path, monkeypatch):
     lines = [json.dumps({"text": text, "n": i}) for i, text in enumerate(texts)]
     (files / f"{split}.jsonl").write_text("\n".join(lines))
   datasets.load_dataset(str(files)).save_to_disk(str(tmp_path / "saved"))
-  for folder in (files, tmp_path / "saved"):
-    assert read(huggingface_documents(str(folder))) == TEXTS
+  for folder in ("~/files", "~/saved"):
+    assert read(huggingface_documents(folder)) == TEXTS
     assert read(huggingface_documents(f"{folder}@test#text")) == TEXTS[:4]
     with pytest.raises(ValueError, match="no field 'body'; it has text, n"):
       huggingface_documents(f"{folder}#body")
@@ -139,7 +140,7 @@ def test_huggingface_data_sets(tmp_path, monkeypatch):
       read(huggingface_documents(f"{folder}#n"))
 
 
-def test_huggingface_data_sets_without_the_package(monkeypatch):
+def test_the_missing_package_for_huggingface_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
   with pytest.raises(ValueError, match="huggingface:books: pip install datasets"):
     huggingface_documents("books")

@@ -23,7 +23,7 @@ def documents_of(part):
 
 
 @pytest.mark.parametrize("batch_characters", [1, 7, 10**6])
-def test_documents_lie_end_to_end_with_an_end_after_each(batch_characters, monkeypatch):
+def test_documents_are_laid_end_to_end_with_an_end_id_after_each(batch_characters, monkeypatch):
   monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", batch_characters)
   corpus = tokenize(source(["one", "zwölf", "3"]), ByteTokenizer())
   assert corpus.tokens.tolist() == [*b"one", 256, *"zwölf".encode(), 256, *b"3", 256]
@@ -32,7 +32,7 @@ def test_documents_lie_end_to_end_with_an_end_after_each(batch_characters, monke
   assert (corpus.identity["documents"], corpus.identity["bytes"]) == (3, 10)
 
 
-def test_identity_is_the_text_and_the_files_names_alone():
+def test_identity_depends_on_the_text_and_the_names_of_the_files_only():
   def sha(texts, name):
     return tokenize(source(texts, name), ByteTokenizer()).identity["sha256"]
 
@@ -50,7 +50,7 @@ def test_a_source_without_text_is_refused():
     tokenize(source([]), ByteTokenizer())
 
 
-def test_a_document_is_held_out_whatever_else_is_in_the_corpus():
+def test_whether_a_document_is_held_out_does_not_depend_on_the_others():
   texts = [f"{i} is the number of this text" for i in range(400)]
 
   def held_out(texts):
@@ -65,13 +65,13 @@ def test_a_document_is_held_out_whatever_else_is_in_the_corpus():
   assert held_out(texts[:200]) == everything & set(documents_of(some))
 
 
-def test_equal_documents_are_on_one_side():
+def test_equal_documents_are_in_the_same_part():
   train, held = split(tokenize(source([f"{i % 40} again" for i in range(400)]), ByteTokenizer()), 0.3)
   assert documents_of(held) and not set(documents_of(train)) & set(documents_of(held))
 
 
 @pytest.mark.parametrize("fraction, sizes", [(1e-9, (2, 1)), (1 - 1e-9, (1, 2))])
-def test_both_sides_get_a_document_where_hashes_would_give_none(fraction, sizes):
+def test_both_parts_get_a_document_even_if_hashes_would_give_none(fraction, sizes):
   train, held = split(corpus_of([5, 6, 7]), fraction)
   assert (len(train.documents), len(held.documents)) == sizes
 

@@ -56,14 +56,14 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted(tmp_path):
   assert (bad.replaced, bad.skipped) == (2, 0)
 
 
-def test_documents_that_are_not_utf8_are_left_out_and_counted(tmp_path):
+def test_documents_that_are_not_utf8_are_skipped_and_counted(tmp_path):
   (tmp_path / "a.txt").write_bytes(BAD)
   documents, bad = read(text_files(f"{tmp_path}/a.txt#<m>"), "skip")
   assert [d.text for d in documents] == ["good\n", "also good\n"]
   assert (bad.replaced, bad.skipped) == (0, 1)
 
 
-def test_no_match_and_empty_files(tmp_path):
+def test_globs_without_a_match_and_empty_files_are_refused(tmp_path):
   with pytest.raises(ValueError, match=re.escape(f"no file matches '{tmp_path}/*.txt'")):
     text_files(f"{tmp_path}/*.txt")
   (tmp_path / "a.txt").write_text("a")
@@ -128,7 +128,7 @@ def test_jsonl_takes_one_field_of_every_line(tmp_path):
     (b'{"text": "a\\ud800"}', r"line 2 \(byte 14\): field 'text' is not Unicode at character 1"),
   ],
 )
-def test_jsonl_lines_that_are_bad(line, words, tmp_path):
+def test_bad_json_lines_are_named_or_left_out(line, words, tmp_path):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
   with pytest.raises(ValueError, match=words) as error:
     read(jsonl_files(f"{tmp_path}/a.jsonl#text"))
@@ -143,6 +143,6 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path):
   assert ([d.text for d in documents], bad.replaced) == (["a\ufffdb\U0001f642\ufffd"], 1)
 
 
-def test_jsonl_wants_a_field(tmp_path):
+def test_jsonl_sources_must_name_a_field(tmp_path):
   with pytest.raises(ValueError, match="name the field"):
     jsonl_files(f"{tmp_path}/a.jsonl")

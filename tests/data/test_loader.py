@@ -81,7 +81,7 @@ def test_resumed_equals_uninterrupted_on_any_number_of_processes(processes):
 
 
 @pytest.mark.parametrize("state", [None, {}, {"next_batch": -1}, {"next_batch": 1.5}, {"next_index": 3}, 3])
-def test_states_of_something_else_are_refused(state):
+def test_states_that_are_no_position_are_refused(state):
   with pytest.raises(ValueError, match="data position"):
     iterator([Rows(3)]).set_state(state)
 
@@ -105,7 +105,7 @@ def test_held_out_rows_come_once_in_an_order_of_their_own():
   assert len(set(rows)) == len(rows) == 20
 
 
-def test_a_row_that_fails_fails_again_and_is_never_passed_over():
+def test_a_row_that_fails_is_read_again_and_never_skipped():
   packer = Rows(8, broken=3)
   broken = iterator([packer], batch_size=1)
   rows = []

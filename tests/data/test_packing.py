@@ -23,7 +23,7 @@ def test_contiguous_windows_predict_every_id_but_the_first_and_the_tail(tokens, 
 
 def packed(lengths):
   corpus = corpus_of(lengths)
-  corpus.tokens = np.arange(len(corpus.tokens), dtype=np.uint32)  # So that an id tells its place.
+  corpus.tokens = np.arange(len(corpus.tokens), dtype=np.uint32)  # Each id is its own position.
   packer = PackedDocuments(Part(corpus), T, padding_id=7)
   return corpus, packer, [packer.row(i) for i in range(len(packer))]
 
@@ -31,7 +31,7 @@ def packed(lengths):
 LENGTHS = [1, 2, 17, 18, 33, 40, *np.random.default_rng(3).integers(1, 30, 200)]
 
 
-def test_every_pair_inside_a_document_comes_once_and_none_across():
+def test_every_pair_inside_a_document_occurs_once_and_no_pair_spans_two():
   corpus, packer, rows = packed(LENGTHS)
   pairs = sorted((i, label) for row in rows for i, label, weight in zip(row.inputs, row.labels, row.weights) if weight)
   last = set((corpus.ends - 1).tolist())
@@ -52,7 +52,7 @@ def test_segments_are_stretches_of_one_document_with_positions_from_zero():
       assert len(set(np.searchsorted(corpus.ends, inputs, side="right"))) == 1
 
 
-def test_documents_that_fit_into_a_row_are_whole():
+def test_documents_are_cut_only_if_they_do_not_fit_into_a_row():
   corpus, _, rows = packed(LENGTHS)
   places = {}
   for number, row in enumerate(rows):
@@ -70,7 +70,7 @@ def test_padding_is_one_segment_of_valid_ids_without_weight():
   assert (row.weights.dtype, row.segments.dtype, row.positions.dtype) == (np.float32, np.int32, np.int32)
 
 
-def test_best_fit_fills_no_row_beyond_its_size_and_wastes_little():
+def test_best_fit_never_exceeds_the_size_of_a_row_and_wastes_little():
   lengths = np.random.default_rng(0).integers(1, 101, 5000)
   rows = best_fit(lengths, 100)
   fill = np.bincount(rows, weights=lengths)

@@ -16,7 +16,7 @@ MARKER = "<|endoftext|>"
   "split, tokens", [pytest.param("train", 13_054_574, marks=pytest.mark.slow), ("valid", 651_370), ("test", 943_563)]
 )
 def test_neox_counts_of_the_novels_are_those_of_their_readme(split, tokens, data_folder):
-  """They were counted in pieces of 100,000 characters of what lies between markers, markers not counted."""
+  """The README counts pieces of 100,000 characters of the text between markers, without the markers."""
   tokenizer = open_tokenizer(str(data_folder / "tokenizers" / "gpt_neox_20b"))
   text = gzip.decompress((data_folder / "english_novels" / f"{split}.txt.gz").read_bytes()).decode()
   pieces = [book[i : i + 100_000] for book in text.split(MARKER) for i in range(0, len(book), 100_000)]
@@ -25,8 +25,8 @@ def test_neox_counts_of_the_novels_are_those_of_their_readme(split, tokens, data
   assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_document) == (50277, 50304, 0)
 
 
-def test_prepared_novels_are_whole_books_with_an_end_after_each(data_folder, tmp_path):
-  """Four books; 651,347 ids without cuts inside them and without the line ends behind markers."""
+def test_prepared_novels_are_whole_books_with_an_end_id_after_each(data_folder, tmp_path):
+  """Four books have 651,347 ids if they are not cut and the line ends after markers are left out."""
   tokenizer = open_tokenizer(str(data_folder / "tokenizers" / "gpt_neox_20b"))
   source = text_files(f"{data_folder}/english_novels/valid.txt.gz#{MARKER}")
   manifest = prepare(source, tokenizer, tmp_path / "novels")
@@ -45,7 +45,7 @@ def test_vocab_and_merges_give_the_text_back(name, data_folder):
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
   if name == "gpt2":
-    assert abs(len(ids) - 338_032) <= 15  # Its README's count, made in pieces.
+    assert abs(len(ids) - 338_032) <= 15  # The README's count was made in pieces.
 
 
 def test_one_real_file_trains_and_its_tail_is_held_out(data_folder):

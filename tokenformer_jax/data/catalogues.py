@@ -1,4 +1,4 @@
-"""Text from catalogues of data sets: tensorflow-datasets, without TensorFlow, and Hugging Face datasets."""
+"""Text from catalogues of data sets: tensorflow-datasets (read without TensorFlow) and Hugging Face datasets."""
 
 import os
 import re
@@ -11,8 +11,12 @@ from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 def tfds_documents(rest: str) -> DocumentSource:
   """`NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]`, read through tensorflow-datasets' `data_source`.
 
-  The split is `train` if not given, and may be a slice such as `train[:10%]`; the feature is the
-  only text feature if not given. Data sets lie in TFDS_DATA_DIR, or in ~/tensorflow_datasets.
+  The split is `train` by default and may be a slice such as `train[:10%]`. The feature may be left out if the data set
+  has only one text feature. Data sets are in the folder TFDS_DATA_DIR, by default ~/tensorflow_datasets; a data set that
+  is not there is downloaded and written as array_record files.
+
+  Raises:
+    ValueError: the package, the data set, the split or the feature is missing, or the data set cannot be made.
   """
   spec = f"tfds:{rest}"
   name, split, feature = re.fullmatch(r"([^@#]*)(?:@([^#]*))?(?:#(.*))?", rest).groups()
@@ -20,7 +24,9 @@ def tfds_documents(rest: str) -> DocumentSource:
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
-    raise ValueError(f"source {spec}: {error}; pip install tensorflow-datasets importlib_resources.") from None
+    raise ValueError(
+      f"source {spec}: {_first_line(error)}; pip install tensorflow-datasets importlib_resources."
+    ) from None
   builder = _tfds_builder(tfds, name, spec)
   feature = _text_feature(tfds, builder.info.features, feature, spec)
   try:
@@ -41,7 +47,7 @@ def tfds_documents(rest: str) -> DocumentSource:
 
 
 def _tfds_builder(tfds, name: str, spec: str):
-  """The builder, its data prepared; what is not on disk yet is downloaded and written as array_record."""
+  """The builder of a data set whose files exist, if need be after downloading it."""
   data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
   try:
     builder = tfds.builder(name, data_dir=data_dir)
@@ -50,13 +56,13 @@ def _tfds_builder(tfds, name: str, spec: str):
     local = _listdir(data_dir)
     if base in local:
       raise ValueError(
-        f"source {spec}: {data_dir} (TFDS_DATA_DIR) holds other versions or configs of "
-        f"{base!r}: {', '.join(_listdir(os.path.join(data_dir, base)))}."
+        f"source {spec}: {data_dir} (TFDS_DATA_DIR) has other versions or configs of {base!r}: "
+        f"{', '.join(_listdir(os.path.join(data_dir, base)))}."
       ) from None
     known = tfds.list_builders(with_community_datasets=False) + local
     raise ValueError(
-      f"source {spec}: tensorflow-datasets has no data set {base!r}, nor is one in {data_dir} "
-      f"(TFDS_DATA_DIR).{nearest(base, known)}"
+      f"source {spec}: neither tensorflow-datasets nor the folder {data_dir} (TFDS_DATA_DIR) has a data set "
+      f"{base!r}.{nearest(base, known)}"
     ) from None
   except (ValueError, AssertionError) as error:
     raise ValueError(f"source {spec}: {_first_line(error)}.") from None
@@ -68,14 +74,14 @@ def _tfds_builder(tfds, name: str, spec: str):
     return builder
   except ImportError as error:
     raise ValueError(
-      f"source {spec}: making this data set needs a package that is not installed "
-      f"({_first_line(error)}): install it (tensorflow, for most), make the data set once "
-      "with file_format='array_record', and read it without."
+      f"source {spec}: making this data set takes a package that is not installed ({_first_line(error)}): install it "
+      "(tensorflow for most data sets) and make the data set once with file_format='array_record'; reading it does not "
+      "take the package."
     ) from None
-  except Exception as error:  # Downloads fail in as many ways as there are data sets.
+  except Exception as error:  # Every data set has its own ways to fail.
     raise ValueError(
-      f"source {spec}: it is not in {builder.data_dir}, and could not be made there "
-      f"({type(error).__name__}: {_first_line(error)})."
+      f"source {spec}: it is not in {builder.data_dir} and could not be made there ({type(error).__name__}: "
+      f"{_first_line(error)})."
     ) from None
 
 
@@ -84,11 +90,12 @@ def _listdir(folder: str) -> list[str]:
 
 
 def _text_feature(tfds, features, name: str | None, spec: str) -> str:
+  """The name of the feature to read: the given one, or the only text feature."""
   texts = [key for key, value in sorted(features.items()) if isinstance(value, tfds.features.Text)]
-  if name is None and len(texts) == 1:
+  if not name and len(texts) == 1:
     return texts[0]
   if name not in texts:
-    problem = "name one of its text features" if name is None else f"{name!r} is not one of its text features"
+    problem = f"{name!r} is not one of its text features" if name else "name one of its text features"
     raise ValueError(
       f"source {spec}: {problem} after '#': {', '.join(texts) or 'it has none'} "
       f"(features: {', '.join(sorted(features))}).{nearest(name, texts) if name else ''}"
@@ -97,7 +104,14 @@ def _text_feature(tfds, features, name: str | None, spec: str) -> str:
 
 
 def huggingface_documents(rest: str) -> DocumentSource:
-  """`NAME[,CONFIG][@SPLIT][#FIELD]` through `datasets`; NAME may be a folder of files or `save_to_disk`."""
+  """`NAME[,CONFIG][@SPLIT][#FIELD]`, read through the package `datasets`.
+
+  NAME is a name on the Hugging Face hub, or a folder of data files or of `save_to_disk`. The split is `train` and the
+  field `text` by default.
+
+  Raises:
+    ValueError: the package is missing, or `datasets` finds no such data set, split or field.
+  """
   spec = f"huggingface:{rest}"
   name, config, split, field = re.fullmatch(r"([^,@#]*)(?:,([^@#]*))?(?:@([^#]*))?(?:#(.*))?", rest).groups()
   split, field = split or "train", field or "text"
@@ -107,12 +121,13 @@ def huggingface_documents(rest: str) -> DocumentSource:
     raise ValueError(f"source {spec}: pip install datasets.") from None
   try:
     folder = os.path.expanduser(name)
+    name = folder if os.path.isdir(folder) else name
     if any(os.path.isfile(os.path.join(folder, file)) for file in ("dataset_dict.json", "state.json")):
       records = datasets.load_from_disk(folder)
       records = records[split] if isinstance(records, datasets.DatasetDict) else records
     else:
       records = datasets.load_dataset(name, config, split=split)
-  except Exception as error:  # No network, no such name, split or config: the package has many exceptions.
+  except Exception as error:  # The package has many exceptions: no network, no such name, split or config.
     raise ValueError(
       f"source {spec}: {type(error).__name__}: {_first_line(error)}; check its name, config and split {split!r}."
     ) from None

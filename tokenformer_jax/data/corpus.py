@@ -1,4 +1,4 @@
-"""Token ids of many documents, in memory or in mapped files, and the parts of them that are held out."""
+"""Corpora: the token ids of many documents, in memory or in mapped files, split into training and held-out parts."""
 
 import collections
 import concurrent.futures
@@ -11,36 +11,36 @@ import tqdm
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 from tokenformer_jax.data.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 4_000_000  # Of text given to the tokenizer at once; bounds its memory to some 100 MB.
+BATCH_CHARACTERS = 4_000_000  # Of text that the tokenizer gets at once; this bounds its memory to some 100 MB.
 
 
 class Corpus:
-  """Documents as token ids, one after the other, each with its end-of-document id.
+  """Documents as token ids, one after the other, each followed by the end-of-document id.
 
   Attributes:
     tokens: [n] unsigned integers, in memory or mapped.
-    ends: [documents] int64, where each document ends in `tokens`; rising, the last one is n.
+    ends: [documents] int64, where each document ends in `tokens`; increasing, the last one is n.
     keys: [documents] uint64, a hash of each document, which decides whether it is held out.
-    identity: what was read: JSON-able, equal for equal text wherever it lies.
-    name: for errors and reports.
+    identity: JSON-able; what was read, equal for equal text in whatever folder it is.
+    name: the name in errors and reports.
   """
 
   def __init__(self, tokens: np.ndarray, ends: np.ndarray, keys: np.ndarray, identity: dict, name: str):
     self.tokens, self.ends, self.keys, self.identity, self.name = tokens, ends, keys, identity, name
 
   def read(self, start: int, end: int) -> np.ndarray:
-    """`tokens[start:end]`, checked where they come from a file."""
+    """[end − start] unsigned integers, `tokens[start:end]`; subclasses for files check them."""
     return self.tokens[start:end]
 
 
 def key_hash(key: str | bytes) -> int:
-  """64 bits of a document's key."""
+  """A hash of a document's key, from 0 to 2⁶⁴ − 1."""
   raw = key if isinstance(key, bytes) else key.encode("utf-8", errors="surrogateescape")
   return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
 def batches_of_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
-  """Lists of documents with about BATCH_CHARACTERS in each."""
+  """Lists of documents with about BATCH_CHARACTERS characters in each."""
   batch, size = [], 0
   for document in documents:
     batch.append(document)
@@ -53,7 +53,7 @@ def batches_of_documents(documents: Iterable[Document]) -> Iterator[list[Documen
 
 
 def encoded_batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list, list]]:
-  """(documents, their ids [n] each) in order; two batches at once, so that no core waits for another."""
+  """(documents, the ids [n] of each) in order; two batches are encoded at once, so that no core waits for another."""
 
   def encode(batch: list[Document]):
     return batch, tokenizer.encode_documents([document.text for document in batch])
@@ -69,7 +69,16 @@ def encoded_batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iter
 
 
 def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "error") -> Corpus:
-  """Reads and tokenizes a whole source into memory."""
+  """Reads and tokenizes a whole source into memory.
+
+  Args:
+    source: the documents.
+    tokenizer: the tokenizer.
+    bad_text: what happens to text that cannot be read, see `BadText`.
+
+  Raises:
+    ValueError: the source has no text, or text that cannot be read.
+  """
   bad, digest = BadText(bad_text), hashlib.sha256()
   pieces, lengths, keys, size = [], [], [], 0
   end = np.array([tokenizer.end_of_document], tokenizer.dtype)
@@ -85,7 +94,7 @@ def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "erro
     bar.update(size - before)
   bar.close()
   if not lengths:
-    raise ValueError(f"source {source.name} holds no text: check what it names.")
+    raise ValueError(f"source {source.name} holds no text: check the files or the data set that it names.")
   bad.report(source.name)
   identity = dict(
     documents=len(lengths), bytes=size, sha256=digest.hexdigest(), replaced=bad.replaced, skipped=bad.skipped
@@ -103,11 +112,19 @@ def update_digest(digest, document: Document) -> int:
 
 
 def split(corpus: Corpus, fraction: float) -> tuple["Part", "Part"]:
-  """(train, held out): documents whose hash lies in the lowest `fraction` of all hashes are held out.
+  """Splits a corpus into a training part and a held-out part.
 
-  So a document stays on its side whatever else is in the corpus, and equal texts are on one side.
-  Where no hash is that low (or all are), the document with the lowest hash is held out (or the one
-  with the highest is kept); a corpus of a single document is cut, and its tail is held out.
+  A document is held out if its hash is in the lowest `fraction` of all possible hashes. A document therefore stays in
+  its part when others join the corpus, and equal texts are in the same part. If no hash is that low, the document with
+  the lowest one is held out; if all are, the document with the highest one is trained on. A corpus of a single document
+  is cut, and its tail is held out.
+
+  Args:
+    corpus: the corpus.
+    fraction: the expected fraction of the documents that is held out, between 0 and 1.
+
+  Returns:
+    (training part, held-out part).
   """
   if len(corpus.ends) == 1:
     cut = int(len(corpus.tokens) * (1 - fraction))
@@ -124,14 +141,17 @@ def split(corpus: Corpus, fraction: float) -> tuple["Part", "Part"]:
 
 
 class Part:
-  """Chosen documents of a corpus, as if they were one array.
+  """Some documents of a corpus, readable as if they were one array.
+
+  Args:
+    corpus: the corpus.
+    chosen: [documents] bool, which documents; None takes all of them, without finding out where they end.
 
   Attributes:
-    corpus: the corpus that they belong to.
+    corpus: the corpus.
   """
 
   def __init__(self, corpus: Corpus, chosen: np.ndarray | None = None):
-    """`chosen` [documents] bool; None takes all, without a look at where they end."""
     self.corpus, self._chosen = corpus, chosen
     if chosen is None:
       self._spans = np.array([[0, len(corpus.tokens)]])
@@ -141,6 +161,7 @@ class Part:
     self._ends = np.cumsum(self._spans[:, 1] - self._spans[:, 0])
 
   def __len__(self):
+    """The number of ids."""
     return int(self._ends[-1]) if len(self._ends) else 0
 
   @property
@@ -150,7 +171,7 @@ class Part:
     return bounds if self._chosen is None else bounds[self._chosen]
 
   def read(self, start: int, length: int) -> np.ndarray:
-    """Ids [length] `start` … `start + length − 1` of the chosen documents laid end to end, in their dtype."""
+    """[length] unsigned integers, the ids from `start` on of the chosen documents laid end to end."""
     span = int(np.searchsorted(self._ends, start, side="right"))
     pieces = []
     while length:

@@ -1,4 +1,4 @@
-"""Packers: from documents of token ids to model inputs. A packer has a length and gives row i on its own."""
+"""Packers make model inputs of documents. A packer has a length and computes any row without the others."""
 
 from typing import NamedTuple, Protocol
 
@@ -11,11 +11,11 @@ class Batch(NamedTuple):
   """Rows of model inputs: [B, T] in a batch, [T] in one row.
 
   Attributes:
-    inputs: int32 ids.
+    inputs: int32, the ids.
     labels: int32, the id that follows each input; always inside the vocabulary.
-    positions: int32, restarting at 0 with every segment; None means 0 … T − 1.
-    segments: int32, attention stays among equal numbers; 0 is padding; None means one segment.
-    weights: float32, 1 where the label counts in the loss and 0 where not; None means 1 everywhere.
+    positions: int32, counted from 0 in every segment; None means 0 … T − 1.
+    segments: int32, attention is restricted to equal numbers; 0 is padding; None means one segment.
+    weights: float32, 1 where the label counts in the loss and 0 elsewhere; None means 1 everywhere.
   """
 
   inputs: np.ndarray
@@ -26,20 +26,24 @@ class Batch(NamedTuple):
 
 
 class Packer(Protocol):
-  """What the loader needs of a source of model inputs, of text or of anything else."""
+  """What the loader needs from a source of model inputs, be it text or anything else."""
 
   def __len__(self) -> int:
     """The number of rows in one epoch."""
 
   def row(self, index: int) -> NamedTuple:
-    """Row `index` as a NamedTuple of arrays (or None); the loader stacks rows into batches."""
+    """Row `index`, a NamedTuple of arrays or None; the loader stacks rows into batches."""
 
 
 class ContiguousWindows:
   """Windows of seq_length + 1 ids with stride seq_length over the documents laid end to end.
 
-  Every label but the very first id of the text occurs once; the tail that fills no window is dropped.
-  As in the released models' training (GPT-NeoX's GPT2Dataset).
+  Every id except the very first is a label once; the tail that fills no window is dropped. The released models were
+  trained this way (GPT-NeoX's GPT2Dataset).
+
+  Args:
+    part: the documents.
+    seq_length: T, the number of ids in one row.
   """
 
   def __init__(self, part: Part, seq_length: int):
@@ -50,7 +54,7 @@ class ContiguousWindows:
 
   @property
   def report(self) -> dict[str, int]:
-    """Windows, and the tokens of the tail that are in none."""
+    """The number of windows, and of the tokens of the tail that are in no window."""
     used = len(self) * self._seq_length + 1 if len(self) else 0
     return dict(windows=len(self), dropped_tokens=len(self._part) - used)
 
@@ -60,12 +64,16 @@ class ContiguousWindows:
 
 
 class PackedDocuments:
-  """Rows of whole documents side by side; attention, positions and loss stay inside each.
+  """Rows of whole documents side by side; attention, positions and loss are restricted to each document.
 
-  A document of n ids gives n − 1 pairs of input and label. One with more than seq_length pairs is cut
-  into pieces of seq_length; every label occurs once. What is shorter goes, longest first, into the
-  fullest row that has room for it (best-fit decreasing). The rest of a row is padding: the
-  end-of-document id, in segment 0, with weight 0.
+  A document of n ids gives n − 1 pairs of input and label. A document of more than seq_length pairs is cut into pieces
+  of seq_length pairs, so every label occurs once. Pieces are placed longest first, each into the fullest row in which it
+  fits (best-fit decreasing). The rest of a row is padding: the padding id in segment 0 with weight 0.
+
+  Args:
+    part: the documents.
+    seq_length: T, the number of ids in one row.
+    padding_id: the id of padding, inside the vocabulary.
   """
 
   def __init__(self, part: Part, seq_length: int, padding_id: int):
@@ -86,7 +94,7 @@ class PackedDocuments:
 
   @property
   def report(self) -> dict[str, int]:
-    """Rows, places in them that are padding, and tokens of documents without a label, which are in none."""
+    """The number of rows, of padding ids in them, and of tokens that are in no row (documents of one id)."""
     places = len(self) * self._seq_length
     return dict(windows=len(self), padding=places - int(self._lengths.sum()), dropped_tokens=self._empty)
 
@@ -105,24 +113,32 @@ class PackedDocuments:
 
 
 def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
-  """The row [n] of each length [n] (1 … size), longest first, each in the fullest row of `size` with room."""
+  """Best-fit decreasing: places pieces longest first, each into the fullest row in which it fits.
+
+  Args:
+    lengths: [n] integers from 1 to size.
+    size: the capacity of a row.
+
+  Returns:
+    [n] int64, the row of each piece.
+  """
   rows = np.empty(len(lengths), np.int64)
-  rows_by_room = [[] for _ in range(size + 1)]
-  rooms = 0  # Bit r is set where some row has room for r.
+  rows_by_space = [[] for _ in range(size + 1)]
+  spaces = 0  # Bit s is set if some row has exactly s free places.
   num_rows = 0
   for piece in np.argsort(-lengths, kind="stable").tolist():
     length = int(lengths[piece])
-    fitting = rooms >> length
+    fitting = spaces >> length
     if fitting:
-      room = length + (fitting & -fitting).bit_length() - 1
-      row = rows_by_room[room].pop()
-      if not rows_by_room[room]:
-        rooms ^= 1 << room
+      space = length + (fitting & -fitting).bit_length() - 1  # The lowest set bit is the fullest row.
+      row = rows_by_space[space].pop()
+      if not rows_by_space[space]:
+        spaces ^= 1 << space
     else:
-      row, room, num_rows = num_rows, size, num_rows + 1
+      row, space, num_rows = num_rows, size, num_rows + 1
     rows[piece] = row
-    room -= length
-    if room:
-      rows_by_room[room].append(row)
-      rooms |= 1 << room
+    space -= length
+    if space:
+      rows_by_space[space].append(row)
+      spaces |= 1 << space
   return rows

@@ -1,4 +1,4 @@
-"""From a source spec to its documents, and to a corpus of token ids."""
+"""Opens a source: its documents, or a corpus of its token ids."""
 
 from tokenformer_jax.data import catalogues, documents
 from tokenformer_jax.data.corpus import Corpus, tokenize
@@ -16,14 +16,22 @@ TEXT_SOURCES = {
 
 
 def open_documents(spec: SourceSpec) -> documents.DocumentSource:
-  """The documents of a source of text; ValueError where there are none to be had."""
+  """The documents of a source of text.
+
+  Raises:
+    ValueError: the source is one of token files, or it cannot be opened.
+  """
   if spec.kind not in TEXT_SOURCES:
-    raise ValueError(f"source {spec} holds no text but tokens: name one of {', '.join(TEXT_SOURCES)}.")
+    raise ValueError(f"source {spec} holds token ids, not text: give a source of {', '.join(TEXT_SOURCES)}.")
   return TEXT_SOURCES[spec.kind](spec.rest)
 
 
 def open_corpus(spec: SourceSpec, tokenizer: Tokenizer, bad_text: str = "error") -> Corpus:
-  """The source's token ids: token files are mapped, text is tokenized into memory."""
+  """The token ids of a source: token files are mapped, text is tokenized into memory.
+
+  Raises:
+    ValueError: the source cannot be opened, or its text cannot be read (see `BadText`).
+  """
   if spec.kind == "tokens":
     return open_tokens(spec.rest, tokenizer)
   return tokenize(open_documents(spec), tokenizer, bad_text)

@@ -1,4 +1,4 @@
-"""The little language of `config.data.source`: `[WEIGHT*]KIND[:REST]`, several joined by ' + '."""
+"""Parses source specs, the form of `config.data.source`: `[WEIGHT*]KIND[:REST]`, several joined by ' + '."""
 
 import re
 from typing import NamedTuple
@@ -9,14 +9,20 @@ KINDS = {
   "python-sources": "python-sources",
   "text": "text:GLOB[#MARKER]",
   "jsonl": "jsonl:GLOB#FIELD",
-  "tokens": "tokens:PATH",
+  "tokens": "tokens:PATH[#DTYPE]",
   "tfds": "tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]",
   "huggingface": "huggingface:NAME[,CONFIG][@SPLIT][#FIELD]",
 }
 
 
 class SourceSpec(NamedTuple):
-  """One source: its kind, what follows the colon, and its share of the mixture (not normalised)."""
+  """One source.
+
+  Attributes:
+    kind: one of `KINDS`.
+    rest: the text after the colon.
+    weight: the share in the mixture, not normalised.
+  """
 
   kind: str
   rest: str
@@ -29,8 +35,10 @@ class SourceSpec(NamedTuple):
 def parse_sources(text: str) -> list[SourceSpec]:
   """The sources of a spec such as `0.7*text:novels/*.txt + 0.3*jsonl:books.jsonl#text`.
 
-  Weights default to 1 and are relative. A path with ' + ' in it cannot be written.
-  Raises ValueError naming the part that is wrong.
+  Weights default to 1 and are relative. A path that contains ' + ' cannot be written.
+
+  Raises:
+    ValueError: a part is no spec; the message names it.
   """
   return [_parse_source(part.strip()) for part in text.split(" + ")]
 
