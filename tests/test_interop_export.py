@@ -1,4 +1,4 @@
-"""There and back is bit-exact, a grown model keeps its function, and nothing that is there is lost."""
+"""Export and import are bit-exact, a grown model keeps its function, and no existing file is overwritten."""
 
 import dataclasses
 import json
@@ -9,12 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from flax import nnx
 
 from tests import oracle
+from tests.object_store import bucket  # noqa: F401
 from tokenformer_jax.config import Config, MeshConfig, ModelConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.interop.export import export
 from tokenformer_jax.interop.pretrained import TAU_KEY, from_pretrained
 from tokenformer_jax.interop.weight_config import read_config
@@ -42,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def grown(model):
-  """Grown, with keys that are no longer zero, as after training."""
+  """A grown model whose new keys are no longer zero, as after training."""
   bigger, _ = grow(model, qkv_tokens=14, proj_tokens=10, ffn_tokens=40)
   graphdef, parameters, tau = split(bigger)
   rng = np.random.default_rng(1)
@@ -65,7 +68,7 @@ def assert_equal(model, other):
     np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
 
 
-def test_there_and_back_is_exact(tmp_path, model):
+def test_export_and_import_are_exact(tmp_path, model):
   first = export(model, tmp_path / "a" / "pytorch_model.bin").path
   second = export(from_pretrained(first), tmp_path / "b").path
   third = export(from_pretrained(second.parent), tmp_path / "c" / "pytorch_model.bin").path
@@ -98,9 +101,9 @@ def test_a_grown_model_keeps_its_tau_in_safetensors(tmp_path, grown):
 
 
 @pytest.mark.parametrize("name, settings", [("x.bin", {}), ("x.safetensors", dict(released=True))])
-def test_a_grown_model_is_itself_in_the_released_form(tmp_path, grown, name, settings):
+def test_a_grown_model_keeps_its_function_in_the_released_form(tmp_path, grown, name, settings):
   exported = export(grown, tmp_path / name, **settings)
-  # proj was not grown; k = min(N, d) rows to the others.
+  # proj was not grown; the others get k = min(N, d) rows.
   assert exported.rows_added == dict(qkv_tokens=14, proj_tokens=0, ffn_tokens=16)
   assert not exported.keeps_grown_tau
   assert exported.config == CONFIG.grown(qkv_tokens=28, ffn_tokens=56)
@@ -125,17 +128,23 @@ def test_sharded_parameters_are_written_whole(tmp_path, model):
 
 
 def run_folder(folder):
-  """What a training run leaves, as far as an export reads it."""
+  """Writes the files of a training run that an export reads."""
   (folder / "checkpoints").mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(Config(model=CONFIG).to_dict()))
   rows = [{"step": step, "held_out/loss": 9.0 - step} for step in (1, 2, 3)]
   rows.append({"step": 4, "train/loss": 1.0})
   (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  (folder / "tokenizer.json").write_text('{"kind": "bytes"}')
+  word_level_tokenizer().save(str(folder / "tokenizer.json"))
   return folder
 
 
-def test_a_card_and_a_configuration_stand_beside_an_export(tmp_path, model, grown):
+def word_level_tokenizer(words=("a", "b")):
+  return tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({word: i for i, word in enumerate(["<|endoftext|>", *words])})
+  )
+
+
+def test_a_card_a_configuration_and_a_tokenizer_are_written_beside_the_weights(tmp_path, monkeypatch, model, grown):
   run = run_folder(tmp_path / "run")
   export(model, tmp_path / "a", source=run, step=2)
   assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
@@ -143,9 +152,11 @@ def test_a_card_and_a_configuration_stand_beside_an_export(tmp_path, model, grow
     "config.json",
     "model.safetensors",
     "tokenizer.json",
+    "tokenizer_config.json",
   ]
   assert read_config(tmp_path / "a" / "config.json") == CONFIG
-  assert (tmp_path / "a" / "tokenizer.json").read_text() == '{"kind": "bytes"}'
+  plain = tokenizers.Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
+  assert plain.get_vocab() == word_level_tokenizer().get_vocab()
   card = (tmp_path / "a" / "README.md").read_text()
   for part in (
     f"{CONFIG.num_parameters:,} parameters",
@@ -157,10 +168,12 @@ def test_a_card_and_a_configuration_stand_beside_an_export(tmp_path, model, grow
     "is in the file's metadata",
   ):
     assert part in card, part
-  export(model, tmp_path / "b", source=run)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  export(model, "~/b", source="~/run")
+  assert (tmp_path / "b" / "tokenizer.json").is_file()
   assert "Held-out loss 6.0000 nats a token after 3 updates." in (tmp_path / "b" / "README.md").read_text()
 
-  export(grown, tmp_path / "c" / "x.bin", source=tmp_path / "a")
+  export(grown, tmp_path / "c" / "x.bin", source=tmp_path / "a" / "model.safetensors")
   card = (tmp_path / "c" / "README.md").read_text()
   for part in ("14 to each of qkv_tokens, 16 to each of ffn_tokens", "| qkv_slot_num | 28 |", "| rotary_pct | 0.5 |"):
     assert part in card, part
@@ -168,10 +181,12 @@ def test_a_card_and_a_configuration_stand_beside_an_export(tmp_path, model, grow
   assert (tmp_path / "c" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("there", ["model.safetensors", "config.json", "README.md", "tokenizer.json"])
+@pytest.mark.parametrize(
+  "there", ["model.safetensors", "config.json", "README.md", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_nothing_is_overwritten(tmp_path, model, there):
   (tmp_path / there).write_text("mine")
-  with pytest.raises(ValueError, match=f"{there}: is there already and is not overwritten"):
+  with pytest.raises(ValueError, match=f"{there}: this file exists and is not overwritten"):
     export(model, tmp_path)
   assert [file.name for file in tmp_path.iterdir()] == [there]
   assert (tmp_path / there).read_text() == "mine"
@@ -180,8 +195,8 @@ def test_nothing_is_overwritten(tmp_path, model, there):
 @pytest.mark.parametrize(
   "name, settings, message",
   [
-    ("x.pt", {}, "ends in .pt; choose .bin, .safetensors, or a folder"),
-    ("x.bin", dict(released=False), "a .bin has no place for τ"),
+    ("x.pt", {}, "ends in .pt cannot be written; choose .bin, .safetensors, or a folder"),
+    ("x.bin", dict(released=False), "a .bin cannot store τ"),
     ("x.bin", dict(dtype="float16"), "dtype='float16': choose one of float32, bfloat16"),
   ],
 )
@@ -203,6 +218,35 @@ def test_a_broken_run_writes_nothing(tmp_path, model):
     with pytest.raises(ValueError, match=message):
       export(model, tmp_path / "out", source=run)
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    (int8_tokens, "int8"),
+    (LanguageModel.for_decoding, "export the LanguageModel that it was made from"),
+    (lambda model: model.blocks, "a Block without stacked layers"),
+  ],
+)
+def test_a_model_without_float_tokens_in_stacked_layers_is_refused(tmp_path, model, changed, message):
+  with pytest.raises(ValueError, match=message):
+    export(changed(model), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path, model):
+  word_level_tokenizer([f"word{i}" for i in range(37)]).save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(ValueError, match="this tokenizer has 38 ids and the model a vocabulary of 37"):
+    export(model, tmp_path / "out", source=tmp_path)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.safetensors"])
+def test_a_model_is_exported_to_a_bucket_and_read_from_it(bucket, model, name):  # noqa: F811
+  exported = export(model, f"gs://bucket/models/{name}")
+  assert str(exported.path) == f"gs://bucket/models/{name}"
+  assert_equal(from_pretrained(exported.path), model)
+  assert sorted(file.name for file in (bucket.folder / "models").iterdir()) == ["README.md", "config.json", name]
 
 
 def test_a_model_that_cannot_be_released_writes_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""A grown model in the released form: the same function where τ is √N, to float64 accuracy."""
+"""A grown model rewritten for τ = √N is the same function to float64 accuracy."""
 
 import dataclasses
 import math
@@ -23,24 +23,24 @@ THETAS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]
     (24, 8, 3.0),  # grown from 9
     (24, 8, math.sqrt(24.0)),
     (5, 8, 2.0),  # fewer tokens than channels
-    (24, 8, 9.0),  # τ² beyond even the added rows: rows of zeros as well
+    (24, 8, 9.0),  # τ² exceeds even the count with the added rows: rows of zeros are added, too
   ],
 )
 def test_one_pattention(theta, num_tokens, hidden_size, tau):
   draw = np.random.default_rng(0).normal
   x, keys = draw(size=(50, hidden_size)), draw(size=(num_tokens, hidden_size))
   values = draw(size=(num_tokens, 6))
-  keys[-3:] = 0  # as growth leaves them
+  keys[-3:] = 0  # new rows, as growth makes them
   count = rows_needed(num_tokens, hidden_size, [tau], theta)
   new_keys = rewritten_keys(keys, tau, theta, count)
   new_values = rewritten_values(values, tau, theta, count)
   assert new_keys.shape == (count, hidden_size) and new_values.shape == (count, 6)
   expected = oracle.pattention(x, keys, values, theta, tau)
-  # The oracle's own τ: √N, or N for softmax.
+  # Without an argument, the oracle's τ is √N, or N for softmax.
   np.testing.assert_allclose(
     oracle.pattention(x, new_keys, new_values, theta), expected, rtol=0, atol=1e-10 * np.abs(expected).max()
   )
-  # What was there stays in front; what was added has no values.
+  # The old keys stay in front, and the values of the added rows are zero.
   np.testing.assert_array_equal(new_keys[:num_tokens], keys)
   assert not new_values[num_tokens:].any()
 
@@ -51,12 +51,12 @@ def test_rows_needed():
   assert rows_needed(5, 8, [2.0], "l2_norm_gelu") == 10
   assert rows_needed(24, 8, [9.0], "l2_norm_gelu") == 81
   assert rows_needed(24, 8, [3.0], "gelu_l2_norm") == rows_needed(24, 8, [3.0], "softmax") == 24
-  # τ is kept in float32: the root of N there is the released one.
+  # τ is stored in float32: the float32 root of N counts as the released τ.
   assert rows_needed(768, 8, [np.float32(math.sqrt(768.0))], "l2_norm_gelu") == 768
 
 
 def random_model(config, seed=0):
-  """Released names -> float64 arrays, and our trees of them with a τ of its own in every pattention."""
+  """Released names -> float64 arrays, and our trees of them with another τ in every pattention."""
   rng = np.random.default_rng(seed)
   arrays = {name: rng.normal(size=shape) for name, shape in released_shapes(config).items()}
   parameters = from_released(arrays, config)
@@ -103,7 +103,7 @@ def test_a_whole_model_gives_the_same_logits(theta, monkeypatch):
   assert {name: array.shape for name, array in rewritten.items()} == released_shapes(target)
   logits = oracle.language_model(rewritten, tokens, target)
   assert np.abs(logits - expected).max() <= 1e-10 * np.abs(expected).max()
-  # Without the rewriting it would be another model.
+  # Without the rewriting it is another model.
   other = oracle.language_model(arrays, tokens, config)
   assert np.abs(other - expected).max() > 1e-2 * np.abs(expected).max()
   grown = dict(qkv_tokens=14, proj_tokens=32, ffn_tokens=42)
@@ -123,5 +123,5 @@ def test_shapes_are_known_before_anything_is_computed():
 def test_the_released_code_has_no_tanh():
   config = ModelConfig.named("tiny", vocab_size=16, num_layers=1, gelu="tanh")
   _, parameters, tau = random_model(config)
-  with pytest.raises(ValueError, match="gelu='tanh': the released code knows erf alone"):
+  with pytest.raises(ValueError, match="gelu='tanh': the released code has only erf"):
     released_arrays(parameters, tau, config, rewrite=True)

@@ -1,1 +1,1 @@
-"""Other people's checkpoints: the released PyTorch models' names and files, to ours and back."""
+"""Conversion of models to and from the released PyTorch checkpoints and Hugging Face folders."""

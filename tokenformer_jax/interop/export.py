@@ -1,14 +1,16 @@
-"""Models into files: the released names, in PyTorch's format or safetensors, with a card beside them."""
+"""Writes models as weight files with the released names, in PyTorch's format or safetensors, with a model card."""
 
 import dataclasses
 import json
 import os
-import pathlib
 
 import numpy as np
-from flax import traverse_util
+from etils import epath
+from flax import nnx, traverse_util
 
+from tokenformer_jax import data
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.model_card import model_card
 from tokenformer_jax.interop.names import pattention_names, released_names
 from tokenformer_jax.interop.pretrained import TAU_KEY
@@ -19,11 +21,15 @@ from tokenformer_jax.interop.torch_file import write_torch
 from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_json
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split
+from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.nn.theta import initial_tau
+from tokenformer_jax.paths import user_path
 
 EXPORT_DTYPES = ("float32", "bfloat16")
-# A folder may have any other dot in its name, as in tokenformer-1.5b.
+# A folder may have any other ending in its name, as in tokenformer-1.5b.
 _OTHER_FILES = (".pt", ".pth", ".ckpt", ".npz", ".h5", ".gguf", ".msgpack", ".zip")
+_FILES_BESIDE = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
+_COUNTS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +38,13 @@ class Exported:
 
   Attributes:
     path: the weight file.
-    config: of the model in it, which has more tokens than the exported one where rows were added.
-    rows_added: to each pattention of the fields qkv_tokens, proj_tokens, ffn_tokens.
-    keeps_grown_tau: whether some τ is not the released code's, so that only we read the file rightly.
+    config: the configuration of the model in it, which has more tokens than the exported one if rows were added.
+    rows_added: the number of rows added to each pattention layer of qkv_tokens, proj_tokens and ffn_tokens.
+    keeps_grown_tau: whether some τ differs from the released code's, so that only this package reads the file
+      correctly.
   """
 
-  path: pathlib.Path
+  path: epath.Path
   config: ModelConfig
   rows_added: dict[str, int]
   keeps_grown_tau: bool
@@ -52,46 +59,63 @@ def export(
   source: str | os.PathLike = "",
   step: int | None = None,
 ) -> Exported:
-  """Writes `model` under the released names, and config.json and README.md beside it.
+  """Writes `model` under the released names, with config.json, README.md and the tokenizer beside it.
 
   Args:
+    model: the model, with float parameters.
     path: a file that ends in `.bin` (PyTorch's format) or `.safetensors`, or a folder, which gets a
-      `model.safetensors`. Nothing that is there is overwritten.
+      `model.safetensors`; local or a URI. Existing files are not overwritten.
     dtype: `float32` (exact) or `bfloat16`.
-    released: whether the file must be right in the released code, whose τ is always √N: a grown model
-      then gets rows that change nothing else (see `rewriting`). By default for `.bin`, which has no place
-      for τ; a `.safetensors` carries τ in its metadata instead, where our `from_pretrained` finds it.
-    source: where the model came from, for the card. The tokenizer.json of a folder is copied, and the
-      card tells data and metrics of a work folder.
-    step: of the work folder's checkpoint, None for its newest.
+    released: whether the file must give the same function in the released code, whose τ is always √N: a grown
+      model then gets more rows (see `rewriting`). By default this is so for `.bin`, which cannot store τ; a
+      `.safetensors` stores τ in its metadata, where `from_pretrained` finds it.
+    source: the work folder, file, folder or hub model that the model was loaded from. The model card names it
+      and describes the data and metrics of a work folder, and its tokenizer is written beside the model.
+    step: the checkpoint of the work folder, None for its newest.
+
+  Returns:
+    What was written.
 
   Raises:
-    ValueError: a file that is there, an unknown ending or dtype, a `.bin` that should keep its τ, or a
-      model that the released code cannot be.
+    ValueError: a file exists already, the ending or the dtype is unknown, a `.bin` is asked to keep its τ, the
+      released code cannot express the model, its parameter tokens are int8, it is a copy for decoding, or the
+      source does not exist.
   """
-  path = pathlib.Path(path).expanduser()
+  path = user_path(path)
   if path.suffix in _OTHER_FILES:
-    raise ValueError(f"{path}: ends in {path.suffix}; choose .bin, .safetensors, or a folder.")
+    raise ValueError(
+      f"{path}: a file that ends in {path.suffix} cannot be written; choose .bin, .safetensors, or a folder."
+    )
   if path.suffix not in (".bin", ".safetensors"):
     path = path / "model.safetensors"
   released = path.suffix == ".bin" if released is None else released
   if path.suffix == ".bin" and not released:
-    raise ValueError(f"{path}: a .bin has no place for τ; write a .safetensors, or the released form.")
+    raise ValueError(f"{path}: a .bin cannot store τ; write a .safetensors, or the released form.")
   if dtype not in EXPORT_DTYPES:
     raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(EXPORT_DTYPES)}.")
-  beside = {name: path.with_name(name) for name in ("config.json", "README.md", "tokenizer.json")}
+  beside = {name: path.with_name(name) for name in _FILES_BESIDE}
   for file in [path, *beside.values()]:
     if file.exists():
-      raise ValueError(f"{file}: is there already and is not overwritten; choose an empty folder.")
+      raise ValueError(f"{file}: this file exists and is not overwritten; choose an empty folder.")
+  if not isinstance(model, LanguageModel) or isinstance(model.blocks, nnx.List):
+    raise ValueError(
+      f"model: a {type(model).__name__} without stacked layers (for_decoding makes such copies) cannot be exported; "
+      "export the LanguageModel that it was made from."
+    )
+  if any(isinstance(layer, Pattention) and layer.key_scales is not None for _, layer in nnx.iter_modules(model)):
+    raise ValueError(
+      "the model's parameter tokens are int8 and cannot be exported; export the model with float tokens."
+    )
 
   _, parameters, tau = split(model)
   config, arrays = released_arrays(parameters, tau, model.config, rewrite=released)
   taus = _taus(tau, config)
-  rows_added = {
-    field: getattr(config, field) - getattr(model.config, field)
-    for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")
-  }
-  card = model_card(config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source, step=step)
+  rows_added = {field: getattr(config, field) - getattr(model.config, field) for field in _COUNTS}
+  folder = local_path(source, "source") if os.fspath(source) else None
+  card = model_card(
+    config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source, folder=folder, step=step
+  )
+  tokenizer = _tokenizer(folder, config) if folder else None
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.suffix == ".bin":
     write_torch(path, arrays, dtype)
@@ -100,11 +124,10 @@ def export(
     if not released:
       metadata[TAU_KEY] = json.dumps(taus)
     write_safetensors(path, arrays, dtype, metadata)
-  beside["config.json"].write_text(config_json(config), encoding="utf-8")
-  beside["README.md"].write_text(card, encoding="utf-8")
-  tokenizer = pathlib.Path(source) / "tokenizer.json"
-  if source and tokenizer.is_file():
-    beside["tokenizer.json"].write_bytes(tokenizer.read_bytes())
+  beside["config.json"].write_bytes(config_json(config).encode())
+  beside["README.md"].write_bytes(card.encode())
+  if tokenizer is not None:
+    data.save_tokenizer(tokenizer, beside["tokenizer.json"])
   counts = {name: arrays[f"{name}.key_param_tokens"].shape[0] for name in taus}
   born = {name: initial_tau(config.theta, count) for name, count in counts.items()}
   grown = any(np.float32(taus[name]) != np.float32(born[name]) for name in taus)
@@ -114,10 +137,19 @@ def export(
 def released_arrays(
   parameters: Tree, tau: Tree, config: ModelConfig, *, rewrite: bool
 ) -> tuple[ModelConfig, dict[str, ComputedArray]]:
-  """The released state dict of our trees, each array made when it is read; and its configuration.
+  """Converts our trees to the released state dict, in which each array is computed when it is read.
 
   Args:
-    rewrite: whether every τ becomes that of the released code, by `rewriting`.
+    parameters: the parameters of `nn.parameters.split`.
+    tau: its τ.
+    config: the model's configuration.
+    rewrite: whether to change keys and values such that every τ is the released code's (see `rewriting`).
+
+  Returns:
+    The configuration of the result and its arrays by released name.
+
+  Raises:
+    ValueError: `rewrite` is set and the released code does not have the model's GeLU.
   """
   flat = traverse_util.flatten_dict(parameters, sep="/")
   taus = {
@@ -134,13 +166,27 @@ def released_arrays(
       return ComputedArray(leaf.shape[1:], lambda: np.asarray(leaf[layer]))
     projection, kind = place.rsplit("/", 1)
     num_tokens = getattr(target, _count_field(projection))
-    form = {"keys": rewritten_keys, "values": rewritten_values}[kind]
+    rewritten = {"keys": rewritten_keys, "values": rewritten_values}[kind]
     return ComputedArray(
       (num_tokens, leaf.shape[2]),
-      lambda: form(np.asarray(leaf[layer]), taus[projection][layer], config.theta, num_tokens),
+      lambda: rewritten(np.asarray(leaf[layer]), taus[projection][layer], config.theta, num_tokens),
     )
 
   return target, {name: computed(*place) for name, place in released_names(config.num_layers).items()}
+
+
+def _tokenizer(folder: epath.Path, config: ModelConfig) -> data.Tokenizer | None:
+  """The tokenizer in a folder of weights or beside a weight file, None if there is none."""
+  path = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
+  if not path.is_file():
+    return None
+  tokenizer = data.load_tokenizer(path)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"{path}: this tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of {config.vocab_size}; "
+      "move the tokenizer away, or put the model's own in its place."
+    )
+  return tokenizer
 
 
 def _taus(tau: Tree, config: ModelConfig) -> dict[str, float]:

@@ -1,14 +1,15 @@
-"""The README.md beside an export: what the model is, how to load it, where it comes from."""
+"""The README.md beside an exported model: what the model is, how to load it, and where it comes from."""
 
 import dataclasses
 import json
 import os
-import pathlib
+
+from etils import epath
 
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.interop.pretrained import is_work_folder
 
-# Our field -> the one of the released code's YAML files.
+# Our field -> the name of the same field in the released code's YAML files.
 _RELEASED_FIELDS = {
   "num_layers": "num_layers",
   "hidden_size": "hidden_size",
@@ -31,9 +32,21 @@ def model_card(
   released: bool,
   rows_added: dict[str, int],
   source: str | os.PathLike = "",
+  folder: epath.Path | None = None,
   step: int | None = None,
 ) -> str:
-  """The card's Markdown; the arguments are those of `export`."""
+  """Returns the Markdown of the card.
+
+  Args:
+    config: the configuration of the model in the file.
+    file_name: the weight file's name.
+    dtype, released, source, step: the arguments of `export`.
+    rows_added: the number of rows added to each layer for the released code's τ, by field.
+    folder: where the files of `source` are, None without a source.
+
+  Raises:
+    ValueError: the work folder `source` has a broken config.json.
+  """
   parts = [
     f"# TokenFormer, {config.num_parameters:,} parameters",
     "A language model whose linear layers are attention over parameter tokens (arXiv 2410.23168), "
@@ -44,45 +57,46 @@ def model_card(
   code = f'import tokenformer_jax as tf\n\nmodel = tf.from_pretrained("{file_name}")'
   parts += [
     f"## Load it\n\n```python\n{code}\n```",
-    _tau_account(config, dtype, released, rows_added),
+    _tau_description(config, dtype, released, rows_added),
     "## Configuration\n\n" + _table(dataclasses.asdict(config)),
   ]
   if released:
     yaml = {theirs: getattr(config, ours) for ours, theirs in _RELEASED_FIELDS.items()}
     parts.append("The same for the released PyTorch code:\n\n" + _table(yaml))
-  if is_work_folder(source):
-    parts += _run_account(source, step)
+  if folder is not None and is_work_folder(folder):
+    parts += _run_description(folder, step)
   return "\n\n".join(parts) + "\n"
 
 
-def _tau_account(config: ModelConfig, dtype: str, released: bool, rows_added: dict[str, int]) -> str:
-  """How the file's arrays are to be read: names, type, τ."""
+def _tau_description(config: ModelConfig, dtype: str, released: bool, rows_added: dict[str, int]) -> str:
+  """The names and type of the file's arrays, and how τ is stored."""
   names = f"Arrays have the released names and are {dtype}."
   if not released:
     return (
-      f"{names} The scale τ inside Θ is in the file's metadata; the released PyTorch code does not "
-      "read it and takes √N, which is another function if the model was grown."
+      f"{names} The scale τ inside Θ is in the file's metadata. The released PyTorch code does not "
+      "read it and uses √N, which gives another function if the model was grown."
     )
   added = [f"{rows} to each of {field}" for field, rows in rows_added.items() if rows]
   if not added:
     return f"{names} They run unchanged in the released PyTorch code."
   return (
-    f"{names} They run unchanged in the released PyTorch code, whose τ is always √N: for that the "
-    f"export added rows with zero values ({', '.join(added)}), which change no output."
+    f"{names} They run unchanged in the released PyTorch code, whose τ is always √N: for this the "
+    f"export added rows with zero values ({', '.join(added)}), which do not change the outputs."
   )
 
 
-def _run_account(workdir: str | os.PathLike, step: int | None) -> list[str]:
-  """Data and metrics of the run, as far as its folder tells."""
-  from tokenformer_jax.training.run_log import read_metrics  # A room above this one, for this case alone.
+def _run_description(workdir: epath.Path, step: int | None) -> list[str]:
+  """The data and metrics of the run, as far as its folder has them."""
+  # `training` may import this package, which therefore imports it only in this case.
+  from tokenformer_jax.training.run_log import read_metrics
 
-  path = pathlib.Path(workdir) / "config.json"
+  path = workdir / "config.json"
   if not path.exists():
     return []
   try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: broken ({error}); the card needs it to tell the run's data.") from None
+    fields = json.loads(path.read_bytes())  # From bytes, so that a byte-order mark is accepted.
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path}: broken ({error}); the model card needs it to describe the run's data.") from None
   run = Config.from_dict(fields)
   parts = ["## Data\n\n" + _table(dataclasses.asdict(run.data))]
   evaluated = [

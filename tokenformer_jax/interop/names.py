@@ -1,10 +1,10 @@
-"""The names of the released PyTorch state dicts, and the same weights as our parameter tree.
+"""The names of the released PyTorch state dicts, and the conversion to and from our parameter tree.
 
-A released model is a flat dict. Its numbers count the parts of a sequential model: 0 is the
-embedding, layers begin at 2, the final norm stands one after the last layer's successor. Ours is a
-nested dict (`nn.parameters.split`) whose `blocks` carry a leading layer axis. Both call axis 0 of
-keys and values the token and axis 1 the channel, so arrays are stacked and never transposed. τ is
-in no released file: it is `initial_tau` of the number of rows there.
+A released model is a flat dict whose numbers are positions in a sequential model: 0 is the embedding, the
+layers begin at 2, and the final norm has the number of layers plus 3. Our tree is a nested dict
+(`nn.parameters.split`) whose `blocks` have a leading layer axis. In both, axis 0 of keys and values is the
+token and axis 1 the channel, so arrays are stacked and never transposed. No released file has τ: it is
+`initial_tau` of the number of rows.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from tokenformer_jax.interop.stored_array import quoted
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split
 
+EMBEDDING = "sequential.0.word_embeddings.weight"
 # Our name -> the released one.
 _PATTENTIONS = {
   "attention/query": "attention.query",
@@ -29,15 +30,15 @@ _PATTENTIONS = {
 }
 _TOKENS = {"keys": "key_param_tokens", "values": "value_param_tokens"}
 _NORM = {"scale": "weight", "bias": "bias"}
-# More than any released model has; a message lists no more names of one kind.
+# A message lists at most this many names of one kind; no released model has as many.
 _MOST_NAMES = 1000
-# Looking for a near name takes a millisecond or so.
+# Finding the nearest name takes about a millisecond.
 _MOST_HINTS = 20
 
 
 def released_names(num_layers: int) -> dict[str, tuple[str, int | None]]:
-  """Released name -> (path in our tree, layer), the layer None where there is no layer axis."""
-  table: dict[str, tuple[str, int | None]] = {"sequential.0.word_embeddings.weight": ("embedding", None)}
+  """Maps each released name to its (path in our tree, layer); the layer is None where there is no layer axis."""
+  table: dict[str, tuple[str, int | None]] = {EMBEDDING: ("embedding", None)}
   for layer in range(num_layers):
     for ours, theirs in _PATTENTIONS.items():
       for our_array, their_array in _TOKENS.items():
@@ -48,7 +49,7 @@ def released_names(num_layers: int) -> dict[str, tuple[str, int | None]]:
 
 
 def pattention_names(num_layers: int) -> dict[str, tuple[str, int]]:
-  """Released name of each pattention, `sequential.2.mlp` …, -> (path in our tree, layer): where its τ is."""
+  """Maps each pattention's released name, e.g. `sequential.2.mlp`, to the (path in our tree, layer) of its τ."""
   return {
     f"sequential.{layer + 2}.{theirs}": (f"blocks/{ours}", layer)
     for layer in range(num_layers)
@@ -57,7 +58,7 @@ def pattention_names(num_layers: int) -> dict[str, tuple[str, int]]:
 
 
 def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Released name -> shape, for every array of a model of `config`."""
+  """Maps the released name of every array of a model with this configuration to its shape."""
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
   shapes = {path: leaf.shape for path, leaf in _flat(parameters).items()}
   return {
@@ -67,7 +68,16 @@ def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str = "state dict") -> None:
-  """Raises one ValueError with every array that is missing, unknown, or not of the shape it should have."""
+  """Checks that names and shapes are those of a model with this configuration.
+
+  Args:
+    shapes: name -> shape of each array that was found.
+    config: the model's configuration.
+    where: the file, for the message.
+
+  Raises:
+    ValueError: arrays are missing, unknown or of another shape; the one message names all of them.
+  """
   expected = released_shapes(config)
   missing = [name for name in expected if name not in shapes]
   unknown = [quoted(name) for name in shapes if name not in expected]
@@ -94,7 +104,14 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where:
 
 
 def from_released(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Tree:
-  """Our parameter tree from a released state dict in memory.
+  """Converts a released state dict in memory to our parameter tree.
+
+  Args:
+    arrays: the state dict.
+    config: the model's configuration.
+
+  Returns:
+    The tree of `nn.parameters.split`, of NumPy arrays.
 
   Raises:
     ValueError: arrays are missing, unknown, or not of the shape that `config` gives them.
@@ -108,7 +125,7 @@ def from_released(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Tree
 
 
 def to_released(parameters: Tree) -> dict[str, jax.Array | np.ndarray]:
-  """The released state dict of our parameter tree; layers are slices of the stacked arrays."""
+  """Converts our parameter tree to a released state dict, whose layers are slices of the stacked arrays."""
   flat = _flat(parameters)
   table = released_names(len(flat["blocks/ffn/keys"]))
   return {name: flat[path] if layer is None else flat[path][layer] for name, (path, layer) in table.items()}

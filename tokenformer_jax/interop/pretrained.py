@@ -1,9 +1,8 @@
-"""Models from weight files: released ones, ours, and those of the Hugging Face hub."""
+"""Loads models from weight files: released ones, exported ones, and those of the Hugging Face hub."""
 
 import functools
 import json
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from flax import nnx
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.interop.foreign_names import with_released_names
 from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.names import check_fit, pattention_names, released_names
 from tokenformer_jax.interop.stored_array import StoredArray, Weights, quoted
@@ -20,40 +20,47 @@ from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.nn.theta import initial_tau
+from tokenformer_jax.paths import user_path
 
-TAU_KEY = "tokenformer_jax.tau"  # In the metadata of our safetensors files: JSON, τ by pattention.
+TAU_KEY = "tokenformer_jax.tau"  # The key in the metadata of our safetensors files; its value is JSON, τ by pattention.
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def from_pretrained(
   path_or_hub_id: str | os.PathLike, config: ModelConfig | None = None, *, mesh: jax.sharding.Mesh | None = None
 ) -> LanguageModel:
-  """The model in a weight file, ready to call; parameters are float32.
+  """Loads the model in a weight file.
 
-  Sizes come from the arrays' shapes. What shapes do not tell (heads, Θ, rotary settings, sequence
-  length) comes from the first of: `config`, the file's metadata, a config.json of ours beside it, the
-  named size with these shapes. τ comes from the metadata, or is that of the released code.
+  The sizes come from the arrays' shapes. What shapes do not determine (heads, Θ, rotary settings, sequence
+  length) comes from the first of: `config`, the file's metadata, a config.json of this package beside it, the
+  named size with these shapes. τ comes from the metadata; without it, τ is that of the released code.
 
   Args:
-    path_or_hub_id: a released `pytorch_model.bin` or any state dict with its names, a `.safetensors`
-      file, a folder with either (whole, or in shards with an index), a run's work folder, or the name
-      of a model on the Hugging Face hub. Nothing in a file is executed.
-    config: the model's configuration; it must fit the shapes.
-    mesh: where the parameters go; by default the first device. Arrays are read one after the other,
-      and of each only the parts that this process' devices hold.
+    path_or_hub_id: a local path, a URI, or the name OWNER/MODEL of a model on the Hugging Face hub. A path may
+      name a released `pytorch_model.bin` or any `.bin`, `.pt`, `.pth` or `.safetensors` file of a state dict with
+      its names (`foreign_names` lists the accepted differences), a folder with one of these or with shards and
+      an index, a checkpoint folder of DeepSpeed's pipeline, or a run's work folder. Nothing in a file is
+      executed.
+    config: the model's configuration, which must agree with the shapes.
+    mesh: the devices that hold the parameters; by default the first device. Arrays are read one after the
+      other, and only the parts that the devices of this process hold.
+
+  Returns:
+    The model, with float32 parameters, ready to be called.
 
   Raises:
-    ValueError: not a weight file, a damaged one, shapes that tell too little or do not fit, numbers that
-      are not finite.
+    ValueError: the path is not a weight file, the file is damaged, the shapes do not determine a model or
+      differ from the configuration's, or numbers are not finite.
   """
   path = local_path(path_or_hub_id)
   if is_work_folder(path):
     if config is not None:
-      raise ValueError(f"{path}: a work folder knows its model's configuration; leave config out.")
-    from tokenformer_jax.training.checkpoints import load  # A room above this one, for this case alone.
+      raise ValueError(f"{path}: a work folder has its model's configuration; leave config out.")
+    # `training` may import this package, which therefore imports it only in this case.
+    from tokenformer_jax.training.checkpoints import load
 
     return load(str(path), mesh=mesh)
-  weights = open_weights(path)
+  weights = with_released_names(open_weights(path))
   config = config_for(weights, config, path)
   check_fit({name: array.shape for name, array in weights.arrays.items()}, config, weights.where)
   for name, array in weights.arrays.items():
@@ -85,11 +92,11 @@ def from_pretrained(
 
 def is_work_folder(path: str | os.PathLike) -> bool:
   """Whether `path` is the work folder of a training run."""
-  return (pathlib.Path(path) / "checkpoints").is_dir()
+  return (user_path(path) / "checkpoints").is_dir()
 
 
 def _taus(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
-  """τ by place in our tree, float32 [layer] each."""
+  """Maps the path of each τ in our tree to its values, float32 [layer]."""
   names = pattention_names(config.num_layers)
   if TAU_KEY in weights.metadata:
     stored = _tau_metadata(weights)
@@ -123,7 +130,7 @@ def _tau_metadata(weights: Weights) -> dict[str, float]:
 
 
 def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-  """The part `index` of a leaf; `sources` are its layers, or the one array of a leaf without layers."""
+  """Reads the part `index` of a leaf from its layers in `sources`, or from one array for a leaf without layers."""
   arrays = list(sources.items())
   layered = len(shape) > len(arrays[0][1].shape)
   if layered:
@@ -139,8 +146,8 @@ def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], i
       bad += np.count_nonzero(~np.isfinite(part[place]))
     if bad:
       raise ValueError(
-        f"{where}: {name} has {bad} numbers that are NaN or not finite in float32; the file "
-        "is damaged, or of a run that diverged."
+        f"{where}: {name} has {bad} numbers that are NaN or infinite in float32; the file "
+        "is damaged, or its training run diverged."
       )
   return parts if layered else parts[0]
 

@@ -1,10 +1,10 @@
-"""A grown model in the form of the released code, whose τ is always √N (N for softmax).
+"""Rewrites a grown model for the released code, whose τ is always √N (N for softmax).
 
-Growth keeps τ while N rises, so a grown layer has τ < √N and the released formula would be another
-function. It can be written so that it is the same one:
+Growth keeps τ while N rises, so a grown layer has τ < √N, and the released formula would give another
+function. These changes to keys and values give the same function under the released formula:
 
-    gelu_l2_norm, softmax   τ is a factor of the output: values · τ/√N (τ/N)
-    l2_norm_gelu            τ is inside GeLU: k = min(N, d) more rows of keys c·R with values 0, where
+    gelu_l2_norm, softmax   τ is a factor of the output: the values are multiplied by τ/√N (τ/N).
+    l2_norm_gelu            τ is inside GeLU: k = min(N, d) rows are added, with keys c·R and values 0, where
                             RᵀR = KᵀK and c² = N'/τ² − 1. They add c²‖s‖² to the squared norm of the
                             scores s, hence √N' s / ‖s'‖ = τ s / ‖s‖.
 """
@@ -18,14 +18,24 @@ from tokenformer_jax.nn.theta import initial_tau
 
 
 def rows_needed(num_tokens: int, hidden_size: int, taus, theta: str) -> int:
-  """Tokens that layers of `num_tokens` tokens with scales `taus` have once every τ is the released one."""
+  """The number of tokens that a layer needs so that its τ can be the released one.
+
+  Args:
+    num_tokens: the number of tokens N that the layers have now.
+    hidden_size: channels d of the keys.
+    taus: τ of each layer that shares this count.
+    theta: the function Θ.
+
+  Returns:
+    The new number of tokens, which is N if all τ are the released ones or can be moved into the values.
+  """
   if theta != "l2_norm_gelu" or all(_is_released(tau, num_tokens, theta) for tau in taus):
     return num_tokens
   return max(num_tokens + min(num_tokens, hidden_size), math.ceil(max(float(tau) ** 2 for tau in taus)))
 
 
 def rewritten_keys(keys: np.ndarray, tau: float, theta: str, num_tokens: int) -> np.ndarray:
-  """The keys [num_tokens, d] that take the place of `keys` [N, d], for a count from `rows_needed`."""
+  """The keys [num_tokens, d] that replace `keys` [N, d], for a count from `rows_needed`."""
   if num_tokens == len(keys):
     return keys
   factor = math.sqrt(max(num_tokens / float(tau) ** 2 - 1.0, 0.0))
@@ -36,25 +46,26 @@ def rewritten_keys(keys: np.ndarray, tau: float, theta: str, num_tokens: int) ->
 
 
 def rewritten_values(values: np.ndarray, tau: float, theta: str, num_tokens: int) -> np.ndarray:
-  """The values [num_tokens, d] that take the place of `values` [N, d]."""
+  """The values [num_tokens, d] that replace `values` [N, d]."""
   if theta != "l2_norm_gelu" and not _is_released(tau, len(values), theta):
     values = (values.astype(np.float64) * (float(tau) / initial_tau(theta, len(values)))).astype(values.dtype)
   return np.concatenate([values, np.zeros((num_tokens - len(values), values.shape[1]), values.dtype)])
 
 
 def rewritten_config(config: ModelConfig, taus: dict[str, np.ndarray]) -> ModelConfig:
-  """`config` with the token counts after the rewriting.
+  """Returns `config` with the token counts after the rewriting.
 
   Args:
-    taus: τ of every layer by projection: query, key, value, proj, ffn.
+    config: the configuration of the model before it.
+    taus: τ of all layers [layer] by projection: query, key, value, proj, ffn.
 
   Raises:
-    ValueError: the released code has no such GeLU.
+    ValueError: the released code does not have the model's GeLU.
   """
   if config.gelu != "erf":
     raise ValueError(
-      f"gelu={config.gelu!r}: the released code knows erf alone; write a .safetensors without "
-      "--released, which is for this project."
+      f"gelu={config.gelu!r}: the released code has only erf; write a .safetensors without --released, "
+      "which this package reads."
     )
   groups = {"qkv_tokens": ("query", "key", "value"), "proj_tokens": ("proj",), "ffn_tokens": ("ffn",)}
   return config.grown(

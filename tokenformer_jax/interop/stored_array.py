@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from tokenformer_jax.paths import is_uri
+
 _PLAIN = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), **{name: np.dtype(name) for name in _PLAIN}}
 # Limits for what a damaged or hostile file may claim. No real array comes near them.
@@ -128,11 +130,17 @@ def quoted(value) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[epath.Path]:
-  """Gives a path to write to beside `path`, and moves it to `path` at the end; after an error it is removed."""
+  """Gives a path to write to, such that `path` has all of the content at the end or, after an error, none of it.
+
+  An object in a store is visible only when its upload is complete, and cannot be renamed; a local file is written under
+  another name first.
+  """
   path = epath.Path(path)
-  unfinished = path.with_name(path.name + ".unfinished")
+  target = path if is_uri(path) else path.with_name(path.name + ".unfinished")
   try:
-    yield unfinished
-    unfinished.replace(path)
-  finally:
-    unfinished.unlink(missing_ok=True)
+    yield target
+    if target != path:
+      target.replace(path)
+  except BaseException:
+    target.unlink(missing_ok=True)
+    raise

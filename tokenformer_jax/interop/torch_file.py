@@ -71,7 +71,11 @@ def write_torch(path: epath.Path, arrays: Mapping, dtype: str) -> None:
     arrays: name -> object with a `shape` and a `read()` that returns the array.
     dtype: the type of all arrays in the file, a name in `DTYPES`.
   """
-  with written_whole(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+  with (
+    written_whole(path) as unfinished,
+    unfinished.open("wb") as file,
+    zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+  ):
     pickled = _pickled({name: array.shape for name, array in arrays.items()}, dtype)
     # A ZipInfo has a fixed date, so that the same weights give the same bytes.
     for name, content in (("data.pkl", pickled), ("byteorder", "little"), ("version", "3\n")):

@@ -1,29 +1,41 @@
-"""The configuration of a model of which only the weights are there."""
+"""The configuration of a model of which only the weights are known."""
 
 import dataclasses
 import json
 import os
-import pathlib
+
+from etils import epath
 
 from tokenformer_jax.config import NAMED_SIZES, Config, ModelConfig
+from tokenformer_jax.interop.names import EMBEDDING
 from tokenformer_jax.interop.stored_array import Weights, quoted
+from tokenformer_jax.paths import user_path
 
-CONFIG_KEY = "tokenformer_jax.config"  # In the metadata of our safetensors files, JSON.
+CONFIG_KEY = "tokenformer_jax.config"  # The key of the JSON configuration in the metadata of our safetensors files.
 _PLACES = {
-  "embedding": "sequential.0.word_embeddings.weight",
+  "embedding": EMBEDDING,
   "qkv_tokens": "sequential.2.attention.query.key_param_tokens",
   "proj_tokens": "sequential.2.attention.proj.key_param_tokens",
   "ffn_tokens": "sequential.2.mlp.key_param_tokens",
 }
-# A metadata's numbers are checked against the arrays; until then they must not cost memory.
+# The largest number that a file's metadata may contain. It is compared with the arrays before any memory is allocated.
 _LARGEST = 2**24
 
 
-def config_for(weights: Weights, config: ModelConfig | None, path: pathlib.Path) -> ModelConfig:
-  """`config`, or what was stored in or beside the weights, or the named size with these shapes.
+def config_for(weights: Weights, config: ModelConfig | None, path: epath.Path) -> ModelConfig:
+  """Finds the configuration of the model with these weights.
+
+  Args:
+    weights: the weights, with the released names.
+    config: the user's configuration, which takes precedence.
+    path: the file or folder of the weights.
+
+  Returns:
+    The first of: `config`, the configuration in the file's metadata, the one in a config.json of this package
+    beside the file, the named size with the arrays' shapes.
 
   Raises:
-    ValueError: there is none, or its sizes are not those of the arrays: it says which.
+    ValueError: there is none of these, or its sizes differ from the arrays' (the message names them).
   """
   sizes = _sizes(weights)
   config = config or _stored(weights, path)
@@ -35,30 +47,35 @@ def config_for(weights: Weights, config: ModelConfig | None, path: pathlib.Path)
     if getattr(config, field) != size
   ]
   if differing:
-    raise ValueError(f"{weights.where}: the configuration is another model's: {', '.join(differing)}.")
+    raise ValueError(f"{weights.where}: the configuration is that of another model: {', '.join(differing)}.")
   return config
 
 
-def read_config(path: str | os.PathLike) -> ModelConfig:
-  """The configuration in a config.json: of a work folder, beside an export, or ModelConfig's fields alone.
+def read_config(path: str | os.PathLike, name: str = "config") -> ModelConfig:
+  """Reads a model's configuration from a JSON file.
+
+  Args:
+    path: the config.json of a work folder or of an exported model, or a file with only the fields of ModelConfig.
+    name: the flag or argument that gave it, for messages.
 
   Raises:
-    ValueError: no such file, no JSON, or fields that do not do.
+    ValueError: there is no such file, it is not JSON, or a field is invalid.
   """
+  file = user_path(path, name)
   try:
-    fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    fields = json.loads(file.read_bytes())  # From bytes, so that a byte-order mark is accepted.
   except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: no configuration to read ({error}).") from None
+    raise ValueError(f"{name}={os.fspath(path)!r}: the configuration cannot be read ({error}).") from None
   return _checked(fields.get("model", fields) if isinstance(fields, dict) else fields, str(path))
 
 
 def config_json(config: ModelConfig) -> str:
-  """What stands in the config.json beside an export."""
+  """The text of the config.json beside an exported model."""
   return json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
 
 
 def _sizes(weights: Weights) -> dict[str, int]:
-  """The fields that shapes tell; empty where an array that tells is missing."""
+  """The fields that the arrays' shapes determine; empty if one of the arrays needed for this is missing."""
   shapes = {field: weights.arrays[name].shape for field, name in _PLACES.items() if name in weights.arrays}
   if shapes.keys() != _PLACES.keys() or any(len(shape) != 2 for shape in shapes.values()):
     return {}
@@ -74,24 +91,27 @@ def _sizes(weights: Weights) -> dict[str, int]:
   )
 
 
-def _stored(weights: Weights, path: pathlib.Path) -> ModelConfig | None:
-  """What we wrote into or beside the weights, None where they are not ours."""
+def _stored(weights: Weights, path: epath.Path) -> ModelConfig | None:
+  """The configuration that this package wrote into or beside the weights, None if it wrote none."""
   if CONFIG_KEY in weights.metadata:
     where = f"{weights.where}: {CONFIG_KEY} in its metadata"
     try:
       fields = json.loads(weights.metadata[CONFIG_KEY])
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{where} is no JSON ({error}).") from None
+      raise ValueError(f"{where} is not JSON ({error}).") from None
     config = _checked(fields, where)
     largest = max(value for value in dataclasses.astuple(config) if type(value) is int)
     if config.num_layers > len(weights.arrays) or largest > _LARGEST:
-      raise ValueError(f"{where} is {quoted(config)}; {len(weights.arrays)} arrays are no such model.")
+      raise ValueError(f"{where} is {quoted(config)}; the file's {len(weights.arrays)} arrays are not such a model.")
     return config
   beside = (path if path.is_dir() else path.parent) / "config.json"
-  try:
-    fields = json.loads(beside.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError):
+  if not beside.is_file():
     return None
+  try:
+    fields = json.loads(beside.read_bytes())
+  except (ValueError, RecursionError) as error:
+    # Without it the model of a named size with these shapes might be built, with another Θ or number of heads.
+    raise ValueError(f"{beside}: not JSON ({error}); mend it, move it away, or give a configuration.") from None
   ours = isinstance(fields, dict) and isinstance(fields.get("model"), dict)
   return _checked(fields["model"], str(beside)) if ours else None
 
@@ -100,18 +120,18 @@ def _named(weights: Weights, sizes: dict[str, int]) -> ModelConfig:
   if not sizes:
     lost = [name for name in _PLACES.values() if len(getattr(weights.arrays.get(name), "shape", ())) != 2]
     raise ValueError(
-      f"{weights.where}: no released TokenFormer, for it has no matrix {', '.join(lost)}; its "
+      f"{weights.where}: not a released TokenFormer, because it has no matrix {', '.join(lost)}; its "
       f"arrays are {quoted(list(weights.arrays))}."
     )
   for name in NAMED_SIZES:
     config = ModelConfig.named(name, vocab_size=max(sizes["vocab_size"], 1))
     if all(getattr(config, field) == size for field, size in sizes.items()):
       return config
-  told = ", ".join(f"{field}={size}" for field, size in sizes.items())
+  known = ", ".join(f"{field}={size}" for field, size in sizes.items())
   raise ValueError(
-    f"{weights.where}: of no named size. Its arrays tell {told}; they do not tell num_heads, "
+    f"{weights.where}: no named size has its shapes. They determine {known}, but not num_heads, "
     "seq_length, theta, gelu, rotary_fraction and rotary_base: give "
-    f"config=ModelConfig({told}, num_heads=…)."
+    f"config=ModelConfig({known}, num_heads=…)."
   )
 
 

@@ -1,14 +1,20 @@
-"""Opening weights, whatever they are in: a file of either format, or a folder with one or with shards."""
+"""Opens weights in every form: a file of either format, a folder with one, with shards, or with layer files."""
 
 import json
 import os
 import pathlib
 
+from etils import epath
+
+from tokenformer_jax.interop.pipeline_folder import is_pipeline_folder, newest_step, read_pipeline_folder
 from tokenformer_jax.interop.safetensors_file import read_safetensors
 from tokenformer_jax.interop.stored_array import Weights, quoted
 from tokenformer_jax.interop.torch_file import read_torch
+from tokenformer_jax.paths import user_path
 
-# In a folder, the first of these that is there.
+# Endings of weight files. Of several kinds on the hub, the first is downloaded.
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# In a folder, the first of these that exists is read.
 WEIGHT_FILES = (
   "model.safetensors",
   "model.safetensors.index.json",
@@ -19,18 +25,22 @@ _LARGEST_INDEX = 1 << 20
 
 
 def open_weights(path: str | os.PathLike) -> Weights:
-  """The arrays in a weight file or a folder, none of them read yet.
+  """Reads the descriptions of all arrays in a weight file or a folder; the arrays are read later.
 
-  A file's format is told by its first bytes and not by its name.
+  The first bytes of a file tell its format; its name does not.
+
+  Args:
+    path: a safetensors file, a file of `torch.save`, the index of several such files, a folder with one of
+      these, or a checkpoint folder of DeepSpeed's pipeline (`pipeline_folder`); local or a URI.
 
   Raises:
-    ValueError: nothing there, something else than weights, or a damaged file.
+    ValueError: there is no such file, it is not a weight file, or it is damaged.
   """
-  path = pathlib.Path(path)
+  path = user_path(path)
   if path.is_dir():
-    path = _file_in(path)
+    return _open_folder(path)
   if not path.is_file():
-    raise ValueError(f"{path}: no such file or folder.")
+    raise ValueError(f"{path}: there is no such file or folder.")
   if path.name.endswith(".index.json"):
     return _sharded(path)
   with path.open("rb") as file:
@@ -39,51 +49,59 @@ def open_weights(path: str | os.PathLike) -> Weights:
     return read_torch(path)
   if first[8:9] == b"{":
     return read_safetensors(path)
-  raise ValueError(f"{path}: {_looks_like(first)}; expected a .safetensors file or a .bin of torch.save.")
+  raise ValueError(f"{path}: {_description(first)}; expected a safetensors file or a file of torch.save.")
 
 
-def _file_in(folder: pathlib.Path) -> pathlib.Path:
+def _open_folder(folder: epath.Path) -> Weights:
   for name in WEIGHT_FILES:
     if (folder / name).is_file():
-      return folder / name
-  found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+      return open_weights(folder / name)
+  if is_pipeline_folder(folder):
+    return read_pipeline_folder(folder)
+  newest = newest_step(folder)
+  if newest != folder:
+    return open_weights(newest)
+  found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
   if len(found) != 1:
     raise ValueError(
-      f"{folder}: has none of {', '.join(WEIGHT_FILES)}, and {len(found)} files that end in "
-      ".safetensors or .bin; name the file itself."
+      f"{folder}: has none of {', '.join(WEIGHT_FILES)}, no layer files of DeepSpeed's pipeline, and {len(found)} files "
+      f"that end in {', '.join(SUFFIXES)}; name the file itself."
     )
-  return found[0]
+  return open_weights(found[0])
 
 
-def _sharded(index: pathlib.Path) -> Weights:
-  """Several files as one, by an index's `weight_map` from array to file name."""
+def _sharded(index: epath.Path) -> Weights:
+  """Reads the files that an index names in its `weight_map` from array name to file name."""
   try:
-    if index.stat().st_size > _LARGEST_INDEX:
-      raise ValueError(f"has {index.stat().st_size} bytes, at most {_LARGEST_INDEX} are read")
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with index.open("rb") as file:
+      raw = file.read(_LARGEST_INDEX + 1)
+    if len(raw) > _LARGEST_INDEX:
+      raise ValueError(f"it has more than {_LARGEST_INDEX} bytes")
+    weight_map = json.loads(raw)["weight_map"]  # From bytes, so that a byte-order mark is accepted.
     names = sorted({str(name) for name in weight_map.values()})
   except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{index}: no index of weight files ({quoted(error)}).") from None
+    raise ValueError(f"{index}: not an index of weight files ({quoted(error)}).") from None
   for name in names:
-    if pathlib.PurePath(name).name != name or not name.endswith((".safetensors", ".bin")):
-      raise ValueError(f"{index}: {quoted(name)} is no weight file in the folder of the index.")
+    if pathlib.PurePath(name).name != name or not name.endswith(SUFFIXES):
+      raise ValueError(f"{index}: {quoted(name)} is not a weight file in the folder of the index.")
   shards = {name: open_weights(index.parent / name) for name in names}
   lost = [array for array, name in weight_map.items() if array not in shards[name].arrays]
   if lost:
     raise ValueError(
-      f"{index}: {quoted(lost[0])} is not in {weight_map[lost[0]]}, nor are {len(lost) - 1} "
-      "more where the index puts them; get the files again."
+      f"{index}: {quoted(lost[0])} is not in {weight_map[lost[0]]}, and {len(lost) - 1} other arrays are not in the "
+      "files that the index names; get the files again."
     )
   return Weights(str(index), {array: shards[name].arrays[array] for array, name in weight_map.items()})
 
 
-def _looks_like(first: bytes) -> str:
+def _description(first: bytes) -> str:
+  """What a file with these first bytes is, if it is not a weight file."""
   if not first:
     return "an empty file"
   if first.lstrip().startswith(b"<"):
-    return "an HTML or XML page, perhaps a download that was refused"
+    return "an HTML or XML page, perhaps the error page of a failed download"
   if first.startswith(b"version https://git-lfs"):
-    return "a git-lfs pointer and not the file it stands for (git lfs pull)"
+    return "a git-lfs pointer instead of the file it refers to (run git lfs pull)"
   if first.startswith(b"\x80"):
-    return "a bare pickle, as PyTorch wrote before version 1.6, and not opened because it could run code"
-  return f"begins with {quoted(first[:16])}, and so is no weight file"
+    return "a bare pickle, as PyTorch wrote before version 1.6, which is refused because it could run code"
+  return f"it begins with {quoted(first[:16])}, which no weight file does"
