@@ -1,7 +1,7 @@
-"""Our float32 results against the released code's float64 ones.
+"""Compares our float32 results with the float64 results of the released code.
 
-`python -m tests.parity_table` prints the table. Errors are the largest absolute difference of the outputs, and the largest max|g − ĝ| / max|ĝ| of any
-gradient, of the parameters and of the input.
+`python -m tests.parity_table` prints the table. The errors are the largest absolute difference of the outputs, and the
+largest max|g − ĝ| / max|ĝ| of any gradient, of the parameters and of the input.
 """
 
 import functools
@@ -36,12 +36,12 @@ class Row(NamedTuple):
 
 @functools.cache
 def golden(name):
-  """(arrays, json) of one golden file."""
+  """Returns (arrays, parsed JSON) of one golden file."""
   return dict(np.load(GOLDEN / f"{name}.npz")), json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 def under(arrays, prefix, suffix=""):
-  """The arrays whose names have this prefix and suffix, without them."""
+  """Returns the arrays whose names have this prefix and suffix, under names without them."""
   return {
     name[len(prefix) : len(name) - len(suffix)]: array
     for name, array in arrays.items()
@@ -50,7 +50,7 @@ def under(arrays, prefix, suffix=""):
 
 
 def model_config(sizes):
-  """ModelConfig from a golden json's names."""
+  """Returns the ModelConfig for the field names of a golden JSON file."""
   return ModelConfig(
     vocab_size=sizes["vocab"],
     num_layers=sizes["num_layers"],
@@ -64,7 +64,7 @@ def model_config(sizes):
 
 
 def pattention_row(case) -> Row:
-  """One pattention layer. What the original did with a mask, a router or a scale is done to the keys."""
+  """One pattention layer. The mask, router or scale of the released code is applied to the keys."""
   a = under(golden("pattention_A")[0], case["name"] + "/")
 
   def released(x, keys, values):
@@ -75,7 +75,7 @@ def pattention_row(case) -> Row:
     tau = jnp.float32(initial_tau(case["norm"], len(keys)))
     if "mask" not in case:
       return apply(x, ParameterTokens(keys, values, tau))
-    # Position t sees the keys times row t of the mask.
+    # Position t attends to the keys multiplied by row t of the mask.
     at_position = lambda x_t, row: apply(x_t, ParameterTokens(keys * row[:, None], values, tau))  # noqa: E731
     return jax.vmap(at_position, (-2, 0), -2)(x, a["attn_mask"].astype(np.float32))
 
@@ -90,7 +90,7 @@ def pattention_row(case) -> Row:
 
 
 def layer_row() -> Row:
-  """One block; its arrays are [sequence, batch, hidden]."""
+  """One block; the golden arrays are [sequence, batch, hidden]."""
   a, meta = golden("layer_A")
   config = model_config(meta["config"])
   graphdef, _, tau = split(Block(config, rngs=nnx.Rngs(0)))
@@ -99,12 +99,12 @@ def layer_row() -> Row:
     for name, (path, layer) in released_names(1).items()
     if layer is not None
   }
-  by = rotation(jnp.arange(len(a["x"]))[None], config.rotary_dims, config.rotary_base)
+  cos_sin = rotation(jnp.arange(len(a["x"]))[None], config.rotary_dims, config.rotary_base)
 
   @jax.jit
   def layer(x, arrays):
     parameters = traverse_util.unflatten_dict({paths[name]: array for name, array in arrays.items()}, sep="/")
-    return nnx.merge(graphdef, parameters, tau)(x.swapaxes(0, 1), by).swapaxes(0, 1)
+    return nnx.merge(graphdef, parameters, tau)(x.swapaxes(0, 1), cos_sin).swapaxes(0, 1)
 
   y, pullback = jax.vjp(layer, jnp.asarray(a["x"]), under(a, "param/"))
   grad_x, grads = pullback(jnp.asarray(a["cotangent"]))
@@ -113,7 +113,7 @@ def layer_row() -> Row:
 
 
 def language_model_row() -> Row:
-  """The whole model: logits, loss and the gradient of the loss; the loss counts as an output."""
+  """The whole model: its logits and loss are the outputs, and the gradient is that of the loss."""
   a, meta = golden("lm_A")
   config = model_config(meta["config"])
   graphdef, _, tau = split(LanguageModel(config, rngs=nnx.Rngs(0)))
@@ -134,7 +134,7 @@ def language_model_row() -> Row:
 
 
 def growth_row(size) -> Row:
-  """The original's small model, or its grown one with zero new keys; logits alone, in float32."""
+  """The small model of the released growth, or the grown one with zero new keys; only logits, in float32."""
   a, meta = golden("growth_A")
   config = model_config(meta[f"config_{size}"])
   graphdef, _, tau = split(LanguageModel(config, rngs=nnx.Rngs(0)))

@@ -1,4 +1,4 @@
-"""The released names map one to one to our tree."""
+"""The released names and the leaves of our tree correspond one to one."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ def test_names_and_shapes_of_the_released_150m():
   assert len(listed) == 123
 
 
-def test_every_place_in_our_tree_is_taken_once():
+def test_every_leaf_of_our_tree_has_one_name():
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
   places = {
     (jax.tree_util.keystr(path, simple=True, separator="/"), layer)
@@ -50,7 +50,7 @@ def test_every_place_in_our_tree_is_taken_once():
   assert len(names) == len(places)
 
 
-def test_there_and_back():
+def test_conversion_to_our_tree_and_back_is_exact():
   arrays = state_dict(CONFIG)
   back = to_released(from_released(arrays, CONFIG))
   assert back.keys() == arrays.keys()
@@ -65,7 +65,7 @@ def test_layers_keep_their_order():
   np.testing.assert_array_equal(keys, released)
 
 
-def test_tree_is_the_model_s():
+def test_the_tree_has_the_model_s_shapes_and_types():
   arrays, meta = golden("lm_A")
   config = model_config(meta["config"])
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
@@ -87,13 +87,13 @@ def test_tree_is_the_model_s():
     ),
   ],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_a_name_or_shape_that_does_not_fit_is_reported(change, message):
   arrays = {name: array for name, array in {**state_dict(CONFIG), **change}.items() if array is not None}
   with pytest.raises(ValueError, match=message):
     from_released(arrays, CONFIG)
 
 
-def test_all_that_does_not_fit_is_in_one_message():
+def test_one_message_reports_everything_that_does_not_fit():
   shapes = released_shapes(CONFIG)
   missing = [name for name in shapes if ".4." in name]
   others = [name for name in shapes if ".3." in name]
@@ -110,7 +110,7 @@ def test_all_that_does_not_fit_is_in_one_message():
   assert all(f"'gpt.{i}'" in message for i in range(30))
 
 
-def test_places_of_tau():
+def test_every_tau_has_the_name_of_its_layer():
   _, _, tau = split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
   places = {
     (jax.tree_util.keystr(path, simple=True, separator="/"), layer)
