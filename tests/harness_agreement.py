@@ -1,10 +1,10 @@
-"""Our zero-shot tasks and EleutherAI's harness on the same items, side by side.
+"""Compares our zero-shot tasks with EleutherAI's harness on the same items.
 
     python -m tests.harness_agreement --workdir=runs/novels --limit=40
 
-The harness reads the same files (in TOKENFORMER_DATA) through task files that hold its own prompts, and runs
-without a network. Printed are the requests, the largest difference of a log-likelihood, and of each task the
-items and the scores, ours / the harness's.
+The harness reads the same files (in TOKENFORMER_DATA) through task files that hold its own prompts, and needs no
+network. The script prints the number of requests, the largest difference of a log-likelihood, and for each task the
+number of items and the scores, ours / the harness's.
 
 With 5.5 million parameters (experiments/novels.py, step 600), lm_eval 0.4.13, jax 0.10.2, two CPU cores (64 s
 of CPU time):
@@ -31,7 +31,7 @@ from absl import flags
 from tokenformer_jax.cli import command
 from tokenformer_jax.evaluation import evaluate, multiple_choice
 from tokenformer_jax.evaluation.log_likelihood import log_likelihoods
-from tokenformer_jax.evaluation.tasks import TASKS, read_rows
+from tokenformer_jax.evaluation.tasks import TASKS, task_rows
 
 _CHOICES = {
   "output_type": "multiple_choice",
@@ -45,7 +45,7 @@ _TASK_FILES = {
   "arc_easy": _ARC,
   "arc_challenge": _ARC,
   "hellaswag": _CHOICES | {"doc_to_text": "{{query}}"},
-  "piqa": _CHOICES | {"doc_to_text": "{{query}}Answer:"},  # The line's end is in the query.
+  "piqa": _CHOICES | {"doc_to_text": "{{query}}Answer:"},  # The query ends with a line break.
   "winogrande": {
     "output_type": "multiple_choice",
     "doc_to_text": "gold",
@@ -70,7 +70,7 @@ _TASK_FILES = {
 
 
 class Agreement(NamedTuple):
-  """Log-likelihoods by the ids of (context, continuation), and scores by task and metric, of both."""
+  """What both evaluations gave: log-likelihoods by the ids of (context, continuation), scores by task and metric."""
 
   ours: dict[tuple, float]
   theirs: dict[tuple, float]
@@ -82,7 +82,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(model, tokenizer, tasks, data_folder, limit: int) -> Agreement:
-  """The first `limit` items of each task (of each file of BLiMP), by the evaluate door's two ways."""
+  """Evaluates the first `limit` items of each task (of each file of BLiMP) with and without the harness."""
   from tokenformer_jax.evaluation.harness import HarnessModel
 
   ours, theirs = {}, {}
@@ -104,7 +104,7 @@ def agreement(model, tokenizer, tasks, data_folder, limit: int) -> Agreement:
   with tempfile.TemporaryDirectory() as folder:
     for task in tasks:
       rows = pathlib.Path(folder) / f"{task}.jsonl"
-      rows.write_text("\n".join(line for _, _, line in read_rows(task, data_folder, limit)), encoding="utf-8")
+      rows.write_text("\n".join(row.text for row in task_rows(task, data_folder, limit)), encoding="utf-8")
       description = _TASK_FILES[task] | {
         "task": f"local_{task}",
         "dataset_path": "json",
@@ -116,9 +116,11 @@ def agreement(model, tokenizer, tasks, data_folder, limit: int) -> Agreement:
       mock.patch.object(multiple_choice, "log_likelihoods", our_log_likelihoods),
       mock.patch.object(HarnessModel, "_loglikelihood_tokens", their_log_likelihoods),
     ):
-      our_scores = evaluate.evaluate(model, tokenizer, tasks=tasks, data_folder=data_folder, limit=limit)
+      our_scores = evaluate.evaluate(
+        model, tokenizer, tasks=tasks, data_folder=data_folder, limit=limit, progress=False
+      )
       their_scores = evaluate.evaluate(
-        model, tokenizer, tasks=[f"local_{task}" for task in tasks], harness=True, task_files=folder
+        model, tokenizer, tasks=[f"local_{task}" for task in tasks], harness=True, task_files=folder, progress=False
       )
   return Agreement(ours, theirs, our_scores, {task: their_scores[f"local_{task}"] for task in tasks})
 

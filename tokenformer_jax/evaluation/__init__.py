@@ -1,1 +1,1 @@
-"""Measuring models: log-likelihoods, perplexity, multiple choice, the lm-evaluation-harness."""
+"""Evaluation of models: log-likelihoods, perplexity, multiple choice and EleutherAI's lm-evaluation-harness."""

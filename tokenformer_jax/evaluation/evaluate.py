@@ -1,35 +1,55 @@
-"""All measurements of one model; what the evaluate door does."""
+"""All measurements of one model: `tf.evaluate`, and what the evaluate CLI calls."""
 
-import pathlib
-from collections.abc import Sequence
+import functools
+import os
+from collections.abc import Callable, Sequence
 
 from tokenformer_jax import data
+from tokenformer_jax.config.data import BAD_TEXTS
+from tokenformer_jax.config.validation import require, require_choice
+from tokenformer_jax.data.corpus import Corpus
 from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
 from tokenformer_jax.evaluation.multiple_choice import answer
-from tokenformer_jax.evaluation.perplexity import perplexity
+from tokenformer_jax.evaluation.perplexity import check_stride, perplexity
 from tokenformer_jax.evaluation.tasks import read_task
 from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.checkpoints import load, load_tokenizer
+
+Results = dict[str, dict[str, float]]
 
 
 def open_model(
   workdir: str | None, step: int | None, pretrained: str | None, tokenizer: str | None
 ) -> tuple[LanguageModel, data.Tokenizer]:
-  """The model and tokenizer of a run, or of a weight file and a tokenizer spec.
+  """Opens the model and tokenizer of a run, or of a weight file and a tokenizer.
+
+  Args:
+    workdir: the work folder of a training run; None with `pretrained`.
+    step: the checkpoint of the run; None takes the newest.
+    pretrained: a weight file, a folder or a hub name; None with `workdir`.
+    tokenizer: the tokenizer of `pretrained`: a file, a folder, a hub name or `bytes`.
 
   Raises:
-    ValueError: not exactly one of the two, or a tokenizer with more ids than the model.
+    ValueError: both or neither of `workdir` and `pretrained`, an empty name, or a tokenizer with more ids than the
+      model.
   """
-  if bool(workdir) == bool(pretrained):
-    raise ValueError(f"workdir={workdir!r}, pretrained={pretrained!r}: give one of them.")
-  if workdir:
-    if tokenizer:
-      raise ValueError(f"tokenizer={tokenizer!r}: a run brings its own; leave it out.")
+  if (workdir is None) == (pretrained is None):
+    raise ValueError(f"workdir={workdir!r}, pretrained={pretrained!r}: give exactly one of them.")
+  if workdir is not None:
+    if tokenizer is not None:
+      raise ValueError(f"tokenizer={tokenizer!r}: a run has its own tokenizer; leave this one out.")
+    workdir = os.fspath(user_path(workdir, "workdir"))
     return load(workdir, step), load_tokenizer(workdir)
-  if not tokenizer or step is not None:
-    raise ValueError(f"pretrained={pretrained!r} needs --tokenizer (a file, folder, hub name or 'bytes'), and no step.")
+  require(bool(pretrained), "pretrained", pretrained, "name a weight file, a folder or a hub name.")
+  if not tokenizer:
+    raise ValueError(
+      f"pretrained={pretrained!r} needs a tokenizer (a file, a folder, a hub name or 'bytes'), got tokenizer="
+      f"{tokenizer!r}."
+    )
+  require(step is None, "step", step, "only a run (workdir) has steps; leave it out.")
   opened = data.open_tokenizer(tokenizer)
   model = from_pretrained(pretrained)
   if opened.vocab_size > model.config.vocab_size:
@@ -44,40 +64,107 @@ def evaluate(
   model: LanguageModel,
   tokenizer,
   *,
-  tasks: Sequence[str] = (),
-  data_folder: str | pathlib.Path = ".",
+  tasks: str | Sequence[str] = (),
+  texts: str | Sequence[str] = (),
+  data_folder: str | os.PathLike | None = None,
   limit: int | None = None,
-  texts: Sequence[str] = (),
   stride: int | None = None,
+  bad_text: str = "error",
   harness: bool = False,
-  task_files: str | None = None,
-) -> dict[str, dict[str, float]]:
-  """Metrics by task, and by text of `texts` (source specs of the data room).
+  task_files: str | os.PathLike | None = None,
+  progress: bool = True,
+  on_result: Callable[[str, dict[str, float]], None] | None = None,
+) -> Results:
+  """Measures a model on zero-shot tasks and on texts.
 
-  All that is asked for is looked up before anything is computed.
+      model, tokenizer = tf.load("runs/novels"), tf.load_tokenizer("runs/novels")
+      results = tf.evaluate(model, tokenizer, tasks=["piqa", "blimp"], texts="text:book.txt", data_folder="DATA")
+      results["piqa"]["acc"], results["text:book.txt"]["bits_per_byte"]
+
+  All tasks and texts are read and checked before the model is run.
+
+  Args:
+    model: the model, with float or int8 parameters.
+    tokenizer: the model's tokenizer.
+    tasks: one or more of `evaluation.tasks.TASKS` (lambada_openai, hellaswag, piqa, arc_easy, arc_challenge,
+      winogrande, blimp); with `harness`, names that lm_eval knows or paths of its task files.
+    texts: one or more source specs of texts whose perplexity is measured, such as `text:GLOB`, `jsonl:GLOB#FIELD` or
+      `tokens:PATH`.
+    data_folder: the folder with the tasks' files, local or a URI. By default it is the one that the environment
+      variable TOKENFORMER_DATA names, or else the current folder.
+    limit: the number of questions to read from each file of a task; None reads all.
+    stride: the number of ids scored per window of a text; None scores disjoint windows of the model's length.
+    bad_text: what to do with text that cannot be read: `error`, `replace` or `skip`.
+    harness: run the tasks with EleutherAI's lm-evaluation-harness (the extra `eval`), which downloads their data.
+    task_files: with `harness`, a local folder with further task files.
+    progress: whether to show progress on stderr.
+    on_result: called as `on_result(name, metrics)` when a task or text is finished, so that a later failure does not
+      lose its results.
+
+  Returns:
+    Metrics by the name of the task or text. Standard errors have the metric's name with `_stderr`. Perplexities
+    beyond the range of floats are infinite; the bits per byte of a text and the log_perplexity of a task are finite.
+    Accuracies are shares, from 0 to 1.
 
   Raises:
-    ValueError: nothing to measure, an unknown task or source, or text that does not do.
+    ValueError: nothing to measure, an argument without effect or out of range, an unknown task or source, text or a
+      row of a task that cannot be read, or a model whose parameters or logits are NaN or infinite.
   """
-  if not tasks and not texts:
-    raise ValueError("nothing to measure: give --tasks, --perplexity, or both.")
-  corpora = {str(spec): open_corpus(spec, tokenizer) for text in texts for spec in parse_sources(text)}
-  results = {}
+  tasks, texts = ([given] if isinstance(given, str) else list(given) for given in (tasks, texts))
+  require(bool(tasks or texts), "tasks", tasks, "there is nothing to measure; name tasks, texts or both.")
+  require(limit is None or (type(limit) is int and limit >= 1), "limit", limit, "must be a positive whole number.")
+  require_choice("bad_text", bad_text, BAD_TEXTS)
+  require(not harness or bool(tasks), "harness", harness, "runs tasks; name at least one.")
+  require(task_files is None or harness, "task_files", task_files, "only the harness reads them; set harness too.")
+  require(
+    data_folder is None or not harness,
+    "data_folder",
+    data_folder,
+    "the harness downloads its own data; leave the folder out, or give task_files.",
+  )
+  require(stride is None or bool(texts), "stride", stride, "belongs to the perplexity of texts; name some.")
+  check_stride(stride, model.config.seq_length)
+
+  corpora = _corpora(texts, tokenizer, bad_text)
+  measurements: list[Callable[[], Results]] = []
   if harness:
-    if tasks:
-      results |= _harness()(model, tokenizer, list(tasks), limit=limit, include_path=task_files)
+    runs = _harness()(model, tokenizer, tasks, limit=limit, task_files=task_files, progress=progress)
+    measurements += [functools.partial(next, runs)] * len(dict.fromkeys(tasks))
   else:
-    questions = {task: read_task(task, data_folder, limit) for task in tasks}
-    results |= {task: answer(model, tokenizer, asked, progress=task) for task, asked in questions.items()}
-  return results | {
-    name: perplexity(model, tokenizer, corpus, stride=stride, progress=name).report()
-    for name, corpus in corpora.items()
-  }
+    folder = os.environ.get("TOKENFORMER_DATA") or "." if data_folder is None else data_folder
+    questions = {task: read_task(task, folder, limit) for task in tasks}
+
+    def run_task(task: str) -> Results:
+      return {task: answer(model, tokenizer, questions[task], progress=task if progress else None)}
+
+    measurements += [functools.partial(run_task, task) for task in questions]
+
+  def run_text(name: str) -> Results:
+    shown = name if progress else None
+    return {name: perplexity(model, tokenizer, corpora[name], stride=stride, progress=shown).report()}
+
+  measurements += [functools.partial(run_text, name) for name in corpora]
+
+  results: Results = {}
+  for measure in measurements:
+    measured = measure()
+    results |= measured
+    if on_result is not None:
+      for name, metrics in measured.items():
+        on_result(name, metrics)
+  return results
+
+
+def _corpora(texts: Sequence[str], tokenizer, bad_text: str) -> dict[str, Corpus]:
+  specs = [spec for text in texts for spec in parse_sources(text)]
+  for spec in specs:
+    require(spec.weight == 1, "weight", spec.weight, f"texts are measured one by one; write {spec} without a weight.")
+  return {str(spec): open_corpus(spec, tokenizer, bad_text) for spec in specs}
 
 
 def _harness():
   try:
     from tokenformer_jax.evaluation.harness import run_harness
   except ImportError as error:
-    raise ValueError(f"--harness: {error}; pip install 'tokenformer_jax[eval]'.") from None
+    raise ValueError(f"the harness is not installed ({error}); pip install 'tokenformer_jax[eval]'.") from None
   return run_harness

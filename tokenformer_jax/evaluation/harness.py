@@ -1,164 +1,147 @@
-"""A model class for EleutherAI's lm-evaluation-harness, registered as `tokenformer_jax` on import.
+"""Runs tasks of EleutherAI's lm-evaluation-harness on a model."""
 
-The harness (pip install lm_eval) loads no plug-ins by itself: import this module, then call it.
-"""
-
+import functools
 import os
-import pathlib
-import re
-import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import lm_eval
 import numpy as np
-import tqdm
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from tokenformer_jax.config.validation import nearest
-from tokenformer_jax.evaluation.log_likelihood import Request, log_likelihoods
-from tokenformer_jax.evaluation.perplexity import windows
-from tokenformer_jax.inference.generate import generate
+from tokenformer_jax.evaluation.harness_model import HarnessModel
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.paths import is_uri, user_path
 
-_GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-
-
-@register_model("tokenformer_jax")
-class HarnessModel(TemplateLM):
-  """`lm_eval.simple_evaluate(HarnessModel(model, tokenizer), tasks=[…])`."""
-
-  def __init__(self, model: LanguageModel, tokenizer):
-    super().__init__()
-    self._model, self._tokens = model, tokenizer
-
-  @property
-  def eot_token_id(self) -> int:
-    return self._tokens.end_of_document
-
-  @property
-  def max_length(self) -> int:
-    return self._model.config.seq_length
-
-  @property
-  def max_gen_toks(self) -> int:
-    """New tokens where a task does not say: the harness's 256, but no more than half of a short model."""
-    return min(256, self.max_length // 2)
-
-  @property
-  def tokenizer_name(self) -> str:
-    return self._tokens.fingerprint
-
-  def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-    del add_special_tokens, kwargs
-    return list(self._tokens.encode(string))
-
-  def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-    del kwargs
-    requests = [Request(context, continuation) for _, context, continuation in requests]
-    return self._scores(requests, disable_tqdm)
-
-  def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    documents = [
-      list(windows(self.tok_encode(text), self.eot_token_id, self.max_length, self.max_length))
-      for (text,) in (request.args for request in requests)
-    ]
-    scores = iter(self._scores([window for document in documents for window in document], disable_tqdm))
-    return [sum(next(scores)[0] for _ in document) for document in documents]
-
-  def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Texts up to the first of the strings `until`, which is left out, or the end of the document.
-
-    A context loses its beginning where it and the new tokens do not fit into the model together.
-
-    Raises:
-      ValueError: a task asks for as many new tokens as the model reads, or for a setting that is not here.
-    """
-    model = self._model.for_decoding()
-    # Each its own seed: a task that asks for the same text several times wants several.
-    return [
-      self._continue(model, *request.args, seed=number)
-      for number, request in enumerate(
-        tqdm.tqdm(requests, desc="texts", disable=disable_tqdm, dynamic_ncols=True, file=sys.stderr)
-      )
-    ]
-
-  def _continue(self, model: LanguageModel, context: str, settings: dict, seed: int) -> str:
-    settings = normalize_gen_kwargs(settings, self.max_gen_toks)
-    if unknown := sorted(set(settings) - _GENERATION_SETTINGS):
-      raise ValueError(
-        f"generation_kwargs: {', '.join(unknown)} unknown: leave them out of the task "
-        f"file; there are {', '.join(sorted(_GENERATION_SETTINGS))}."
-      )
-    new = settings["max_gen_toks"]
-    if new >= self.max_length:
-      raise ValueError(
-        f"max_gen_toks={new} leaves no room for a context in the model's seq_length="
-        f"{self.max_length}; ask for fewer in the task's generation_kwargs."
-      )
-    prompt = self.tok_encode(context)[-(self.max_length - new) :] or [self.eot_token_id]
-    (text,) = generate(
-      model,
-      self._tokens,
-      [prompt],
-      max_new_tokens=new,
-      seed=seed,
-      temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
-      top_k=settings.get("top_k", 0),
-      top_p=settings.get("top_p", 1.0),
-      stop=[stop for stop in settings["until"] if stop],
-    )
-    return text
-
-  def _scores(self, requests: list[Request], disable_tqdm: bool) -> list[tuple[float, bool]]:
-    progress = None if disable_tqdm else "log-likelihoods"
-    return [
-      tuple(score) for score in log_likelihoods(self._model, requests, self._tokens.vocab_size, progress=progress)
-    ]
+_BOOTSTRAP_DRAWS = 1000
 
 
 def run_harness(
-  model: LanguageModel, tokenizer, tasks: list[str], *, limit: int | None = None, include_path: str | None = None
-) -> dict[str, dict[str, float]]:
-  """The harness's results by task: every metric and its standard error.
+  model: LanguageModel,
+  tokenizer,
+  tasks: Sequence[str],
+  *,
+  limit: int | None = None,
+  task_files: str | os.PathLike | None = None,
+  progress: bool = True,
+) -> Iterator[dict[str, dict[str, float]]]:
+  """Loads all tasks, and returns an iterator that runs one of them at each step.
 
   Args:
-    tasks: names the harness knows, or task files.
-    limit: questions a task.
-    include_path: a folder with further task files (YAML).
+    model: the model.
+    tokenizer: the model's tokenizer.
+    tasks: names of tasks, groups or tags that the harness knows, or paths of task files.
+    limit: the number of questions per task; None asks all.
+    task_files: a local folder with further task files (YAML).
+    progress: whether to show the model's progress on stderr; the harness shows its own in any case.
+
+  Returns:
+    An iterator over results: metrics by name, of the task or of the group and its members. A metric of a task with
+    several filters keeps the filter in its name, as in `exact_match,strict-match`; its standard error is
+    `exact_match_stderr,strict-match`. A perplexity beyond the range of floats is infinite.
 
   Raises:
-    ValueError: an unknown task, no such folder, or data of a task that cannot be fetched.
+    ValueError: an unknown task, a missing folder, or data of a task that cannot be downloaded.
   """
-  if include_path is not None and not pathlib.Path(include_path).is_dir():
-    raise ValueError(f"task_files={include_path!r} is no folder; name the one that holds the task files.")
-  # The harness's own list, some 14,000 files, is read only where a task is not in the folder.
-  manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-  if include_path and not set(tasks) <= set(manager.all_tasks):
-    manager = TaskManager(include_path=include_path)
+  manager, loaded = _load(list(dict.fromkeys(tasks)), task_files)
+  harness_model = HarnessModel(model, tokenizer, progress=progress)
+  return (_run(harness_model, manager, roots, limit) for roots in loaded)
+
+
+def _load(tasks: list[str], task_files: str | os.PathLike | None) -> tuple[TaskManager, list[list]]:
+  """The manager of the tasks, and the harness's task and group objects for each name of `tasks`."""
+  folder = None
+  if task_files is not None:
+    folder = None if is_uri(task_files) else user_path(task_files, "task_files")
+    if folder is None or not folder.is_dir():
+      raise ValueError(f"task_files={os.fspath(task_files)!r} is no local folder; name the one with the task files.")
+  tasks = [os.path.expanduser(task) if os.path.isfile(os.path.expanduser(task)) else task for task in tasks]
+  manager = _task_manager(tasks, folder)
   for task in tasks:
-    if task not in manager.all_tasks and not pathlib.Path(task).is_file():
-      raise ValueError(
-        f"task {task!r} is unknown to lm_eval {lm_eval.__version__}."
-        f"{nearest(task, manager.all_tasks) or ' Its task files: --task_files.'}"
-      )
-  # It would fork processes for some standard errors, which JAX's threads do not survive.
-  os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    if task not in manager.all_tasks and not os.path.isfile(task):
+      way_out = nearest(task, manager.all_tasks) or " Name the folder of its task file (task_files, --task_files)."
+      raise ValueError(f"task {task!r} is unknown to lm_eval {lm_eval.__version__}.{way_out}")
   try:
-    results = lm_eval.simple_evaluate(
-      HarnessModel(model, tokenizer), tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=1000
-    )["results"]
+    return manager, [_roots(manager.load([task])) for task in tasks]
   except ConnectionError as error:
     raise ValueError(
-      f"tasks={','.join(tasks)}: {error}. The harness downloads what its tasks ask; without a "
-      "network, leave out --harness and give --data, or give your own --task_files."
+      f"tasks={','.join(tasks)}: {error}. The harness downloads the data of its tasks; without a network, evaluate the "
+      "local tasks (no harness, a data folder), or name a folder of your own task files (task_files, --task_files)."
     ) from None
-  return {
-    task: {
-      re.sub(r",\w+$", "", name): float(value)
-      for name, value in metrics.items()
-      if isinstance(value, (int, float, np.number))
-    }
-    for task, metrics in results.items()
+
+
+def _task_manager(tasks: list[str], folder) -> TaskManager:
+  # Reading the harness's own 14,000 task files takes seconds, so it is done only for a task that is not in the folder.
+  if folder is None:
+    return _default_task_manager()
+  manager = TaskManager(include_path=str(folder), include_defaults=False)
+  if set(tasks) <= set(manager.all_tasks):
+    return manager
+  return TaskManager(include_path=str(folder))
+
+
+@functools.cache
+def _default_task_manager() -> TaskManager:
+  return TaskManager()
+
+
+def _roots(loaded: dict) -> list:
+  """The tasks and groups that no other group holds; the harness finds the others through them."""
+  members = {name for group in loaded["groups"].values() for name in group.child_names}
+  for task in loaded["tasks"].values():
+    _make_finite(task)
+  return [item for kind in ("groups", "tasks") for name, item in loaded[kind].items() if name not in members]
+
+
+def _make_finite(task) -> None:
+  """Makes the task's perplexities infinite where the harness's `math.exp` overflows and loses all results."""
+  aggregation = task.aggregation
+  task.aggregation = lambda: {name: _OrInfinity(function) for name, function in aggregation().items()}
+
+
+class _OrInfinity:
+  """An aggregation function of the harness that returns infinity instead of raising OverflowError.
+
+  It is equal to the function, because the harness looks up how to estimate a standard error by the function.
+  """
+
+  def __init__(self, function: Callable):
+    functools.update_wrapper(self, function)
+    self._function = function
+
+  def __call__(self, items) -> float:
+    try:
+      return self._function(items)
+    except OverflowError:
+      return float("inf")
+
+  def __eq__(self, other) -> bool:
+    return self._function == (other._function if isinstance(other, _OrInfinity) else other)
+
+  def __hash__(self) -> int:
+    return hash(self._function)
+
+
+def _run(model: HarnessModel, manager: TaskManager, roots: list, limit: int | None) -> dict[str, dict[str, float]]:
+  # The harness would fork processes for some standard errors, and a forked process with JAX's threads can deadlock.
+  os.environ.setdefault("DISABLE_MULTIPROC", "1")
+  results = lm_eval.simple_evaluate(
+    model, tasks=roots, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAP_DRAWS
+  )
+  return {task: metrics_of(values) for task, values in results["results"].items()}
+
+
+def metrics_of(values: dict) -> dict[str, float]:
+  """The numbers among a task's results, whose keys are METRIC,FILTER and METRIC_stderr,FILTER.
+
+  The filter is left out of the names if the task has only one.
+  """
+  numbers = {
+    key: int(value) if isinstance(value, (int, np.integer)) else float(value)
+    for key, value in values.items()
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
   }
+  filters = {key.partition(",")[2] for key in numbers if "," in key}
+  if len(filters) > 1:
+    return numbers
+  return {key.partition(",")[0]: value for key, value in numbers.items()}

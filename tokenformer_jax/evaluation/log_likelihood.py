@@ -1,43 +1,62 @@
-"""Log-likelihood of continuations: what perplexity and multiple choice are made of."""
+"""Log-likelihoods of continuations, from which perplexity and multiple choice are computed."""
 
 import functools
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import nnx
 
+from tokenformer_jax.evaluation.progress import Progress
 from tokenformer_jax.inference.generate import bucket
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
 
-# Float32 logits of one batch stay below this.
+# The float32 logits of one batch take at most this many bytes.
 _LOGIT_BYTES = 2**28
+_MAX_ROWS = 128
 
 
 class Request(NamedTuple):
-  """Token ids: score `continuation` after `context`. Neither is empty."""
+  """A continuation to score after a context.
+
+  Attributes:
+    context: token ids, at least one.
+    continuation: token ids, at least one.
+  """
 
   context: Sequence[int]
   continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-  """Of a continuation: Σ log p in nats, and whether each of its tokens was the likeliest."""
+  """The score of one continuation.
+
+  Attributes:
+    log_likelihood: Σ log p of its tokens, in nats.
+    greedy: whether each of its tokens is the most likely one.
+  """
 
   log_likelihood: float
   greedy: bool
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> Request:
-  """The ids of a pair of texts, split as EleutherAI's harness does.
+  """Encodes a context and its continuation, and splits the ids where EleutherAI's harness splits them.
 
-  Both are encoded as one text, and the continuation is what the context's ids leave over; spaces that
-  end the context count to the continuation. An empty context is the end-of-document token.
+  Both texts are encoded as one, and the ids beyond the number of the context's own ids are the continuation. Spaces
+  at the end of the context are moved to the continuation. The end-of-document id stands for an empty context.
+
+  Args:
+    tokenizer: `encode(text) -> ids` and `end_of_document`.
+    context: any text.
+    continuation: any text.
+
+  Returns:
+    The request. Its continuation is empty if the text of the continuation is, or if it merges into the last token of
+    the context; such a request cannot be scored.
   """
   if not context:
     ids = tokenizer.encode(continuation)
@@ -51,75 +70,91 @@ def encode_pair(tokenizer, context: str, continuation: str) -> Request:
 
 
 def log_likelihoods(
-  model: LanguageModel, requests: Sequence[Request], vocab_size: int, *, progress: str | None = None
+  model: LanguageModel,
+  requests: Sequence[Request],
+  vocab_size: int,
+  *,
+  progress: str | None = None,
+  name: Callable[[int], str] = "request {}".format,
 ) -> list[Score]:
-  """Scores of many requests, in their order.
+  """Scores many continuations.
 
-  Probabilities are over the first `vocab_size` ids: those that only pad the vocabulary, which no text
-  holds, take no part. The released code's adapter (eval_tasks/eval_adapter.py) leaves them in, 50,304
-  ids for a tokenizer of 50,277; see docs/released_models.md. A request longer than the
-  model's `seq_length` loses the beginning of its context. Requests are batched by length; one program is
-  compiled for each rounded length.
+  Probabilities are normalised over the first `vocab_size` ids. The ids beyond them only pad the vocabulary and occur
+  in no text. The adapter of the released code (eval_tasks/eval_adapter.py) includes them: 50,304 ids for a tokenizer
+  of 50,277; see docs/released_models.md.
+
+  A request longer than the model's `seq_length` loses the beginning of its context, as in EleutherAI's harness.
+  Requests are batched by length, and one program is compiled for each rounded length.
 
   Args:
-    vocab_size: the tokenizer's ids.
-    progress: what the progress bar says; None shows none.
+    model: the model; its float or int8 parameters are used as they are.
+    requests: the continuations and their contexts.
+    vocab_size: the number of ids of the tokenizer.
+    progress: the description of the progress bar; None shows none.
+    name: describes request number i in error messages.
+
+  Returns:
+    The scores, in the order of the requests.
 
   Raises:
-    ValueError: an empty context or continuation, an id outside the vocabulary, or a continuation that
-      does not fit into the model's `seq_length`.
+    ValueError: an empty context or continuation, an id outside the vocabulary, a continuation that does not fit into
+      the model's `seq_length`, or a model whose log-likelihoods are NaN or infinite.
   """
   length = model.config.seq_length
   for number, request in enumerate(requests):
-    _check(request, number, vocab_size, length)
+    _check(request, name, number, vocab_size, length)
   graphdef, params, tau = split(model)
-  # Longest first: if memory does not do, that shows at once.
-  order = sorted(range(len(requests)), key=lambda i: -_inputs(requests[i], length))
+  # The longest requests come first, so that a batch that exceeds the memory fails at once.
+  order = sorted(range(len(requests)), key=lambda i: -_num_inputs(requests[i], length))
   scores: list[Score | None] = [None] * len(requests)
-  with tqdm.tqdm(
-    total=len(requests), desc=progress, disable=progress is None, dynamic_ncols=True, file=sys.stderr
-  ) as bar:
+  with Progress(progress, len(requests)) as bar:
     while order:
-      width = min(bucket(_inputs(requests[order[0]], length)), length)
-      rows = max(1, _LOGIT_BYTES // (4 * width * model.config.vocab_size))
-      rows = min(rows, 128)
-      chosen = [i for i in order[:rows] if min(bucket(_inputs(requests[i], length)), length) == width]
+      width = min(bucket(_num_inputs(requests[order[0]], length)), length)
+      rows = min(max(1, _LOGIT_BYTES // (4 * width * model.config.vocab_size)), _MAX_ROWS)
+      chosen = [i for i in order[:rows] if min(bucket(_num_inputs(requests[i], length)), length) == width]
       order = order[len(chosen) :]
       batch = _batch([requests[i] for i in chosen], rows, width)
       sums, greedy = jax.device_get(_score(graphdef, params, tau, *batch, vocab_size=vocab_size))
       for row, i in enumerate(chosen):
+        if not np.isfinite(sums[row]):
+          raise ValueError(
+            f"{name(i)}: its log-likelihood is {sums[row]}, so the model is broken: its parameters or logits are NaN "
+            "or infinite; evaluate an earlier checkpoint."
+          )
         scores[i] = Score(float(sums[row]), bool(greedy[row]))
       bar.update(len(chosen))
   return scores
 
 
-def _check(request: Request, number: int, vocab_size: int, length: int) -> None:
-  if not len(request.context) or not len(request.continuation):
+def _check(request: Request, name: Callable[[int], str], number: int, vocab_size: int, length: int) -> None:
+  if not len(request.context):
+    raise ValueError(f"{name(number)}: its context has no ids; give the end-of-document id for an empty text.")
+  if not len(request.continuation):
     raise ValueError(
-      f"request {number}: context of {len(request.context)} ids and continuation of "
-      f"{len(request.continuation)}; both need one at least (an empty text: the end-of-document id)."
+      f"{name(number)}: its continuation has no ids of its own: the text is empty, or the tokenizer merges it into the "
+      "last token of the context; leave the request out."
     )
   ids = np.concatenate([request.context, request.continuation])
   if ids.min() < 0 or ids.max() >= vocab_size:
-    at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+    position = int(np.argmax((ids < 0) | (ids >= vocab_size)))
     raise ValueError(
-      f"request {number}: id {ids[at]} at position {at} is outside the {vocab_size} ids of the "
-      "vocabulary; use the model's own tokenizer."
+      f"{name(number)}: id {ids[position]} at position {position} is outside the {vocab_size} ids of the vocabulary; "
+      "use the model's own tokenizer."
     )
   if len(request.continuation) > length:
     raise ValueError(
-      f"request {number}: a continuation of {len(request.continuation)} ids does not fit into the "
-      f"model's seq_length={length}; score it in windows (see evaluation.perplexity)."
+      f"{name(number)}: a continuation of {len(request.continuation)} ids does not fit into the model's "
+      f"seq_length={length}; score it in windows (evaluation.perplexity)."
     )
 
 
-def _inputs(request: Request, length: int) -> int:
-  """Ids that the model reads: all but the last."""
+def _num_inputs(request: Request, length: int) -> int:
+  """The number of ids that the model reads: all but the last one."""
   return min(len(request.context) + len(request.continuation) - 1, length)
 
 
 def _batch(requests: Sequence[Request], rows: int, width: int):
-  """(inputs, labels, mask), [rows, width] each; short rows are filled up on their right."""
+  """(inputs, labels, mask), each [rows, width]; short rows are padded on their right."""
   inputs = np.zeros((rows, width), np.int32)
   labels = np.zeros((rows, width), np.int32)
   mask = np.zeros((rows, width), bool)
@@ -133,6 +168,7 @@ def _batch(requests: Sequence[Request], rows: int, width: int):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="vocab_size")
 def _score(graphdef, params, tau, inputs, labels, mask, vocab_size):
+  """(Σ log p [rows], whether each row is greedy [rows]) over the positions of `mask`."""
   logits = nnx.merge(graphdef, params, tau)(inputs)[..., :vocab_size]
   log_p = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
   greedy = jnp.all((jnp.argmax(logits, axis=-1) == labels) | ~mask, axis=-1)

@@ -1,24 +1,29 @@
-"""The zero-shot sets of the paper's table, and BLiMP, as questions with scored answers.
+"""The zero-shot tasks of the paper's table, and BLiMP, as questions with answers to score.
 
-Prompts are those of EleutherAI's harness. The files are looked for in a folder with
-`eval_zero_shot/*.jsonl` and `blimp/BLiMP.zip`; nothing is downloaded.
+The prompts are those of EleutherAI's harness. The files are read from a folder that holds `eval_zero_shot/*.jsonl` and
+`blimp/BLiMP.zip`; nothing is downloaded.
 """
 
-import json
-import pathlib
-import zipfile
+import os
+import reprlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tokenformer_jax.config.validation import nearest
+from tokenformer_jax.evaluation.task_rows import Row, read_rows
+from tokenformer_jax.paths import user_path
 
 
 class Question(NamedTuple):
-  """Answers to choose from: answer i is `continuations[i]` after `contexts[i]`.
+  """A question with its possible answers; answer i is `continuations[i]` after `contexts[i]`.
 
   Attributes:
-    gold: the right one. A single answer has nothing to choose: it counts if it is the likeliest text.
-    lengths: characters of each answer, for the length-normalised choice.
-    group: what the question belongs to within its task.
+    contexts: one text per answer.
+    continuations: one text per answer.
+    gold: the index of the right answer. A single answer is right if it is the most likely continuation.
+    lengths: the number of characters of each answer, for the length-normalised choice.
+    group: the part of the task to which the question belongs, e.g. a paradigm of BLiMP.
+    where: the file and line of the question, for messages.
   """
 
   contexts: tuple[str, ...]
@@ -26,89 +31,151 @@ class Question(NamedTuple):
   gold: int
   lengths: tuple[int, ...]
   group: str = ""
+  where: str = ""
+
+
+class Task(NamedTuple):
+  """One task.
+
+  Attributes:
+    file: the path of its file below the data folder.
+    question: makes the question of a row, or raises a ValueError that names the field and the value.
+  """
+
+  file: str
+  question: Callable[[dict], Question]
 
 
 def _choices(context: str, choices: list[str], gold: int, group: str = "") -> Question:
-  return Question(
-    (context,) * len(choices), tuple(" " + choice for choice in choices), gold, tuple(map(len, choices)), group
-  )
+  continuations = tuple(" " + choice for choice in choices)
+  return Question((context,) * len(choices), continuations, gold, tuple(map(len, choices)), group)
 
 
 def _arc(row) -> Question:
-  return _choices(f"Question: {row['query']}\nAnswer:", row["choices"], row["gold"])
+  choices = _texts(row, "choices")
+  return _choices(f"Question: {_text(row, 'query', least=0)}\nAnswer:", choices, _gold(row, len(choices)))
 
 
 def _piqa(row) -> Question:
-  return _choices(row["query"].rstrip("\n") + "\nAnswer:", row["choices"], row["gold"])
+  choices = _texts(row, "choices")
+  return _choices(_text(row, "query", least=0).rstrip("\n") + "\nAnswer:", choices, _gold(row, len(choices)))
 
 
 def _hellaswag(row) -> Question:
-  return _choices(row["query"], row["choices"], row["gold"])
+  choices = _texts(row, "choices")
+  return _choices(_text(row, "query", least=0), choices, _gold(row, len(choices)))
 
 
 def _winogrande(row) -> Question:
-  options, ending = row["context_options"], row["continuation"]
-  return Question(tuple(options), (" " + ending,) * len(options), row["gold"], (len(ending),) * len(options))
+  contexts, ending = _texts(row, "context_options"), _text(row, "continuation")
+  count = len(contexts)
+  return Question(tuple(contexts), (" " + ending,) * count, _gold(row, count), (len(ending),) * count)
 
 
 def _lambada(row) -> Question:
-  return Question((row["context"],), (" " + row["continuation"],), 0, (len(row["continuation"]),))
+  word = _text(row, "continuation")
+  return Question((_text(row, "context", least=0),), (" " + word,), 0, (len(word),))
 
 
 def _blimp(row) -> Question:
-  return _choices("", [row["sentence_good"], row["sentence_bad"]], 0, row["UID"])
+  return _choices("", [_text(row, "sentence_good"), _text(row, "sentence_bad")], 0, _text(row, "UID"))
 
 
-# Task -> its file, and the question in a row of it.
 TASKS = {
-  "lambada_openai": ("eval_zero_shot/lambada_openai.jsonl", _lambada),
-  "hellaswag": ("eval_zero_shot/hellaswag_val.jsonl", _hellaswag),
-  "piqa": ("eval_zero_shot/piqa.jsonl", _piqa),
-  "arc_easy": ("eval_zero_shot/arc_easy_test.jsonl", _arc),
-  "arc_challenge": ("eval_zero_shot/arc_challenge_test.jsonl", _arc),
-  "winogrande": ("eval_zero_shot/winogrande.jsonl", _winogrande),
-  "blimp": ("blimp/BLiMP.zip", _blimp),
+  "lambada_openai": Task("eval_zero_shot/lambada_openai.jsonl", _lambada),
+  "hellaswag": Task("eval_zero_shot/hellaswag_val.jsonl", _hellaswag),
+  "piqa": Task("eval_zero_shot/piqa.jsonl", _piqa),
+  "arc_easy": Task("eval_zero_shot/arc_easy_test.jsonl", _arc),
+  "arc_challenge": Task("eval_zero_shot/arc_challenge_test.jsonl", _arc),
+  "winogrande": Task("eval_zero_shot/winogrande.jsonl", _winogrande),
+  "blimp": Task("blimp/BLiMP.zip", _blimp),
 }
 
 
-def read_task(name: str, folder: str | pathlib.Path, limit: int | None = None) -> list[Question]:
-  """The questions of a task, the first `limit` of each file.
+def read_task(name: str, folder: str | os.PathLike, limit: int | None = None) -> list[Question]:
+  """Reads the questions of a task.
+
+  Args:
+    name: a key of `TASKS`.
+    folder: the folder that holds the tasks' files, local or a URI.
+    limit: the number of questions to read from each file; None reads all.
 
   Raises:
-    ValueError: an unknown task, no such file in `folder`, or a row that is not such a task's.
+    ValueError: an unknown task, a missing file, or a row that is no question of the task; the message names the
+      file, the line, the field and the value.
   """
-  questions = []
-  for part, number, line in read_rows(name, folder, limit):
-    try:
-      questions.append(TASKS[name][1](json.loads(line)))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f"{part}, line {number}: not a row of {name} ({type(error).__name__}: {error}).") from None
-  return questions
+  return [_question(name, row) for row in task_rows(name, folder, limit)]
 
 
-def read_rows(name: str, folder: str | pathlib.Path, limit: int | None = None) -> list[tuple[str, int, str]]:
-  """(file, line number, JSON text) of a task's rows, the first `limit` of each file."""
+def task_rows(name: str, folder: str | os.PathLike, limit: int | None = None) -> list[Row]:
+  """The rows from which `read_task` makes its questions."""
   if name not in TASKS:
     raise ValueError(f"task {name!r} is unknown: choose from {', '.join(TASKS)}.{nearest(name, TASKS)}")
-  place, _ = TASKS[name]
-  path = pathlib.Path(folder) / place
+  file = TASKS[name].file
+  path = user_path(folder, "data_folder") / file
   if not path.is_file():
-    raise ValueError(f"task {name}: no file {path}; give the folder that holds {place} (--data, or TOKENFORMER_DATA).")
-  rows = [(part, number, line) for part, lines in _files(path) for number, line in enumerate(lines[:limit], start=1)]
+    raise ValueError(
+      f"task {name}: there is no file {path}; name the folder that holds {file} (data_folder, --data or the environment "
+      "variable TOKENFORMER_DATA)."
+    )
+  rows = read_rows(path, limit)
   if not rows:
     raise ValueError(f"task {name}: {path} holds no questions.")
   return rows
 
 
-def _files(path: pathlib.Path):
-  """[(name, lines)] of a file, or of the jsonl files in an archive."""
+def _question(name: str, row: Row) -> Question:
+  fields = row.parse()
   try:
-    if path.suffix != ".zip":
-      return [(path, path.read_text(encoding="utf-8").splitlines())]
-    with zipfile.ZipFile(path) as archive:
-      members = sorted(
-        name for name in archive.namelist() if name.endswith(".jsonl") and not name.startswith("__MACOSX/")
-      )
-      return [(f"{path}/{name}", archive.read(name).decode("utf-8").splitlines()) for name in members]
-  except (zipfile.BadZipFile, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is damaged ({error}); get it again.") from None
+    return TASKS[name].question(fields)._replace(where=row.where)
+  except ValueError as error:
+    raise ValueError(f"{row.where} is not a row of {name}: {error}") from None
+
+
+def _field(row: dict, field: str):
+  if field not in row:
+    raise ValueError(f"it has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}.")
+  return row[field]
+
+
+def _text(row: dict, field: str, least: int = 1) -> str:
+  """A text of at least `least` characters."""
+  text = _field(row, field)
+  _require(isinstance(text, str) and len(text) >= least, field, text, "expected a text" + " with characters" * least)
+  return _unicode(field, text)
+
+
+def _texts(row: dict, field: str) -> list[str]:
+  texts = _field(row, field)
+  _require(
+    isinstance(texts, list) and len(texts) >= 2 and all(isinstance(text, str) and text for text in texts),
+    field,
+    texts,
+    "expected a list of two or more texts, none of them empty",
+  )
+  return [_unicode(field, text) for text in texts]
+
+
+def _gold(row: dict, count: int) -> int:
+  gold = _field(row, "gold")
+  _require(type(gold) is int and 0 <= gold < count, "gold", gold, f"expected an index into the {count} choices, from 0")
+  return gold
+
+
+def _unicode(field: str, text: str) -> str:
+  """The text itself; an escape such as \\ud800 makes half a surrogate pair, which no tokenizer can encode."""
+  _require(_encodes(text), field, text, "the text holds half of a surrogate pair")
+  return text
+
+
+def _encodes(text: str) -> bool:
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _require(condition: bool, field: str, value, expected: str) -> None:
+  if not condition:
+    raise ValueError(f"{field}={reprlib.repr(value)}: {expected}.")
