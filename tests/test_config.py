@@ -160,7 +160,7 @@ def test_model_refusals(changes, message):
     ),
     (
       lambda: run(growth=GrowthConfig(stages=(GrowthStage(9, 64, 63, 256),))),
-      "stages: proj_tokens at step 9=63: growth cannot take rows away; the model has 64",
+      "stages: proj_tokens at step 9=63: growth cannot remove rows; the model has 64",
     ),
   ],
 )

@@ -113,10 +113,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path, text):
 
 
 def test_another_tokenizer_is_refused():
-  fingerprint = data.open_tokenizer("bytes").fingerprint
-  check_same_tokenizer(fingerprint, fingerprint, "runs/a")
-  with pytest.raises(ValueError, match=f"runs/a: .*tokenizer other, this run's is {fingerprint}"):
-    check_same_tokenizer("other", fingerprint, "runs/a")
+  tokenizer = data.open_tokenizer("bytes")
+  check_same_tokenizer(tokenizer.fingerprint, tokenizer, "runs/a")
+  with pytest.raises(ValueError, match=f"runs/a: .*tokenizer other, this run's is {tokenizer.fingerprint}"):
+    check_same_tokenizer("other", tokenizer, "runs/a")
 
 
 def test_weights_fit_another_length_precision_and_remat_and_no_other_model():

@@ -6,7 +6,8 @@ import matplotlib.image
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
-from tokenformer_jax.training.run_log import RunLog, plot_losses, read_metrics
+from tokenformer_jax.training.loss_curve import plot_losses
+from tokenformer_jax.training.run_log import RunLog, read_metrics
 
 GROWTH = {"growth/parameters": 9000, "growth/loss_before": 2.5, "growth/loss_after": 2.5}
 

@@ -235,7 +235,11 @@ MISTAKES = {
     "growth changes nothing: qkv_tokens=8, proj_tokens=8, ffn_tokens=16",
   ),
   "fewer": (lambda run: None, dict(ffn_tokens=15), "ffn_tokens: 16 -> 15: growth cannot take rows away"),
-  "a stage to come has fewer": (lambda run: None, dict(ffn_tokens=65), "ffn_tokens at step 50=64: growth cannot take"),
+  "a stage to come has fewer": (
+    lambda run: None,
+    dict(ffn_tokens=65),
+    "ffn_tokens at step 50=64: growth cannot remove",
+  ),
   "a mesh that does not divide": (
     lambda run: None,
     dict(proj_tokens=12, token_axis=8),

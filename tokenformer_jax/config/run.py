@@ -13,7 +13,12 @@ from tokenformer_jax.config.validation import Checked, build, require
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-  """One run. `init_from` names a work folder whose weights this run starts from, optimizer fresh."""
+  """One run.
+
+  Attributes:
+    model, data, optimizer, growth, training, mesh: the parts of the configuration.
+    init_from: a work folder whose weights this run starts from, with a fresh optimizer; "" starts from random weights.
+  """
 
   model: ModelConfig
   data: DataConfig = DataConfig()
@@ -31,9 +36,16 @@ class Config(Checked):
           count >= getattr(model, field),
           f"stages: {field} at step {stage.step}",
           count,
-          f"growth cannot take rows away; the model has {getattr(model, field)}.",
+          f"growth cannot remove rows; the model has {getattr(model, field)}.",
         )
       model = model.grown(**stage.tokens)
+      require(
+        stage.step < self.training.num_steps,
+        "growth.stages: step",
+        stage.step,
+        f"the run ends at training.num_steps={self.training.num_steps}, so that this growth would never happen; "
+        "raise num_steps, or remove the stage.",
+      )
     accumulation = self.training.gradient_accumulation
     require(
       self.data.batch_size % accumulation == 0,
@@ -43,7 +55,7 @@ class Config(Checked):
     )
 
   def model_at(self, step: int) -> ModelConfig:
-    """The model's configuration after `step` updates and the growths due by then."""
+    """Returns the model's configuration after `step` updates and the growths that are due by then."""
     model = self.model
     for stage in self.growth.stages:
       if stage.step <= step:
@@ -51,16 +63,20 @@ class Config(Checked):
     return model
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain nested dicts, as stored in a work folder's config.json."""
+    """Returns plain nested dicts, as stored in a work folder's config.json."""
     return dataclasses.asdict(self)
 
   def to_config_dict(self) -> ml_collections.ConfigDict:
-    """The mutable form that `get_config()` returns, for `--config.field=value` on the command line."""
+    """Returns the mutable form that `get_config()` returns, for `--config.field=value` on the command line."""
     return ml_collections.ConfigDict(self.to_dict())
 
   @classmethod
   def from_dict(cls, fields) -> "Config":
-    """The validated form of `to_dict()`; unknown keys are refused with the nearest match."""
+    """Returns the validated form of `to_dict()`.
+
+    Raises:
+      ValueError: an unknown key, with the nearest match, or a value that is refused.
+    """
     if isinstance(fields, ml_collections.ConfigDict):
       fields = fields.to_dict()
     return build(cls, fields, "config")

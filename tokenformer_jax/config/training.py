@@ -1,6 +1,7 @@
 """How a model is trained: optimizer, growth, mesh, length of the run."""
 
 import dataclasses
+from typing import ClassVar
 
 from tokenformer_jax.config.validation import Checked, require, require_choice
 
@@ -111,20 +112,28 @@ class GrowthStage(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class GrowthConfig(Checked):
-  """Growth: when, and how new rows and old ones go on. The defaults are the best seen in experiments/growth_seam.py.
+  """When the model grows, how new rows begin, and how new and old rows are trained then.
 
-  `method`: how the new rows begin (`growth.grow`):
-    `exact`: keys zero, values random, τ as it was: the function stays.
-    `released`: keys and values random, τ that of a new layer: the function changes, as in the released code.
-    `duplicate`: all rows repeated, each value cut in uneven parts, τ to fit: the function stays, for whole
-      multiples of the count.
-  `tau`, from then on: `kept`; `recomputed`, at once that of a new layer, which changes the function; `moved`
-    there over `tau_steps` steps, τ² linearly; `learned`, by Adam on log τ at the run's learning rate.
-  `value_scale`: size of the new values of `exact`, in units of a new layer's.
-  `warmup_steps`: over how many steps the new rows' updates rise to full size.
-  `new_rows_rate`, `old_rows_rate`: factors on the learning rate of the rows of the last growth, and of the
-    parameter tokens before them; 0 for old rows freezes them.
+  The defaults are the best that were seen in experiments/growth_seam.py.
+
+  Attributes:
+    stages: the growths of the run, by rising step.
+    method: how new rows begin (`growth.grow`):
+      `exact`: keys zero, values random, τ unchanged; the function stays.
+      `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays.
+      `released`: keys and values random, τ that of a new layer; the function changes, as in the released code.
+      `duplicate`: all rows repeated, each value divided unevenly among its copies, τ to fit; the function stays. The
+        new count must be a multiple of the old one.
+    tau: what happens to τ after the growth: `kept`; `recomputed`, at once that of a new layer, which changes the
+      function; `moved` to that over `tau_steps` steps, τ² linearly; `learned`, by Adam on log τ at the run's rate.
+    tau_steps: length of the move, in updates.
+    value_scale: size of the new values of `exact`, in units of a new layer's.
+    warmup_steps: over how many updates the updates of new rows rise to full size.
+    new_rows_rate: factor on the learning rate of the rows that the last growth added.
+    old_rows_rate: factor on the learning rate of the parameter tokens before them; 0 freezes them.
   """
+
+  renamed: ClassVar[dict[str, str]] = {"how": "method"}
 
   stages: tuple[GrowthStage, ...] = ()
   method: str = "exact"
@@ -177,7 +186,20 @@ class MeshConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Checked):
-  """Length of the run, and how often it reports, evaluates and saves (all in optimizer steps)."""
+  """Length of the run, and how often it reports, evaluates and saves.
+
+  Attributes:
+    num_steps: length of the run, in updates.
+    seed: of the initial parameters, of the rows that growth adds, and of samples.
+    gradient_accumulation: number of micro-batches that a batch is computed in.
+    log_every, eval_every, checkpoint_every: intervals in updates.
+    eval_batches: batches of each held-out set in one evaluation.
+    checkpoints_kept: how many of the newest checkpoints are kept.
+    sample_prompt: the beginning of the text that the model continues at each evaluation; "" begins a document.
+    sample_tokens: length of that continuation in tokens; 0 writes no samples. Writing one holds a second copy of the
+      parameters, in the dtype of products, until it is written.
+    wandb_project: the project of Weights & Biases to write metrics and samples to; "" writes none there.
+  """
 
   num_steps: int = 1000
   seed: int = 1234
@@ -189,6 +211,7 @@ class TrainingConfig(Checked):
   checkpoints_kept: int = 2
   sample_prompt: str = "def "
   sample_tokens: int = 100
+  wandb_project: str = ""
 
   def validate(self):
     for field in (
@@ -201,5 +224,5 @@ class TrainingConfig(Checked):
       "checkpoints_kept",
     ):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
-    for field in ("seed", "sample_tokens"):
-      require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
+    require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "must not be negative.")
+    require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32): JAX's random keys take 32 bits of it.")

@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import math
 import typing
-from typing import Any
+import warnings
+from typing import Any, ClassVar
 
 
 def require(condition: bool, field: str, value: Any, way_out: str) -> None:
@@ -24,11 +25,22 @@ def nearest(word: str, known) -> str:
   return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def warn_renamed(old: str, new: str) -> None:
+  """Says that a field or flag is read under its earlier name."""
+  warnings.warn(f"{old} is now called {new}; the earlier name is still read.", FutureWarning, stacklevel=2)
+
+
 class Checked:
-  """Checks the type of every field, so that a float for an int is found where it is written."""
+  """Checks the type of every field, so that a float for an int is found where it is written.
+
+  Attributes:
+    renamed: earlier names of fields, and the fields that they name today. `build` reads both.
+  """
+
+  renamed: ClassVar[dict[str, str]] = {}
 
   def __post_init__(self):
-    for field, kind in typing.get_type_hints(type(self)).items():
+    for field, kind in _field_types(type(self)).items():
       value = getattr(self, field)
       if kind is float and type(value) is int:
         object.__setattr__(self, field, float(value))
@@ -43,16 +55,29 @@ class Checked:
 
 
 def build(cls, fields, path: str):
-  """Builds dataclass `cls` from nested dicts, `path` naming them in messages.
+  """Builds dataclass `cls` from nested dicts.
+
+  A key that `cls.renamed` has is read as the field that it names today, with a FutureWarning.
+
+  Args:
+    cls: a `Checked` dataclass.
+    fields: its fields.
+    path: what names `fields` in messages, such as "config".
 
   Raises:
-    ValueError: the path of an unknown key, a missing one, or a value that `cls` refuses.
+    ValueError: names the path of an unknown key, a missing one, or a value that `cls` refuses.
   """
   if not isinstance(fields, typing.Mapping):
     raise ValueError(f"{path}={fields!r}: expected the fields of {cls.__name__}.")
-  hints = typing.get_type_hints(cls)
+  hints = _field_types(cls)
   values = {}
   for key, value in fields.items():
+    if key in cls.renamed:
+      new = cls.renamed[key]
+      if new in fields:
+        raise ValueError(f"{path}.{key}={value!r}: this is the earlier name of {path}.{new}, which is given too.")
+      warn_renamed(f"{path}.{key}", f"{path}.{new}")
+      key = new
     if key not in hints:
       raise ValueError(f"{path}.{key} is unknown.{nearest(key, hints)} Known: {', '.join(hints)}.")
     kind = hints[key]
@@ -71,3 +96,9 @@ def build(cls, fields, path: str):
     return cls(**values)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
+
+
+def _field_types(cls) -> dict[str, Any]:
+  """Returns the fields of a dataclass and their types."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -1,9 +1,12 @@
-"""Orbax checkpoints of a work folder: weights, optimizer, and the record that explains them.
+"""Orbax checkpoints of a work folder: weights, optimizer state, and the record that describes them.
 
 WORKDIR/checkpoints/STEP/model       parameters and τ
-                        /optimizer   step, moments, rows' ages
+                        /optimizer   step, moments, the step at which each row was added
                         /record      JSON: model and run configuration, data position and fingerprint
 WORKDIR/config.json, tokenizer.json  the run's configuration as last given, and its tokenizer
+
+WORKDIR is a local folder or gs://BUCKET/FOLDER. Orbax commits a checkpoint by renaming its folder on a disk, and by a
+file of its own in a bucket.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ from tokenformer_jax.growth.plan import leaves_by_path, path_name
 from tokenformer_jax.growth.stream import save_args, stream_handler
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
-from tokenformer_jax.paths import user_path
+from tokenformer_jax.paths import is_uri, user_path
 from tokenformer_jax.training.state import TrainState, abstract_model
 
 TOKENIZER = "tokenizer.json"
@@ -35,16 +38,24 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, kept: int | None = None):
-    """Raises ValueError where something that is no checkpoint would keep Orbax from saving."""
+    """Opens the checkpoints.
+
+    Args:
+      workdir: the work folder; it need not exist.
+      kept: how many of the newest checkpoints a save keeps; None keeps all.
+
+    Raises:
+      ValueError: something that is not a checkpoint would prevent Orbax from saving.
+    """
     self._manager = _open(workdir, ocp.StandardCheckpointHandler, max_to_keep=kept, create=False)
     newest = self._manager.latest_step()
     if newest != self.latest_step():
       raise ValueError(
-        f"{self._manager.directory / str(newest)}: no whole checkpoint, and newer than those that are: move it away."
+        f"{self._manager.directory / str(newest)}: no whole checkpoint, but newer than those that are: move it away."
       )
 
   def latest_step(self) -> int | None:
-    """The newest whole checkpoint's step, None if there is none."""
+    """Returns the step of the newest whole checkpoint, None if there is none."""
     return max(_whole_steps(self._manager), default=None)
 
   def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
@@ -66,36 +77,40 @@ class Checkpoints:
       raise RuntimeError(f"checkpoint of step {step} was not saved; the folder holds {self._manager.all_steps()}.")
 
   def record(self, step: int) -> dict[str, Any]:
-    """The record saved at `step`."""
+    """Returns the record saved at `step`."""
     return _record(self._manager, step)
 
   def restore(self, step: int, shapes: TrainState) -> TrainState:
-    """The state of `step`, every leaf with the sharding that `shapes` asks for.
+    """Returns the state of `step`.
+
+    Args:
+      step: of a checkpoint that is there.
+      shapes: the state's shapes, dtypes and shardings.
 
     Raises:
-      ValueError: the first leaf that has another shape or type there, or is only on one side.
+      ValueError: names the first leaf whose shape or dtype differs, or that only one side has.
     """
     model, optimizer = _items(shapes)
     items = _restore(self._manager, step, ocp.args.StandardRestore, model=model, optimizer=optimizer)
     return TrainState(**items["model"], **items["optimizer"])
 
   def close(self) -> None:
-    """Waits for the saves under way; raises what went wrong in them."""
+    """Waits for pending saves and raises the errors that occurred in them."""
     self._manager.wait_until_finished()
     self._manager.close()
 
 
 def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-  """The model of a training run, ready to call.
+  """Returns the model of a training run, ready to call.
 
   Args:
-    workdir: a run's work folder.
+    workdir: a run's work folder, local or gs://BUCKET/FOLDER.
     step: which checkpoint; by default the newest.
-    mesh: where the parameters go; by default the first device, or all devices of several processes, each
+    mesh: where the parameters go; by default the first device, or with several processes all devices, each
       with a copy.
 
   Raises:
-    ValueError: no checkpoint there, or none of that step.
+    ValueError: there is no checkpoint, or none of that step.
   """
   with _open(workdir, ocp.StandardCheckpointHandler, create=False) as manager:
     step = _chosen_step(manager, workdir, step)
@@ -120,32 +135,32 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
 
 
 def load_tokenizer(workdir: str) -> data.Tokenizer:
-  """The tokenizer of a training run. Raises ValueError where the work folder has none."""
-  return data.load_tokenizer(user_path(workdir) / TOKENIZER)
+  """Returns the tokenizer in a work folder. Raises ValueError where there is none."""
+  return data.load_tokenizer(user_path(workdir, "workdir") / TOKENIZER)
 
 
 class CheckpointStreams:
-  """The same checkpoints with `LeafStream`s for arrays: to make one of another with neither in memory."""
+  """The same checkpoints with `LeafStream`s in the place of arrays, to copy one that does not fit into memory."""
 
   def __init__(self, workdir: str, written: Callable[[str], None] = lambda name: None):
-    """Args: `written` is called with the name of each leaf that is on disk."""
+    """Args: `written` is called with the name of each leaf once it is on disk."""
     self._workdir = workdir
     self._manager = _open(workdir, lambda: stream_handler(written), enable_async_checkpointing=False, create=False)
 
   def record(self, step: int | None) -> tuple[int, dict[str, Any]]:
-    """(step, its record), by default of the newest step. Raises ValueError where there is none."""
+    """Returns (step, its record), by default of the newest step. Raises ValueError where there is none."""
     step = _chosen_step(self._manager, self._workdir, step)
     return step, _record(self._manager, step)
 
   def open(self, step: int, shapes: TrainState) -> TrainState:
-    """The state of `step`, its leaves still on disk. Raises ValueError where `restore` would."""
+    """Returns the state of `step` with its leaves still on disk. Raises ValueError where `restore` would."""
     model, optimizer = _items(shapes)
     items = _restore(self._manager, step, lambda target: ocp.args.PyTreeRestore(), model=model, optimizer=optimizer)
     leaves = leaves_by_path({**items["model"], **items["optimizer"]})
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], shapes)
 
   def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-    """Writes the leaves one after the other, and commits them together."""
+    """Writes the leaves one after the other and commits them together."""
     model, optimizer = _items(state)
     if not self._manager.save(
       step,
@@ -160,11 +175,14 @@ class CheckpointStreams:
 
 
 def _open(workdir: str, arrays: Callable[[], ocp.CheckpointHandler], **options) -> ocp.CheckpointManager:
-  # With handlers named, metadata can be read before arrays.
+  folder = user_path(workdir, "workdir") / "checkpoints"
+  if is_uri(folder) and not str(folder).startswith("gs://"):
+    raise ValueError(
+      f"workdir={workdir!r}: checkpoints are kept in local folders and gs:// buckets; choose one of these."
+    )
+  # Orbax reads the metadata of an item before its arrays only if it knows the item's handler.
   handlers = {"model": arrays(), "optimizer": arrays(), "record": ocp.JsonCheckpointHandler()}
-  return ocp.CheckpointManager(
-    user_path(workdir) / "checkpoints", item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
-  )
+  return ocp.CheckpointManager(folder, item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options))
 
 
 def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -174,14 +192,16 @@ def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 def _chosen_step(manager: ocp.CheckpointManager, workdir: str, step: int | None) -> int:
   steps = _whole_steps(manager)
   if not steps:
-    raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
+    exported = user_path(workdir, "workdir") / "model.safetensors"
+    way_out = "read these exported weights with from_pretrained" if exported.exists() else "train first"
+    raise ValueError(f"{workdir}: no checkpoint there; {way_out}, or give the work folder of a run.")
   if step is not None and step not in steps:
     raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
   return steps[-1] if step is None else step
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, args: Callable[[Any], ocp.args.CheckpointArgs], **targets):
-  """Parts of a checkpoint as `targets`, trees of shapes, ask; Orbax alone would cast types silently."""
+  """Returns parts of a checkpoint in the shapes and dtypes of `targets`; Orbax alone would cast silently."""
   stored = manager.item_metadata(step)
   for part, target in targets.items():
     there, here = (
@@ -198,7 +218,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Callable[[Any], oc
 
 
 def _whole_steps(manager: ocp.CheckpointManager) -> list[int]:
-  """The committed steps that have all their parts, rising; Orbax also lists a stray or half-deleted folder."""
+  """Returns the committed steps that have all their parts, rising; Orbax also lists stray and half-deleted folders."""
   return sorted(
     step
     for step in manager.all_steps()

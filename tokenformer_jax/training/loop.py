@@ -1,4 +1,4 @@
-"""The training loop: data in, checkpoints and metrics out, growth on the way."""
+"""The training loop: reads data, updates the model, grows it, and writes checkpoints and metrics."""
 
 import contextlib
 import dataclasses
@@ -8,74 +8,84 @@ import sys
 
 import jax
 import numpy as np
-import tqdm
-from flax import nnx
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config
+from tokenformer_jax.config.data import MAIN_HELD_OUT
 from tokenformer_jax.distributed.axes import batch_sharding, whole_heads
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.distributed.processes import STOPPED_EXIT_CODE, check_agree, must_stop, share_of_rows
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.growth.plan import check_growth
-from tokenformer_jax.inference.generate import generate
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.paths import replace_text, user_path
+from tokenformer_jax.progress import Progress, say
 from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints, load, load_tokenizer
 from tokenformer_jax.training.flops import peak_flops
-from tokenformer_jax.training.loss import LossSums
+from tokenformer_jax.training.held_out import held_out_losses, write_sample
+from tokenformer_jax.training.loss_curve import plot_losses
 from tokenformer_jax.training.program import Program, make_program
 from tokenformer_jax.training.resume import (
   CONFIG,
+  changed_rate,
   check_same_model,
   check_same_run,
   check_same_tokenizer,
   check_same_weights,
 )
-from tokenformer_jax.training.run_log import RunLog, plot_losses
+from tokenformer_jax.training.run_checks import check_growths, check_samples, check_trackers, check_vocabulary
+from tokenformer_jax.training.run_log import RunLog
 from tokenformer_jax.training.state import TrainState, abstract_model, fresh_state
 from tokenformer_jax.training.timing import Clock, Trace
 
 
 def train(config: Config, workdir: str, *, profile: bool = False, allow_data_change: bool = False) -> float:
-  """Trains `config` in `workdir`, going on from the newest checkpoint there, to the bit.
+  """Trains `config` in `workdir`, resuming bit by bit from the newest checkpoint there if there is one.
 
-  Leaves behind: config.json, tokenizer.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt,
-  loss.png and, with `profile`, a trace of a few steps in profile/.
+  Writes config.json, tokenizer.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt, loss.png and, with
+  `profile`, a trace of a few steps in profile/.
 
   Args:
-    workdir: a local folder or a bucket.
-    allow_data_change: go on with other data than the run began with.
+    config: the run.
+    workdir: a local folder, or gs://BUCKET/FOLDER.
+    profile: whether to write the trace.
+    allow_data_change: resume with other data than the run began with.
 
   Returns:
-    The last held-out loss, nats a token.
+    The last loss on the main held-out text, nats a token.
 
   Raises:
     ValueError: data, vocabulary, mesh, growth or work folder do not fit the config; nothing is written then.
-    FloatingPointError: loss or gradient is no longer finite; the last checkpoint is from before.
-    SystemExit: with code 143, after SIGTERM where the door handles it; the state is saved then.
+    FloatingPointError: the loss or the gradient is no longer finite; the newest checkpoint is from before.
+    SystemExit: with code 143 after SIGTERM, where the CLI handles that signal; the state is saved then.
   """
   return _Run(config, workdir, allow_data_change).run(profile)
 
 
 class _Run:
-  """One call of `train`: what is open, and where it stands."""
+  """One call of `train`: its open data, checkpoints and logs, and its state."""
 
   def __init__(self, config: Config, workdir: str, allow_data_change: bool):
+    folder = user_path(workdir, "workdir")
     self.config, self.workdir = config, workdir
     self.mesh = make_mesh(config.mesh)
     check_same_run(config, workdir, allow_data_change)
-    _check_growths(config, self.mesh)
+    check_trackers(config)
+    check_growths(config, self.mesh)
     index, count = share_of_rows(batch_sharding(self.mesh, (config.data.batch_size,)), (config.data.batch_size,))
     self.data = data.open_data(
       config.data, seq_length=config.model.seq_length, process_index=index, process_count=count
     )
-    _check_fits(config, self.data.tokenizer)
+    check_vocabulary(config, self.data.tokenizer)
+    check_samples(config, self.data.tokenizer)
     self.batches = self.data.train_batches()
-    self.held_out = [self._put(batch) for batch in self.data.held_out_batches(config.training.eval_batches)]
+    self.held_out = {
+      name: [self._put(batch) for batch in batches]
+      for name, batches in self.data.named_held_out_batches(config.training.eval_batches).items()
+    }
     self.checkpoints = Checkpoints(workdir, config.training.checkpoints_kept)
     latest = self.checkpoints.latest_step()
     check_agree(configuration=config.to_dict(), data=self.data.fingerprint, latest_checkpoint=latest)
+    self.notes: list[str] = []
     if latest is None:
       self.program, self.state = self._begin()
     else:
@@ -83,11 +93,11 @@ class _Run:
     self.peak = peak_flops(self.mesh)
 
     if jax.process_index() == 0:
-      folder = user_path(workdir)
       folder.mkdir(parents=True, exist_ok=True)
+      # This comes first, because it refuses to overwrite another tokenizer.
       data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
       replace_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2))
-    self.log = RunLog(workdir, start_step=latest or 0)
+    self.log = RunLog(workdir, latest or 0, config)
 
   def _begin(self) -> tuple[Program, TrainState]:
     config = self.config
@@ -97,7 +107,7 @@ class _Run:
     source = load(config.init_from, mesh=self.mesh)
     check_same_weights(source.config, config.model, config.init_from)
     check_same_tokenizer(
-      load_tokenizer(config.init_from).fingerprint, self.data.tokenizer.fingerprint, f"init_from={config.init_from}"
+      load_tokenizer(config.init_from).fingerprint, self.data.tokenizer, f"init_from={config.init_from}"
     )
     _, params, tau = split(source)
     axes, _ = logical_axes(abstract_model(config.model))
@@ -110,9 +120,10 @@ class _Run:
   def _resume(self, step: int, allow_data_change: bool) -> tuple[Program, TrainState]:
     record = self.checkpoints.record(step)
     model = check_same_model(record["model"], self.config, step, self.workdir)
-    check_same_tokenizer(record["tokenizer"], self.data.tokenizer.fingerprint, self.workdir)
+    check_same_tokenizer(record["tokenizer"], self.data.tokenizer, self.workdir)
     if not allow_data_change:
-      data.check_same(record["fingerprint"], self.data.fingerprint)
+      data.check_same(record["fingerprint"], self.data.fingerprint, self.data.tokenizer)
+    self.notes.append(changed_rate(record["config"], self.config, step))
     program = make_program(self.config, model, self.mesh)
     state = self.checkpoints.restore(step, program.shapes)
     self.batches.set_state(record["data"])
@@ -126,26 +137,9 @@ class _Run:
       contextlib.closing(self.checkpoints),
       contextlib.closing(self.log),
       Trace(self.workdir, profile) as trace,
-      tqdm.tqdm(
-        total=training.num_steps,
-        initial=step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=jax.process_index() != 0,
-        file=sys.stderr,
-      ) as progress,
+      Progress(training.num_steps, "step", initial=step, shown=jax.process_index() == 0) as progress,
     ):
-      _say(
-        f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
-        + (f"resumed at step {step}." if step else "from the beginning.")
-      )
-      if note := whole_heads(self.mesh, self.config.model.num_heads):
-        _say(note)
-      for entry in self.data.report["train"]:
-        _say(
-          f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
-          f"{entry['dropped_tokens']:,} tokens in no window."
-        )
+      self._introduce(step)
       while step < training.num_steps:
         if self.config.model_at(step) != self.program.model:
           self._grow(step)
@@ -166,27 +160,43 @@ class _Run:
         log, evaluate, save = log or stop, evaluate and not stop, save or stop
         if log or evaluate or save:
           metrics = _finite(jax.device_get(metrics), step)
+        progress.update()
         if log:
           self._log(step, metrics, clock, progress)
-        progress.update()
         if evaluate:
           loss = self._evaluate(step)
           clock.restart(step)
         if save:
           self._save(step)
         if stop:
-          _say(f"step {step}: stopped by SIGTERM, and saved; the same command goes on.")
+          _say(f"step {step}: stopped by SIGTERM, and saved; run the same command again to resume.")
           sys.exit(STOPPED_EXIT_CODE)
-    if loss is None:  # Nothing was left to do.
+    if loss is None:  # The run was already complete.
       loss = self._held_out_loss()
     if jax.process_index() == 0:
-      print(f"step {step}, held-out loss {loss:.4f} nats a token, loss curve {plot_losses(self.workdir)}")
+      say(f"step {step}, held-out loss {loss:.4f} nats a token, loss curve {plot_losses(self.workdir)}")
     return loss
+
+  def _introduce(self, step: int) -> None:
+    """Prints what the run is, and what its user should know before it takes time."""
+    _say(
+      f"{self.workdir}: {self.program.model.num_parameters:,} parameters, "
+      + (f"resumed at step {step}." if step else "from the beginning.")
+    )
+    for note in (whole_heads(self.mesh, self.config.model.num_heads), *self.notes):
+      if note:
+        _say(note)
+    for entry in self.data.report["train"]:
+      _say(
+        f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
+        f"{entry['dropped_tokens']:,} tokens in no window."
+      )
 
   def _grow(self, step: int) -> None:
     before = self._held_out_loss()
     model = self.config.model_at(step)
     program = make_program(self.config, model, self.mesh)
+    # Donating frees each old leaf once its successor exists, so that old and new state are never held together.
     self.state, _, report = grow_state(
       self.state,
       self.program.model,
@@ -194,6 +204,7 @@ class _Run:
       self.config.growth,
       seed=self.config.training.seed,
       out_shardings=program.shardings,
+      donate=True,
     )
     self.program = program
     after = self._held_out_loss()
@@ -203,7 +214,7 @@ class _Run:
     )
     self.log.write(step, **{"growth/parameters": new, "growth/loss_before": before, "growth/loss_after": after})
 
-  def _log(self, step: int, metrics: dict[str, np.ndarray], clock: Clock, progress: tqdm.tqdm) -> None:
+  def _log(self, step: int, metrics: dict[str, np.ndarray], clock: Clock, progress: Progress) -> None:
     row = {f"train/{name}": float(value) for name, value in metrics.items()}
     shown = {"loss": f"{row['train/loss']:.4f}"}
     steps_per_second = clock.steps_per_second(step)
@@ -214,33 +225,26 @@ class _Run:
       if self.peak:
         row["train/utilisation"] = 3 * self.program.model.forward_flops_per_token * tokens_per_second / self.peak
         shown["mfu"] = f"{row['train/utilisation']:.0%}"
-    progress.set_postfix(shown, refresh=False)
+    progress.report(**shown)
     self.log.write(step, **row)
 
   def _evaluate(self, step: int) -> float:
-    loss = self._held_out_loss()
-    self.log.write(step, **{"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 700.0))})
-    _say(f"step {step}: held-out loss {loss:.4f}")
-    training = self.config.training
-    if training.sample_tokens:
-      model = nnx.merge(self.program.graphdef, self.state.params, self.state.tau)
-      (text,) = generate(
-        model,
-        self.data.tokenizer,
-        [training.sample_prompt],
-        max_new_tokens=training.sample_tokens,
-        temperature=0.8,
-        seed=training.seed + step,
-      )
-      self.log.write_sample(step, training.sample_prompt + text)
+    losses = held_out_losses(self.program, self.state, self.held_out)
+    loss = losses.pop(MAIN_HELD_OUT)
+    named = {f"held_out/{name}/loss": value for name, value in losses.items()}
+    self.log.write(step, **{"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 700.0)), **named})
+    _say(f"step {step}: held-out loss {loss:.4f}" + "".join(f", {name} {value:.4f}" for name, value in losses.items()))
+    if self.config.training.sample_tokens:
+      text = write_sample(self.program, self.state, self.data.tokenizer, self.config.training, step)
+      self.log.write_sample(step, text)
     return loss
 
   def _held_out_loss(self) -> float:
-    sums = jax.device_get([self.program.eval_step(self.state.params, self.state.tau, batch) for batch in self.held_out])
-    total = LossSums(*np.sum(sums, axis=0, dtype=np.float64))
-    return float(total.nats / total.weight)
+    main = {MAIN_HELD_OUT: self.held_out[MAIN_HELD_OUT]}
+    return held_out_losses(self.program, self.state, main)[MAIN_HELD_OUT]
 
   def _save(self, step: int) -> None:
+    self.log.flush()  # A run that resumes from this checkpoint writes only the rows after it.
     self.checkpoints.save(
       step,
       self.state,
@@ -254,7 +258,7 @@ class _Run:
     )
 
   def _put(self, batch: data.Batch) -> data.Batch:
-    """The process's rows as its part of the global batch, on the devices."""
+    """Places this process's rows on its devices, as its part of the global batch."""
 
     def place(local: np.ndarray) -> jax.Array:
       shape = (self.config.data.batch_size, *local.shape[1:])
@@ -263,39 +267,8 @@ class _Run:
     return jax.tree.map(place, batch)
 
 
-def _check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError for a growth that could not be done when its step comes."""
-  for stage in config.growth.stages:
-    old, new = config.model_at(stage.step - 1), config.model_at(stage.step)
-    if old != new:
-      check_growth(old, new, config.growth)
-      make_program(config, new, mesh)
-
-
-def _check_fits(config: Config, tokenizer: data.Tokenizer) -> None:
-  """Raises ValueError where the model is too small for the tokenizer, or the samples cannot be written."""
-  if tokenizer.vocab_size > config.model.vocab_size:
-    raise ValueError(
-      f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "
-      f"{tokenizer.vocab_size} ids; set it to {tokenizer.padded_vocab_size}."
-    )
-  training = config.training
-  if not training.sample_tokens:
-    return
-  prompt = tokenizer.encode(training.sample_prompt)
-  if not len(prompt):
-    raise ValueError(
-      f"training.sample_prompt={training.sample_prompt!r}: samples begin with it; give it some text, "
-      "or set training.sample_tokens=0 to write none."
-    )
-  if len(prompt) + training.sample_tokens > config.model.seq_length:
-    raise ValueError(
-      f"training.sample_tokens={training.sample_tokens}: with the prompt's {len(prompt)} they pass "
-      f"model.seq_length={config.model.seq_length}; lower it (0 writes no samples)."
-    )
-
-
 def _finite(metrics: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+  """Returns `metrics`. Raises FloatingPointError where loss or gradient are not finite."""
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
       raise FloatingPointError(
@@ -307,4 +280,4 @@ def _finite(metrics: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
 
 def _say(text: str) -> None:
   if jax.process_index() == 0:
-    tqdm.tqdm.write(text)
+    say(text)

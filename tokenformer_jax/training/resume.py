@@ -1,53 +1,71 @@
-"""Whether a work folder may be gone on with: model, tokenizer and data must be its own."""
+"""Whether a run may resume in a work folder: its model, tokenizer and data must be those that the run began with."""
 
 import dataclasses
 import json
 from typing import Any
 
-from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax import data
+from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
+from tokenformer_jax.config.validation import build
 from tokenformer_jax.paths import user_path
+from tokenformer_jax.training.schedules import learning_rate_schedule
 
 CONFIG = "config.json"
-# What changes how fast a model runs and not what it is.
+# These fields change how fast a model runs and how much memory it takes, but not its function.
 _FREE_MODEL_FIELDS = ("remat", "kernel")
 
 
 def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir: str) -> ModelConfig:
-  """The model to restore at `step`: the stored one, with the new run's free fields.
+  """Returns the model to restore at `step`: the stored one, with the free fields of this run.
 
-  A checkpoint of the very step of a growth was written before it.
+  A checkpoint at the step of a growth stage was written before the growth.
 
   Args:
     stored: the model's fields in the checkpoint's record.
+    config: this run.
+    step: the checkpoint's step.
+    workdir: for messages.
 
   Raises:
-    ValueError: naming the first field that differs, both values and the way out.
+    ValueError: names the first field that differs, both values and the way out.
   """
   model = config.model_at(step - 1)
-  for name, value in dataclasses.asdict(model).items():
-    if name not in _FREE_MODEL_FIELDS and stored.get(name) != value:
+  for field in dataclasses.fields(model):
+    have, want = _stored(stored, field), getattr(model, field.name)
+    if field.name not in _FREE_MODEL_FIELDS and have != want:
       raise ValueError(
-        f"{workdir}: its model at step {step} has {name}={stored.get(name)!r}, this run's would have "
-        f"{value!r}; use another --workdir, or what its {CONFIG} has."
+        f"{workdir}: its model at step {step} has {field.name}={have!r}, this run's would have {want!r}; "
+        f"use another --workdir, or the value in its {CONFIG}."
       )
   return model
 
 
 def stored_config(workdir: str, way_out: str = "give the work folder of a run") -> Config:
-  """The configuration of the run in a work folder, as last given. Raises ValueError where there is none."""
-  path = user_path(workdir) / CONFIG
+  """Returns the configuration in a work folder, as it was last given to `train`.
+
+  Args:
+    workdir: the folder.
+    way_out: ends the message where there is no configuration.
+
+  Raises:
+    ValueError: there is no configuration, or one that cannot be used.
+  """
+  path = user_path(workdir, "workdir") / CONFIG
   if not path.exists():
     raise ValueError(f"{workdir}: no {CONFIG} there; {way_out}.")
   try:
     fields = json.loads(path.read_text())
   except ValueError:
     raise ValueError(f"{path}: not the configuration of a run.") from None
-  return Config.from_dict(fields)
+  try:
+    return Config.from_dict(fields)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
 
 
 def check_same_run(config: Config, workdir: str, allow_data_change: bool) -> None:
-  """Raises ValueError if a run was begun in the work folder with another first model or other data."""
-  folder = user_path(workdir)
+  """Raises ValueError if the work folder holds a run that began with another model or with other data."""
+  folder = user_path(workdir, "workdir")
   path = folder / CONFIG
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{workdir}: not a folder; use another --workdir.")
@@ -55,25 +73,32 @@ def check_same_run(config: Config, workdir: str, allow_data_change: bool) -> Non
     return
   try:
     stored = json.loads(path.read_text())
-    stored_model, stored_data = stored["model"], stored["data"]
+    stored_model, stored_data = dict(stored["model"]), dict(stored["data"])
   except (ValueError, TypeError, KeyError):
     raise ValueError(f"{path}: not the configuration of a run; use another --workdir.") from None
   check_same_model(stored_model, config, 0, workdir)
   if allow_data_change:
     return
-  for name, value in dataclasses.asdict(config.data).items():
-    if stored_data.get(name) != value:
+  for field in dataclasses.fields(config.data):
+    have, want = _stored(stored_data, field), getattr(config.data, field.name)
+    if have != want:
       raise ValueError(
-        f"{workdir}: its run reads data.{name}={stored_data.get(name)!r}, this one {value!r}; use "
-        "another --workdir, or pass --allow_data_change to go on knowingly."
+        f"{workdir}: its run reads data.{field.name}={have!r}, this one {want!r}; use another --workdir, or pass "
+        "--allow_data_change to resume with other data."
       )
 
 
-def check_same_tokenizer(stored: str, fingerprint: str, where: str) -> None:
-  """Raises ValueError unless the weights in `where` were trained on the ids of this run's tokenizer."""
-  if stored != fingerprint:
+def check_same_tokenizer(stored: str, tokenizer: data.Tokenizer, where: str) -> None:
+  """Raises ValueError unless the weights in `where` were trained on the ids of this run's tokenizer.
+
+  Args:
+    stored: the fingerprint of the tokenizer that they were trained with.
+    tokenizer: this run's.
+    where: for the message.
+  """
+  if not tokenizer.matches(stored):
     raise ValueError(
-      f"{where}: its model was trained with the tokenizer {stored}, this run's is {fingerprint}: ids "
+      f"{where}: its model was trained with the tokenizer {stored}, this run's is {tokenizer.fingerprint}: ids "
       f"would mean other text; set data.tokenizer to the one that its {CONFIG} has."
     )
 
@@ -88,3 +113,35 @@ def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> 
         f"init_from={source}: its model has {field.name}={have!r}, this run's {want!r}; "
         f"set model.{field.name}={have!r}."
       )
+
+
+def changed_rate(stored: dict[str, Any], config: Config, step: int) -> str:
+  """Returns a note if the learning rate jumps at `step` because the run resumes with another schedule, or "".
+
+  A schedule depends on `training.num_steps`: a longer run begins its decay later, so the rate may rise again.
+
+  Args:
+    stored: the configuration in the checkpoint's record, nested dicts.
+    config: this run.
+    step: updates done.
+  """
+  if step >= config.training.num_steps:
+    return ""
+  try:
+    num_steps = stored["training"]["num_steps"]
+    before = learning_rate_schedule(build(OptimizerConfig, stored["optimizer"], "optimizer"), num_steps)
+  except (ValueError, TypeError, KeyError):
+    return ""  # An earlier version's schedule, which this one would not accept.
+  after = learning_rate_schedule(config.optimizer, config.training.num_steps)
+  if abs(float(after(step)) - float(before(step))) <= 1e-6 * float(after(step)):
+    return ""
+  return (
+    f"The learning rate changes from {float(before(step - 1)):.3g} (the update before, of a run with "
+    f"training.num_steps={num_steps:,}) to {float(after(step)):.3g} (the next one, with "
+    f"training.num_steps={config.training.num_steps:,})."
+  )
+
+
+def _stored(fields: dict[str, Any], field: dataclasses.Field) -> Any:
+  """Returns the stored value; a field that is newer than the record had its default."""
+  return fields.get(field.name, None if field.default is dataclasses.MISSING else field.default)

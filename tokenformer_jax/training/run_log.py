@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, TensorBoard events, samples.txt and a loss curve.
+"""The records of a run: metrics.jsonl, samples.txt, TensorBoard events and, where asked for, Weights & Biases.
 
 Only the first process writes.
 """
@@ -7,96 +7,126 @@ import json
 import re
 
 import jax
-import matplotlib
-import matplotlib.figure
-from tensorboardX import SummaryWriter
+from absl import logging
 
+from tokenformer_jax.config import Config
 from tokenformer_jax.paths import replace_text, user_path
+from tokenformer_jax.training.log_file import LogFile
+from tokenformer_jax.training.trackers import TensorBoard, WandB
+
+_HEADING = re.compile(r"^--- step (\d+)$", re.MULTILINE)
+# A line of a sample that looks like a heading gets a backslash, and so does one that has backslashes already.
+_LIKE_HEADING = re.compile(r"^(\\*--- step \d+)$", re.MULTILINE)
+_ESCAPED_HEADING = re.compile(r"^\\(\\*--- step \d+)$", re.MULTILINE)
 
 
 class RunLog:
-  """Metrics of one run; `start_step` drops what a resumed run is going to write again."""
+  """Writes the metrics and samples of one run."""
 
-  def __init__(self, workdir: str, start_step: int):
-    self._folder = user_path(workdir)
+  def __init__(self, workdir: str, start_step: int, config: Config | None = None):
+    """Opens the records; what was written after `start_step` is removed, because the resumed run writes it again.
+
+    Args:
+      config: the run's configuration, for Weights & Biases; None writes no records there.
+    """
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
-    kept = [row for row in read_metrics(workdir) if not _comes_after(row, start_step)]
-    path = self._folder / "metrics.jsonl"
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    self._jsonl = path.open("a")
-    self._samples = self._folder / "samples.txt"
-    if self._samples.exists():
-      replace_text(self._samples, _samples_until(start_step, self._samples.read_text()))
-    self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+    folder = user_path(workdir, "workdir")
+    rows, broken = _read_rows(folder / "metrics.jsonl")
+    for number in broken:
+      logging.warning("%s: line %d cannot be read and is left out.", folder / "metrics.jsonl", number)
+    metrics = "".join(json.dumps(row) + "\n" for row in rows if not _comes_after(row, start_step))
+    replace_text(folder / "metrics.jsonl", metrics)
+    self._metrics = LogFile(folder / "metrics.jsonl", metrics.encode())
+    self._samples_path, self._samples = folder / "samples.txt", None
+    self._earlier_samples = ""
+    if self._samples_path.exists():
+      self._earlier_samples = _samples_until(start_step, _read(self._samples_path))
+      replace_text(self._samples_path, self._earlier_samples)
+    self._trackers: list[TensorBoard | WandB] = [TensorBoard(folder / "tensorboard", start_step)]
+    if config is not None and config.training.wandb_project:
+      self._trackers.append(WandB(folder, config))
 
   def write(self, step: int, **metrics: float) -> None:
-    """One row of metrics at `step` (updates done); names like `train/loss`, `held_out/loss`."""
+    """Writes one row of metrics at `step` (the number of updates done), under names such as `train/loss`."""
     if not self._writes:
       return
-    self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
-    self._jsonl.flush()
-    for name, value in metrics.items():
-      self._events.add_scalar(name, value, step)
+    self._metrics.write((json.dumps({"step": step, **metrics}) + "\n").encode())
+    for tracker in self._trackers:
+      tracker.write(step, metrics)
 
   def write_sample(self, step: int, text: str) -> None:
-    """Generated text at `step`."""
+    """Writes a text that the model generated at `step`."""
+    if not self._writes:
+      return
+    if self._samples is None:
+      self._samples = LogFile(self._samples_path, self._earlier_samples.encode())
+    escaped = _LIKE_HEADING.sub(r"\\\1", text)
+    self._samples.write(f"--- step {step}\n{escaped}\n".encode())
+    for tracker in self._trackers:
+      tracker.write_sample(step, text)
+
+  def flush(self) -> None:
+    """Makes all that was written visible in an object store too; called at each checkpoint."""
     if self._writes:
-      with self._samples.open("a") as samples:
-        samples.write(f"--- step {step}\n{text}\n")
-      self._events.add_text("sample", text, step)
+      self._metrics.flush()
+      if self._samples:
+        self._samples.flush()
 
   def close(self) -> None:
     if self._writes:
-      self._jsonl.close()
-      self._events.close()
+      self._metrics.close()
+      if self._samples:
+        self._samples.close()
+      for tracker in self._trackers:
+        tracker.close()
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-  """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-  path = user_path(workdir) / "metrics.jsonl"
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  """Returns the rows of a run's metrics.jsonl; a line that cannot be read, such as one cut off by a kill, is left out."""
+  return _read_rows(user_path(workdir, "workdir") / "metrics.jsonl")[0]
+
+
+def read_samples(workdir: str) -> list[tuple[int, str]]:
+  """Returns (step, text) of each sample in a run's samples.txt."""
+  path = user_path(workdir, "workdir") / "samples.txt"
+  _, *parts = _HEADING.split(_read(path)) if path.exists() else [""]
+  texts = (_ESCAPED_HEADING.sub(r"\1", text[1:-1]) for text in parts[1::2])
+  return [(int(step), text) for step, text in zip(parts[::2], texts)]
+
+
+def _read(path) -> str:
+  return path.read_bytes().decode("utf-8", "replace")
+
+
+def _read_rows(path) -> tuple[list[dict[str, float]], list[int]]:
+  """Returns the rows, and the numbers (from 1) of the lines that are none; a cut-off last line is not counted."""
+  rows, broken = [], []
+  *lines, last = _read(path).split("\n") if path.exists() else [""]
+  for number, line in enumerate([*lines, last], start=1):
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
+      row = json.loads(line)
+      if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(line)
+      rows.append(row)
+    except ValueError:
+      if number <= len(lines):
+        broken.append(number)
+  return rows, broken
 
 
 def _comes_after(row: dict[str, float], step: int) -> bool:
-  # A growth at a checkpoint's own step comes after the checkpoint.
+  # A growth at a checkpoint's own step happens after the checkpoint was written.
   return row["step"] > step or (row["step"] == step and "growth/parameters" in row)
 
 
 def _samples_until(step: int, samples: str) -> str:
-  later = (head.start() for head in re.finditer(r"^--- step (\d+)$", samples, re.MULTILINE) if int(head[1]) > step)
-  return samples[: next(later, None)]
+  """Returns `samples` without those of later steps.
 
-
-def plot_losses(workdir: str) -> str:
-  """Draws loss against step, growths as dashed lines, into WORKDIR/loss.png; returns its path."""
-  rows = read_metrics(workdir)
-  figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
-  axes = figure.subplots()
-  for name, label in (("train/loss", "training"), ("held_out/loss", "held out")):
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    if points:
-      axes.plot(*zip(*points), label=label, alpha=0.5 if name == "train/loss" else 1.0)
-  for row in rows:
-    if "growth/parameters" in row:
-      axes.axvline(row["step"], color="grey", linestyle="--")
-      axes.annotate(
-        f" grown to {row['growth/parameters']:,.0f} parameters",
-        (row["step"], 0.95),
-        xycoords=("data", "axes fraction"),
-        fontsize="small",
-      )
-  axes.set_xlabel("step")
-  axes.set_ylabel("loss (nats a token)")
-  axes.legend()
-  path = user_path(workdir) / "loss.png"
-  with path.open("wb") as file:
-    figure.savefig(file, dpi=120)
-  return str(path)
+  Steps rise through the file. Files of earlier versions did not escape headings inside a sample; such a line is
+  followed by headings of earlier steps, so that the text is cut after the last heading that is not later than `step`.
+  """
+  headings = list(_HEADING.finditer(samples))
+  kept = max((index for index, heading in enumerate(headings) if int(heading[1]) <= step), default=-1) + 1
+  return samples[: headings[kept].start()] if kept < len(headings) else samples

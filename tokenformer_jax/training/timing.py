@@ -1,16 +1,19 @@
-"""How fast a run is: steps a second, and a trace for the profiler."""
+"""How fast a run is: steps per second, and a trace for the profiler."""
 
+import os
+import tempfile
 import time
 
 import jax
+from etils import epath
 
-from tokenformer_jax.paths import user_path
+from tokenformer_jax.paths import is_uri, user_path
 
 _TRACED_STEPS = 5
 
 
 class Clock:
-  """Steps a second since the last look or restart."""
+  """Measures steps per second since the last measurement or restart."""
 
   def __init__(self, step: int):
     self.restart(step)
@@ -19,18 +22,20 @@ class Clock:
     self._step, self._start = step, time.perf_counter()
 
   def steps_per_second(self, step: int) -> float:
-    """0 where no step was done since."""
+    """Returns 0 where no step was done since the last measurement."""
     rate = (step - self._step) / (time.perf_counter() - self._start)
     self.restart(step)
     return rate
 
 
 class Trace:
-  """A profile of the steps that follow the first `start`, if `wanted`; the first process writes its own to
-  WORKDIR/profile."""
+  """A profile of the steps after the first `start`, in WORKDIR/profile of the first process; a context manager."""
 
   def __init__(self, workdir: str, wanted: bool):
-    self._folder = str(user_path(workdir) / "profile")
+    """Args: `wanted` False records nothing."""
+    self._folder = user_path(workdir, "workdir") / "profile"
+    # JAX's profiler writes to local folders alone.
+    self._local = tempfile.TemporaryDirectory() if wanted and is_uri(self._folder) else None
     self._wanted, self._steps_left = wanted and jax.process_index() == 0, 0
 
   def __enter__(self) -> "Trace":
@@ -38,16 +43,29 @@ class Trace:
 
   def start(self) -> None:
     if self._wanted:
-      jax.profiler.start_trace(self._folder)
+      jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
       self._wanted, self._steps_left = False, _TRACED_STEPS
 
   def step(self, state) -> None:
-    """After every step, with what it gave."""
+    """Called after every step with its result; ends the trace after the last traced step."""
     if self._steps_left == 1:
       jax.block_until_ready(state)
-      jax.profiler.stop_trace()
+      self._stop()
     self._steps_left = max(self._steps_left - 1, 0)
 
   def __exit__(self, *error) -> None:
     if self._steps_left:
-      jax.profiler.stop_trace()
+      self._stop()
+    if self._local:
+      self._local.cleanup()
+
+  def _stop(self) -> None:
+    jax.profiler.stop_trace()
+    if not self._local:
+      return
+    for folder, _, names in os.walk(self._local.name):
+      for name in names:
+        source = epath.Path(folder) / name
+        target = self._folder / os.path.relpath(source, self._local.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())

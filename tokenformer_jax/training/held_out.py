@@ -1,0 +1,61 @@
+"""What a run measures on the way: losses on its held-out sets, and a sample of text."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tokenformer_jax import data
+from tokenformer_jax.config import TrainingConfig
+from tokenformer_jax.inference.generate import generate
+from tokenformer_jax.training.loss import LossSums
+from tokenformer_jax.training.program import Program
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.weight_average import evaluation_params
+
+# JAX makes a random key of 32 bits of a seed.
+SEEDS = 2**32
+
+
+def held_out_losses(
+  program: Program, state: TrainState, batches: Mapping[str, Sequence[data.Batch]]
+) -> dict[str, float]:
+  """Returns the mean loss of each set of batches, nats a token, with the average of the weights if the run keeps one.
+
+  Args:
+    batches: for each set its batches, on the run's devices.
+  """
+  params = evaluation_params(state)
+  sums = {
+    name: [program.eval_step(params, state.tau, batch) for batch in of_a_set] for name, of_a_set in batches.items()
+  }
+  totals = {
+    name: LossSums(*np.sum(of_a_set, axis=0, dtype=np.float64)) for name, of_a_set in jax.device_get(sums).items()
+  }
+  return {name: float(total.nats / total.weight) for name, total in totals.items()}
+
+
+def sample_prompt(training: TrainingConfig, tokenizer: data.Tokenizer) -> str | list[int]:
+  """Returns the prompt of samples; an empty one begins a document."""
+  return training.sample_prompt or [tokenizer.end_of_document]
+
+
+def write_sample(
+  program: Program, state: TrainState, tokenizer: data.Tokenizer, training: TrainingConfig, step: int
+) -> str:
+  """Returns `training.sample_prompt` with a continuation by the model.
+
+  Decoding holds a second copy of the parameters, in the dtype of products and one layer apart from the other. It is
+  freed when this returns. A train step holds gradients of that size or more, so this does not raise the run's peak.
+  """
+  model = nnx.merge(program.graphdef, evaluation_params(state), state.tau)
+  (text,) = generate(
+    model,
+    tokenizer,
+    [sample_prompt(training, tokenizer)],
+    max_new_tokens=training.sample_tokens,
+    temperature=0.8,
+    seed=(training.seed + step) % SEEDS,
+  )
+  return training.sample_prompt + text

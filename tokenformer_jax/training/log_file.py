@@ -1,0 +1,46 @@
+"""Files that grow during a run and can be read meanwhile, on a disk or in an object store."""
+
+import time
+
+from etils import epath
+
+from tokenformer_jax.paths import is_uri
+
+# An object is written anew each time, so uploads are rare.
+UPLOAD_SECONDS = 30.0
+
+
+class LogFile:
+  """A file that is appended to.
+
+  A local file has every write at once. An object store shows a file only when it is closed, and cannot append: there
+  the whole file is kept in memory and uploaded when `UPLOAD_SECONDS` have passed since the last upload, at `flush`, and
+  at `close`.
+  """
+
+  def __init__(self, path: epath.Path, content: bytes = b"", *, upload_seconds: float = UPLOAD_SECONDS):
+    """Args: `content` is what an object has already; a local file keeps what it has."""
+    self._path, self._seconds = path, upload_seconds
+    self._file = None if is_uri(path) else path.open("ab")
+    self._content, self._changed, self._uploaded_at = bytearray(content), False, time.monotonic()
+
+  def write(self, data: bytes) -> None:
+    if self._file:
+      self._file.write(data)
+      self._file.flush()
+      return
+    self._content += data
+    self._changed = True
+    if time.monotonic() - self._uploaded_at >= self._seconds:
+      self.flush()
+
+  def flush(self) -> None:
+    """Makes all that was written visible."""
+    if self._changed:
+      self._path.write_bytes(bytes(self._content))
+      self._changed, self._uploaded_at = False, time.monotonic()
+
+  def close(self) -> None:
+    self.flush()
+    if self._file:
+      self._file.close()
