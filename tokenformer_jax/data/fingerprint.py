@@ -48,17 +48,18 @@ def _shown(value: Any) -> str:
   return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def hash_file(path: str | os.PathLike) -> str:
+def hash_file(path: str | os.PathLike, whole: int | None = None) -> str:
   """SHA-256, hexadecimal, of a file's size and bytes.
 
-  Above 256 MiB, 256 blocks of 1 MiB are hashed that are spread evenly over the file, so that opening a large corpus
-  takes no longer than opening a small one. Truncation and replacement are found; a change between the blocks is not.
+  Above `whole` bytes (by default 256 MiB), blocks of 1 MiB are hashed that are spread evenly over the file and are
+  `whole` bytes together (at least two), so that opening a large corpus takes no longer than opening a small one.
+  Truncation and replacement are found; a change between the blocks is not.
   """
   size = os.path.getsize(path)
   digest = hashlib.sha256(size.to_bytes(8, "little"))
   starts = range(0, size, BLOCK)
-  if size > WHOLE:
-    count = WHOLE // BLOCK
+  count = max((whole or WHOLE) // BLOCK, 2)
+  if size > count * BLOCK:
     starts = [(size - BLOCK) * i // (count - 1) for i in range(count)]
   with open(path, "rb") as file:
     for start in starts:

@@ -13,7 +13,8 @@ from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data.corpus import encoded_batches, key_hash, update_digest
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 from tokenformer_jax.data.fingerprint import hash_file
-from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, TOKENIZER, TOKENS, read_manifest, write_index
+from tokenformer_jax.data.megatron_index import write_index
+from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, TOKENIZER, TOKENS, read_manifest
 from tokenformer_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from tokenformer_jax.data.tokenizer_files import load_tokenizer, save_tokenizer
 

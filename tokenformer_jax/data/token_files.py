@@ -1,70 +1,81 @@
-"""Token ids in files: Megatron/GPT-NeoX pairs (.bin, .idx), bare .bin as nanoGPT writes, prepared folders."""
+"""Corpora of token ids in files: prepared folders, Megatron/GPT-NeoX pairs, .npy, headed and bare .bin, shards."""
 
+import atexit
 import functools
+import glob
 import json
 import pathlib
-import struct
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from absl import logging
+from etils import epath
 
+from tokenformer_jax.data import files
 from tokenformer_jax.data.corpus import Corpus, key_hash
 from tokenformer_jax.data.fingerprint import WHOLE, hash_file
+from tokenformer_jax.data.megatron_index import read_index
+from tokenformer_jax.data.stored_ids import StoredIds, check_stated, map_ids, open_ids
 from tokenformer_jax.data.tokenizer import Tokenizer
+from tokenformer_jax.paths import is_uri, user_path
 
 TOKENS, INDEX, KEYS = "tokens.bin", "tokens.idx", "keys.bin"
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
-
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document bounds
-INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-BARE_DTYPES = {"uint16": np.uint16, "uint32": np.uint32, "int32": np.int32}
-SCAN = 2**24  # Tokens looked at in one go.
+SCAN = 2**24  # Tokens that are looked at together.
 
 
 class TokenFile(Corpus):
-  """A mapped file of token ids; where documents end and their keys are worked out only when asked for.
+  """Mapped files of token ids, end to end; where documents end, and their keys, are computed when asked for.
 
   Args:
-    path: the .bin file.
-    dtype: of its ids.
-    tokenizer: that wrote them.
+    shards: the files, at least one.
+    tokenizer: the tokenizer that wrote them.
     identity: see `Corpus`.
     ends: [documents] where documents end; None looks for the tokenizer's end-of-document id.
-    keys: [documents] their hashes; None hashes the ids of each.
+    keys: [documents] their hashes; None hashes the ids of each document.
+
+  Raises:
+    ValueError: the first `WHOLE` bytes hold an id that the tokenizer does not have.
   """
 
   def __init__(
     self,
-    path: pathlib.Path,
-    dtype,
+    shards: Sequence[StoredIds],
     tokenizer: Tokenizer,
     identity: dict,
     ends: np.ndarray | None = None,
     keys: np.ndarray | None = None,
   ):
-    dtype = np.dtype(dtype)
-    self._dtype = dtype
-    # Seen as unsigned, so that one comparison finds negative ids too.
-    self.tokens = np.asarray(np.memmap(path, f"u{dtype.itemsize}", mode="r"))
-    self.identity, self.name = identity, str(path)
-    self._tokenizer, self._given_ends, self._given_keys = tokenizer, ends, keys
-    for start, piece in self._scan(WHOLE // self.tokens.itemsize):
+    self.tokens = shards[0].ids if len(shards) == 1 else _Joined([shard.ids for shard in shards])
+    self.identity = identity
+    self.name = str(shards[0].path) if len(shards) == 1 else f"{shards[0].path} and {len(shards) - 1} more"
+    self._shards, self._tokenizer, self._given_ends, self._given_keys = shards, tokenizer, ends, keys
+    for start, piece in self._scan(WHOLE // self.tokens.dtype.itemsize):
       self._check(piece, start)
 
   def read(self, start: int, end: int) -> np.ndarray:
-    """`tokens[start:end]`; raises ValueError naming file and position for an id outside the vocabulary."""
+    """[end − start] unsigned integers, `tokens[start:end]`.
+
+    Raises:
+      ValueError: an id is outside the vocabulary; the message names its file and position.
+    """
     piece = self.tokens[start:end]
     self._check(piece, start)
     return piece
 
   def _check(self, piece: np.ndarray, start: int) -> None:
     if piece.max() >= self._tokenizer.vocab_size:
-      at = int(np.argmax(piece >= self._tokenizer.vocab_size))
+      at = start + int(np.argmax(piece >= self._tokenizer.vocab_size))
+      for shard in self._shards:
+        if at < len(shard.ids):
+          break
+        at -= len(shard.ids)
+      other_type = "" if shard.is_stated else f", or state another type than {shard.dtype}, as in {shard.path}#uint16"
       raise ValueError(
-        f"{self.name}: token id {piece[at].astype(self._dtype)} at position {start + at} is "
-        f"not one of the tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the "
-        "one that wrote it."
+        f"{shard.path}: token id {shard.ids[at].astype(shard.dtype)} at position {at} is not one of the "
+        f"tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the one that wrote the file{other_type}."
       )
 
   def _scan(self, stop: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -88,109 +99,151 @@ class TokenFile(Corpus):
     return np.array([key_hash(self.tokens[a:b].tobytes()) for a, b in zip(starts, self.ends)], np.uint64)
 
 
-def open_tokens(rest: str, tokenizer: Tokenizer) -> TokenFile:
-  """The corpus of `tokens:PATH[#DTYPE]`.
+class _Joined:
+  """Arrays that read as one: it has a length, a dtype and slices."""
 
-  PATH is a folder that the door `prepare` wrote, a `.bin` file (or its name without `.bin`) with its
-  `.idx` beside it, or a bare `.bin` file of ids in DTYPE (uint16, or uint32 for vocabularies over 65536).
+  def __init__(self, arrays: Sequence[np.ndarray]):
+    self._arrays = arrays
+    self._ends = np.cumsum([len(array) for array in arrays])
+    self.dtype = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+
+  def __len__(self):
+    return int(self._ends[-1])
+
+  def __getitem__(self, where: slice) -> np.ndarray:
+    start, stop, _ = where.indices(len(self))
+    pieces = []
+    while start < stop:
+      shard = int(np.searchsorted(self._ends, start, side="right"))
+      array, end = self._arrays[shard], int(self._ends[shard])
+      first = start - (end - len(array))
+      pieces.append(array[first : first + min(stop, end) - start])
+      start = end
+    return np.concatenate(pieces).astype(self.dtype, copy=False) if pieces else np.empty(0, self.dtype)
+
+
+def open_tokens(rest: str, tokenizer: Tokenizer) -> TokenFile:
+  """Opens the corpus of `tokens:PATH[#DTYPE]`.
+
+  Args:
+    rest: PATH[#DTYPE]. PATH is one of
+      - a folder that `tokenformer_jax.cli.prepare` wrote;
+      - a Megatron or GPT-NeoX `.bin` with its `.idx` beside it (or the name of either without its ending);
+      - a `.npy` file with one dimension of integers;
+      - a `.bin` with the header of llm.c and modded-nanogpt;
+      - a bare `.bin` of ids, as nanoGPT writes; DTYPE is their type (uint16, uint32, int32, int64), and is needed
+        only for files so short that it cannot be recognised;
+      - a glob of such files, which are shards of one corpus in the order of their names.
+      A URI (gs://…) is copied to a temporary folder first, as ids are mapped into memory.
+    tokenizer: the tokenizer that wrote the ids.
+
+  Raises:
+    ValueError: there is no such file, it is damaged, its type is unknown, or another tokenizer wrote it.
   """
   where, _, dtype = rest.partition("#")
-  path = pathlib.Path(where).expanduser()
+  path = user_path(where, "source tokens")
   if path.is_dir():
-    return _open_prepared(path, tokenizer)
-  if path.suffix in (".bin", ".idx"):
-    path = path.with_suffix("")
-  bin_path, index_path = path.with_name(path.name + ".bin"), path.with_name(path.name + ".idx")
-  if not bin_path.is_file():
-    raise ValueError(f"source tokens:{rest}: there is no file {bin_path}.")
-  if not bin_path.stat().st_size:
-    raise ValueError(f"{bin_path} is empty: write it again.")
-  if index_path.is_file():
-    dtype, ends = read_index(index_path)
-    _require_size(bin_path, int(ends[-1]) * dtype.itemsize, f"{index_path} says")
-    identity = dict(tokens=int(ends[-1]), documents=len(ends), sha256=hash_file(bin_path), index=hash_file(index_path))
-    return TokenFile(bin_path, dtype, tokenizer, identity, ends)
-  if dtype and dtype not in BARE_DTYPES:
-    raise ValueError(f"source tokens:{rest}: ids of type {dtype!r} are unknown; known: {', '.join(BARE_DTYPES)}.")
-  dtype = np.dtype(BARE_DTYPES[dtype] if dtype else tokenizer.dtype)
-  size = bin_path.stat().st_size
-  if size % dtype.itemsize:
-    raise ValueError(
-      f"{bin_path} has {size} bytes, no whole number of {dtype} ids: it is truncated, or of "
-      "another type (tokens:PATH#uint32)."
-    )
-  identity = dict(tokens=size // dtype.itemsize, sha256=hash_file(bin_path))
-  return TokenFile(bin_path, dtype, tokenizer, identity)
+    return _open_prepared(_local(path), tokenizer)
+  paths = [path]
+  if glob.has_magic(where) and not path.exists():
+    paths = files.matches(where, f"tokens:{rest}")
+    names = set(map(str, paths))
+    paths = [path for path in paths if path.suffix != ".idx" or str(path.with_suffix(".bin")) not in names]
+  opened = [_open_file(path, dtype, rest, len(paths)) for path in paths]
+  shards, identities, ends = zip(*opened)
+  if len(shards) == 1:
+    return TokenFile(shards, tokenizer, identities[0], ends[0])
+  starts = np.cumsum([0, *(len(shard.ids) for shard in shards[:-1])])
+  identity = dict(tokens=sum(identity["tokens"] for identity in identities), shards=list(identities))
+  if all(end is not None for end in ends):
+    return TokenFile(shards, tokenizer, identity, np.concatenate([start + end for start, end in zip(starts, ends)]))
+  return TokenFile(shards, tokenizer, identity)
+
+
+def _open_file(path: epath.Path, dtype: str, rest: str, num_shards: int) -> tuple[StoredIds, dict, np.ndarray | None]:
+  """(ids, identity, [documents] where documents end or None) of one file."""
+  index = path.with_suffix(".idx") if path.suffix in (".bin", ".idx") else path.with_name(path.name + ".idx")
+  path = path.with_suffix(".bin") if path.suffix == ".idx" else path
+  if not path.is_file() and path.suffix != ".bin":
+    path = path.with_name(path.name + ".bin")
+  if not path.is_file():
+    raise ValueError(f"source tokens:{rest}: there is no file {path}.")
+  if num_shards > 1 and path.suffix not in (".bin", ".npy"):
+    raise ValueError(f"source tokens:{rest}: {path} is neither a .bin nor a .npy; write a pattern without it.")
+  if not index.is_file():
+    stored = open_ids(_local(path), dtype)
+    return stored, dict(tokens=len(stored.ids), sha256=hash_file(stored.path, WHOLE // num_shards)), None
+  path, index = _local(path), _local(index)
+  if not path.stat().st_size:
+    raise ValueError(f"{path} is empty: write it again.")
+  index_dtype, ends = read_index(index)
+  check_stated(path, dtype, index_dtype)
+  _require_size(path, int(ends[-1]) * index_dtype.itemsize, index)
+  sha256 = hash_file(path, WHOLE // num_shards)
+  identity = dict(tokens=int(ends[-1]), documents=len(ends), sha256=sha256, index=hash_file(index))
+  return StoredIds(path, map_ids(path, index_dtype), index_dtype), identity, ends
 
 
 def _open_prepared(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenFile:
   manifest = read_manifest(folder)
   if not manifest["complete"]:
     raise ValueError(f"{folder} is not finished: run tokenformer_jax.cli.prepare on it again.")
-  if manifest["tokenizer"] != tokenizer.fingerprint:
+  if "part" in manifest:
+    raise ValueError(f"{folder} is one part of a corpus: merge all of them with tokenformer_jax.cli.prepare --merge.")
+  if not tokenizer.matches(manifest["tokenizer"]):
     raise ValueError(
       f"{folder} was made by tokenizer {manifest['tokenizer'][:12]}…, not by "
       f"{tokenizer.fingerprint[:12]}…: set data.tokenizer={folder / TOKENIZER}."
     )
   dtype, ends = read_index(folder / INDEX)
-  _require_size(folder / TOKENS, manifest["tokens"] * dtype.itemsize, f"{folder / MANIFEST} says")
-  _require_size(folder / KEYS, manifest["documents"] * 8, f"{folder / MANIFEST} says")
+  _require_size(folder / TOKENS, manifest["tokens"] * dtype.itemsize, folder / MANIFEST)
+  _require_size(folder / KEYS, manifest["documents"] * 8, folder / MANIFEST)
   for file, stored in manifest["files"].items():
     if hash_file(folder / file) != stored:
       raise ValueError(f"{folder / file} has changed since it was prepared: prepare it again.")
   identity = {key: manifest[key] for key in ("documents", "tokens", "bytes", "sha256", "replaced", "skipped")}
-  return TokenFile(folder / TOKENS, dtype, tokenizer, identity, ends, np.fromfile(folder / KEYS, np.uint64))
+  shard = StoredIds(folder / TOKENS, map_ids(folder / TOKENS, dtype), dtype)
+  return TokenFile([shard], tokenizer, identity, ends, np.fromfile(folder / KEYS, np.uint64))
 
 
 def read_manifest(folder: pathlib.Path) -> dict:
-  """The manifest of a prepared folder; ValueError where there is none."""
+  """The manifest of a prepared folder.
+
+  Raises:
+    ValueError: the folder has none, or it is not one that `prepare` wrote.
+  """
   try:
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8-sig"))
     return {"complete": manifest["complete"], **manifest}
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+  except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
     raise ValueError(
-      f"{folder} is no folder of prepared tokens ({error!r}): make one with python -m tokenformer_jax.cli.prepare."
+      f"{folder} is not a folder of prepared tokens ({error!r}): make one with python -m tokenformer_jax.cli.prepare."
     ) from None
 
 
-def _require_size(path: pathlib.Path, expected: int, says: str) -> None:
+def _require_size(path: pathlib.Path, expected: int, says: pathlib.Path) -> None:
   size = path.stat().st_size if path.is_file() else 0
   if size != expected:
-    raise ValueError(f"{path} has {size} bytes, {says} {expected}: it is truncated, or another's.")
+    raise ValueError(f"{path} has {size} bytes and {says} says {expected}: it is truncated, or of another corpus.")
 
 
-def read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray]:
-  """(dtype of the ids, [documents] int64 where documents end) of a Megatron .idx file."""
-  raw = path.read_bytes()
-  if len(raw) < INDEX_HEADER.size or not raw.startswith(INDEX_MAGIC):
-    raise ValueError(f"{path} is no Megatron index (MMIDIDX): write it again with --dataset-impl mmap.")
-  _, version, code, sequences, bounds = INDEX_HEADER.unpack_from(raw)
-  if version != 1 or code not in INDEX_DTYPES:
-    raise ValueError(
-      f"{path}: version {version} with ids of type {code} cannot be read; version 1 with "
-      f"types {', '.join(map(str, INDEX_DTYPES))} can."
-    )
-  expected = INDEX_HEADER.size + 12 * sequences + 8 * bounds
-  if len(raw) < expected:
-    raise ValueError(f"{path} has {len(raw)} bytes, its head says {expected}: it is truncated.")
-  dtype = np.dtype(INDEX_DTYPES[code])
-  sizes = np.frombuffer(raw, "<i4", sequences, INDEX_HEADER.size)
-  pointers = np.frombuffer(raw, "<i8", sequences, INDEX_HEADER.size + 4 * sequences)
-  documents = np.frombuffer(raw, "<i8", bounds, INDEX_HEADER.size + 12 * sequences)
-  sequence_ends = np.cumsum(sizes, dtype=np.int64)
-  if not sequences or np.any(pointers[1:] != sequence_ends[:-1] * dtype.itemsize) or pointers[0]:
-    raise ValueError(f"{path}: its sequences do not lie end to end in the .bin file, as they must.")
-  if bounds < 2 or documents[0] or documents[-1] != sequences or np.any(np.diff(documents) < 0):
-    raise ValueError(f"{path}: its document bounds do not rise from 0 to its {sequences} sequences.")
-  ends = np.concatenate([[0], sequence_ends])[documents[1:]]
-  return dtype, ends[np.diff(ends, prepend=0) > 0]
+def _local(path: epath.Path) -> pathlib.Path:
+  """The local file or folder itself; for a URI, a copy that lasts as long as this process."""
+  if not is_uri(path):
+    return pathlib.Path(path)
+  copy = pathlib.Path(_temporary_folder(str(path.parent)), path.name)
+  for source in path.iterdir() if path.is_dir() else [path]:
+    target = copy / source.name if path.is_dir() else copy
+    if not target.is_file() and source.is_file():
+      logging.info("Copying %s to %s.", source, target)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      source.copy(target)
+  return copy
 
 
-def write_index(path: pathlib.Path, dtype: np.dtype, lengths: np.ndarray) -> None:
-  """Writes the Megatron .idx for documents of these lengths [documents], one sequence each, end to end."""
-  code = next(code for code, known in INDEX_DTYPES.items() if known == dtype)
-  pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
-  with open(path, "wb") as file:
-    file.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-    for array, kind in ((lengths, "<i4"), (pointers, "<i8"), (np.arange(len(lengths) + 1), "<i8")):
-      file.write(np.asarray(array).astype(kind).tobytes())
+@functools.cache
+def _temporary_folder(of: str) -> str:
+  """A new folder for copies of the files in folder `of`, removed at the end of this process."""
+  folder = tempfile.mkdtemp(prefix="tokenformer_jax_tokens_")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder

@@ -1,0 +1,131 @@
+"""Files of token ids as other programs write them: NumPy's .npy, the headed .bin of llm.c, bare .bin files."""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+BARE_DTYPES = ("uint16", "uint32", "int32", "int64")
+# The headers of llm.c and modded-nanogpt: the magic number, the version, and the type of the ids after it.
+_HEADED = {20240520: (1, np.dtype(np.uint16)), 20240801: (7, np.dtype(np.uint32))}
+_HEADER_SIZE = 256 * 4  # Bytes; 256 int32: magic, version, number of ids, zeros.
+_LOOKED_AT = 2**22  # Bytes at the start of a bare file that decide about its type.
+_LARGEST_ID = 2**22  # No tokenizer has this many ids.
+_FEWEST = 256  # A file of fewer ids does not show its type.
+
+
+class StoredIds(NamedTuple):
+  """The ids of one file.
+
+  Attributes:
+    path: the file.
+    ids: [n] the mapped ids, seen as unsigned integers, so that negative ids are large ones.
+    dtype: the type in which the file holds them.
+    is_stated: whether the file or the user states that type; otherwise it was recognised.
+  """
+
+  path: pathlib.Path
+  ids: np.ndarray
+  dtype: np.dtype
+  is_stated: bool = True
+
+
+def map_ids(path: pathlib.Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> np.ndarray:
+  """[count] unsigned integers, a file's bytes from `offset` on, mapped into memory; None takes all."""
+  shape = None if count is None else (count,)
+  return np.asarray(np.memmap(path, f"u{dtype.itemsize}", mode="r", offset=offset, shape=shape))
+
+
+def open_ids(path: pathlib.Path, dtype: str = "") -> StoredIds:
+  """Opens a .npy file, a headed .bin file or a bare file of ids.
+
+  Args:
+    path: the file. A .npy file holds one dimension of integers. A file that begins with the header of llm.c and
+      modded-nanogpt is read as that says. Every other file is bare.
+    dtype: the type of a bare file's ids, one of `BARE_DTYPES`. If it is empty, the type is recognised: as ids are
+      small numbers, the high bytes of a wide type are zeros.
+
+  Raises:
+    ValueError: the file is empty, damaged or holds no ids; the type is unknown, contradicts the file, or is needed
+      because more than one is possible.
+  """
+  if dtype and dtype not in BARE_DTYPES:
+    raise ValueError(f"{path}#{dtype}: ids of type {dtype!r} are unknown; known: {', '.join(BARE_DTYPES)}.")
+  if not path.stat().st_size:
+    raise ValueError(f"{path} is empty: write it again.")
+  stored = _open_npy(path) if path.suffix == ".npy" else _open_headed(path)
+  if stored is None:
+    return _open_bare(path, dtype)
+  check_stated(path, dtype, stored.dtype)
+  return stored
+
+
+def check_stated(path: pathlib.Path, stated: str, dtype: np.dtype) -> None:
+  """Raises ValueError if the user states another type than the file itself does."""
+  if stated and np.dtype(stated) != dtype:
+    raise ValueError(f"{path}#{stated}: the file itself says that its ids are {dtype}; leave out #{stated}.")
+
+
+def _open_npy(path: pathlib.Path) -> StoredIds:
+  try:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+  except (ValueError, EOFError, OSError) as error:
+    raise ValueError(f"{path} is not a NumPy file of ids ({error}): write it again with numpy.save.") from None
+  if array.ndim != 1 or array.dtype.kind not in "iu" or not array.dtype.isnative or not array.size:
+    raise ValueError(
+      f"{path} holds an array of {array.dtype} with shape {array.shape}, not one dimension of integer ids: "
+      "flatten it, and save it in this machine's byte order."
+    )
+  return StoredIds(path, np.asarray(array).view(f"u{array.dtype.itemsize}"), array.dtype)
+
+
+def _open_headed(path: pathlib.Path) -> StoredIds | None:
+  """The ids after a header; None if the file has none."""
+  with open(path, "rb") as file:
+    header = np.frombuffer(file.read(_HEADER_SIZE), "<i4", -1) if path.stat().st_size >= _HEADER_SIZE else ()
+  if not len(header) or int(header[0]) not in _HEADED:
+    return None
+  version, dtype = _HEADED[int(header[0])]
+  if header[1] != version:
+    raise ValueError(
+      f"{path}: its header has the magic number {header[0]} and version {header[1]}; version {version} can be read."
+    )
+  count, size = int(header[2]), path.stat().st_size
+  if count < 1 or size != _HEADER_SIZE + count * dtype.itemsize:
+    raise ValueError(
+      f"{path} has {size} bytes and its header says {_HEADER_SIZE} + {count} ids of {dtype.itemsize} bytes: it is "
+      "truncated or damaged; write it again."
+    )
+  return StoredIds(path, map_ids(path, dtype, _HEADER_SIZE, count), dtype)
+
+
+def _open_bare(path: pathlib.Path, stated: str) -> StoredIds:
+  dtype = np.dtype(stated) if stated else _recognised(path)
+  size = path.stat().st_size
+  if size % dtype.itemsize:
+    raise ValueError(
+      f"{path} has {size} bytes, which is not a whole number of {dtype} ids: it is truncated, or of another type "
+      f"(state it, as in {path}#uint32)."
+    )
+  return StoredIds(path, map_ids(path, dtype), dtype, bool(stated))
+
+
+def _recognised(path: pathlib.Path) -> np.dtype:
+  """The type of a bare file's ids: the widest in which all are so small that a tokenizer may have them."""
+  with open(path, "rb") as file:
+    start = file.read(_LOOKED_AT)
+  possible, ids = [np.dtype(np.uint16)], None
+  for dtype in (np.dtype(np.int32), np.dtype(np.int64)):
+    # A truncated file must not pass for one of a narrower type, so that its size does not count here.
+    wide = np.frombuffer(start, dtype, len(start) // dtype.itemsize)
+    if len(wide) and np.all((-_LARGEST_ID < wide) & (wide < _LARGEST_ID)):
+      possible, ids = [*possible, dtype], wide
+  if len(possible) > 1 and (len(ids) < _FEWEST or not ids.any()):
+    raise ValueError(
+      f"{path} is too short to show whether its ids are {' or '.join(map(str, possible))}: "
+      f"state the type, as in {path}#uint16."
+    )
+  if len(possible) > 1:
+    logging.info("%s: its ids are recognised as %s.", path, possible[-1])
+  return possible[-1]
