@@ -39,7 +39,8 @@ def tfds_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tfds")
   LocalBooks(data_dir=folder, file_format="array_record").download_and_prepare()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(folder))
+    patch.setenv("HOME", str(folder.parent))
+    patch.setenv("TFDS_DATA_DIR", f"~/{folder.name}")
     yield folder
 
 

@@ -4,8 +4,11 @@ import os
 import re
 from collections.abc import Iterator
 
+from etils import epath
+
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
+from tokenformer_jax.paths import user_path
 
 
 def tfds_documents(rest: str) -> DocumentSource:
@@ -48,16 +51,16 @@ def tfds_documents(rest: str) -> DocumentSource:
 
 def _tfds_builder(tfds, name: str, spec: str):
   """The builder of a data set whose files exist, if need be after downloading it."""
-  data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+  data_dir = user_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     base = re.split("[/:]", name)[0]
-    local = _listdir(data_dir)
+    local = _names_in(data_dir)
     if base in local:
       raise ValueError(
         f"source {spec}: {data_dir} (TFDS_DATA_DIR) has other versions or configs of {base!r}: "
-        f"{', '.join(_listdir(os.path.join(data_dir, base)))}."
+        f"{', '.join(_names_in(data_dir / base))}."
       ) from None
     known = tfds.list_builders(with_community_datasets=False) + local
     raise ValueError(
@@ -85,8 +88,8 @@ def _tfds_builder(tfds, name: str, spec: str):
     ) from None
 
 
-def _listdir(folder: str) -> list[str]:
-  return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+def _names_in(folder: epath.Path) -> list[str]:
+  return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def _text_feature(tfds, features, name: str | None, spec: str) -> str:
