@@ -217,7 +217,7 @@ def test_the_default_source_is_pythons_own_library():
     (dict(batch_size=10**4), r"training text fills \d+ windows of 8 tokens, less than one batch of 10000"),
     (dict(held_out_fraction=1e-9, batch_size=40), "the held-out text fills .* held_out_source"),
     (dict(source="text:nowhere/*"), "no file matches"),
-    (dict(source="tokens:nowhere"), "there is no file nowhere.bin"),
+    (dict(source="tokens:nowhere"), "there is no file .*nowhere.bin"),
     (dict(held_out_source="jsonl:nowhere"), "name the field"),
     (dict(tokenizer="./nowhere.json"), "does not exist"),
   ],

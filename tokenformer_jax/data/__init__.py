@@ -6,7 +6,7 @@ A source is one string, `config.data.source`. Several sources with weights make 
     python-sources                       the running interpreter's standard library
     text:GLOB[#MARKER]                   text files; documents are files, or the text between marker lines
     jsonl:GLOB#FIELD                     JSON lines; documents are the text in one field
-    tokens:PATH[#DTYPE]                  token files, see `token_files.open_tokens`
+    tokens:PATH[#DTYPE]                  a prepared folder or files of token ids, see `token_files.open_tokens`
     tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]
     huggingface:NAME[,CONFIG][@SPLIT][#FIELD]
 

@@ -8,6 +8,7 @@ from etils import epath
 
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
+from tokenformer_jax.data.files import first_line
 from tokenformer_jax.paths import user_path
 
 
@@ -28,7 +29,7 @@ def tfds_documents(rest: str) -> DocumentSource:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise ValueError(
-      f"source {spec}: {_first_line(error)}; pip install tensorflow-datasets importlib_resources."
+      f"source {spec}: {first_line(error)}; pip install tensorflow-datasets importlib_resources."
     ) from None
   builder = _tfds_builder(tfds, name, spec)
   feature = _text_feature(tfds, builder.info.features, feature, spec)
@@ -36,7 +37,7 @@ def tfds_documents(rest: str) -> DocumentSource:
     records = builder.as_data_source(split)
   except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
     raise ValueError(
-      f"source {spec}: split {split!r} cannot be read ({_first_line(error)}); it has {', '.join(builder.info.splits)}."
+      f"source {spec}: split {split!r} cannot be read ({first_line(error)}); it has {', '.join(builder.info.splits)}."
     ) from None
 
   def read(bad: BadText) -> Iterator[Document]:
@@ -68,7 +69,7 @@ def _tfds_builder(tfds, name: str, spec: str):
       f"{base!r}.{nearest(base, known)}"
     ) from None
   except (ValueError, AssertionError) as error:
-    raise ValueError(f"source {spec}: {_first_line(error)}.") from None
+    raise ValueError(f"source {spec}: {first_line(error)}.") from None
   if builder.info.splits and builder.is_prepared():
     return builder
   try:
@@ -77,14 +78,14 @@ def _tfds_builder(tfds, name: str, spec: str):
     return builder
   except ImportError as error:
     raise ValueError(
-      f"source {spec}: making this data set takes a package that is not installed ({_first_line(error)}): install it "
+      f"source {spec}: making this data set takes a package that is not installed ({first_line(error)}): install it "
       "(tensorflow for most data sets) and make the data set once with file_format='array_record'; reading it does not "
       "take the package."
     ) from None
   except Exception as error:  # Every data set has its own ways to fail.
     raise ValueError(
       f"source {spec}: it is not in {builder.data_dir} and could not be made there ({type(error).__name__}: "
-      f"{_first_line(error)})."
+      f"{first_line(error)})."
     ) from None
 
 
@@ -132,7 +133,7 @@ def huggingface_documents(rest: str) -> DocumentSource:
       records = datasets.load_dataset(name, config, split=split)
   except Exception as error:  # The package has many exceptions: no network, no such name, split or config.
     raise ValueError(
-      f"source {spec}: {type(error).__name__}: {_first_line(error)}; check its name, config and split {split!r}."
+      f"source {spec}: {type(error).__name__}: {first_line(error)}; check its name, config and split {split!r}."
     ) from None
   if field not in records.column_names:
     raise ValueError(f"source {spec}: it has no field {field!r}; it has {', '.join(records.column_names)}.")
@@ -145,7 +146,3 @@ def huggingface_documents(rest: str) -> DocumentSource:
         yield Document(text, text)  # Arrow's strings are UTF-8.
 
   return DocumentSource(spec, read)
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -107,7 +107,7 @@ def matches(pattern: str, spec: str) -> list[epath.Path]:
       rest = pattern.removeprefix(str(folder)).lstrip("/")
       paths = [path for path in (folder.glob(rest) if rest else [folder]) if path.is_file()]
     except (NotImplementedError, OSError) as error:
-      raise ValueError(f"source {spec}: {pattern!r} cannot be searched ({_first_line(error)}).") from None
+      raise ValueError(f"source {spec}: {pattern!r} cannot be searched ({first_line(error)}).") from None
   else:
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
     paths = [epath.Path(path) for path in found if os.path.isfile(path)]
@@ -216,7 +216,7 @@ class _Decompressed(io.RawIOBase):
       try:
         self._text = memoryview(self._decompressor.decompress(raw))
       except self._errors as error:
-        raise _BrokenStream(_first_line(error)) from None
+        raise _BrokenStream(first_line(error)) from None
     return True
 
 
@@ -250,5 +250,6 @@ def _fixed_folder(pattern: str) -> epath.Path:
   return fixed
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+  """The first line of an exception's message, or its class, for messages of one line."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
