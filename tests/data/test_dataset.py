@@ -101,6 +101,8 @@ def test_named_held_out_sets_give_batches_of_their_own_text(texts, two_sets):
   first_ids = np.concatenate([batch.inputs[:, 0] for batch in named["digits"]]).tolist()
   assert sorted(first_ids) == [ord("0")] * 6 + [ord("A")] * 6
   assert len(data.report["digits"]) == 2 and len(data.held_out_tokens("upper")) == 161
+  with pytest.raises(ValueError, match="held-out set 'uper' is unknown. Did you mean 'upper'?"):
+    data.held_out_tokens("uper")
 
 
 def test_named_held_out_sets_change_the_fingerprint_and_not_the_training_batches(texts, two_sets):

@@ -134,6 +134,24 @@ def test_patterns_know_the_home_folder_and_the_current_one(tmp_path, monkeypatch
   assert relative(*matches("~/*/*.txt", "text"), "~/*/*.txt") == "books/a.txt"
 
 
+def test_a_name_with_wildcards_that_exists_is_the_file_of_that_name(tmp_path):
+  for name in ("a[1].txt", "a1.txt"):
+    (tmp_path / name).write_text("a")
+  (path,) = matches(f"{tmp_path}/a[1].txt", "text")
+  assert relative(path, f"{tmp_path}/a[1].txt") == "a[1].txt"
+
+
+def test_files_that_cannot_be_opened_are_named(file, tmp_path):
+  path = file(TEXT)
+  os.remove(path)
+  for read in (text_size, text_of):
+    with pytest.raises(ValueError, match=r"a\.txt cannot be opened: No such file or directory\.$"):
+      read(path)
+  os.symlink(tmp_path / "nowhere", tmp_path / "link.txt")
+  with pytest.raises(ValueError, match=r"link\.txt is a link to a file that does not exist"):
+    matches(f"{tmp_path}/*.txt", "text")
+
+
 def test_files_in_a_bucket_are_found_and_read(bucket, monkeypatch):  # noqa: F811
   def glob(file_system, path):  # As in gcsfs: the names begin with the bucket's.
     return [name.removeprefix(f"{file_system.root}/") for name in LocalFileSystem.glob(file_system, path)]

@@ -8,6 +8,7 @@ from absl import logging
 
 from tokenformer_jax.config import DataConfig
 from tokenformer_jax.config.data import MAIN_HELD_OUT
+from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.data import loader
 from tokenformer_jax.data.corpus import split
 from tokenformer_jax.data.mixture import Mixture, Packing, Sources
@@ -78,6 +79,8 @@ class Data:
 
   def held_out_tokens(self, name: str = MAIN_HELD_OUT) -> np.ndarray:
     """[n] unsigned integers, all ids of one held-out set; a copy unless the text is one stretch of one source."""
+    if name not in self._held_out:
+      raise ValueError(f"held-out set {name!r} is unknown.{nearest(name, self._held_out)}")
     return self._held_out[name].tokens()
 
   def _batches_of(self, name: str, num_batches: int | None) -> Iterator[Batch]:

@@ -99,7 +99,7 @@ def matches(pattern: str, spec: str) -> list[epath.Path]:
     spec: the source, for messages.
 
   Raises:
-    ValueError: no file matches, or the URI cannot be searched.
+    ValueError: no file matches, a link points nowhere, or the URI cannot be searched.
   """
   if is_uri(pattern):
     folder = _fixed_folder(pattern)
@@ -109,7 +109,12 @@ def matches(pattern: str, spec: str) -> list[epath.Path]:
     except (NotImplementedError, OSError) as error:
       raise ValueError(f"source {spec}: {pattern!r} cannot be searched ({first_line(error)}).") from None
   else:
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    expanded = os.path.expanduser(pattern)
+    # A name that exists is itself, even if its characters are wildcards, as in [1].txt.
+    found = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
+    dangling = next((path for path in found if not os.path.exists(path)), None)
+    if dangling is not None:
+      raise ValueError(f"source {spec}: {dangling} is a link to a file that does not exist: correct or remove it.")
     paths = [epath.Path(path) for path in found if os.path.isfile(path)]
   if not paths:
     raise ValueError(f"source {spec}: no file matches {pattern!r} (the current folder is {os.getcwd()}).")
@@ -128,8 +133,8 @@ def text_size(path: epath.Path) -> int:
   The last four bytes of a gzip file hold it, modulo 2³² and of the last member alone. Where they are no help it is
   estimated from the size of the file.
   """
-  size = path.stat().length
-  with path.open("rb") as file:
+  with _opened(path) as file:
+    size = path.stat().length
     compression = _compression(file.read(10))
     if compression is None:
       return size
@@ -149,10 +154,10 @@ def lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
 
   Raises:
     BrokenFile: the file is compressed in a way that is not supported or otherwise no text, or it breaks off.
-    ValueError: a package that reads the file is not installed.
+    ValueError: the file cannot be opened, or a package that reads it is not installed.
   """
   size = 0
-  with path.open("rb") as file:
+  with _opened(path) as file:
     compression = _compression(file.read(10))
     file.seek(0)
     stream = io.BufferedReader(_Decompressed(file, compression), 4 * CHUNK) if compression else file
@@ -218,6 +223,13 @@ class _Decompressed(io.RawIOBase):
       except self._errors as error:
         raise _BrokenStream(first_line(error)) from None
     return True
+
+
+def _opened(path: epath.Path) -> IO[bytes]:
+  try:
+    return path.open("rb")
+  except OSError as error:
+    raise ValueError(f"{path} cannot be opened: {error.strerror or first_line(error)}.") from None
 
 
 def _compression(head: bytes) -> _Format | None:
