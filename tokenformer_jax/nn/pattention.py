@@ -2,11 +2,13 @@
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tokenformer_jax.config import KERNELS
@@ -21,8 +23,8 @@ _RECORDED: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorde
 
 
 @contextlib.contextmanager
-def recorded_inputs():
-  """Within it, every call of a `Pattention` appends (layer, x) to the list that is given.
+def recorded_inputs() -> Iterator[list[tuple["Pattention", Array]]]:
+  """A context in which every call of a `Pattention` appends (layer, x) to the list that the context gives.
 
   Under a JAX transformation the inputs are tracers of that transformation: use them before it ends.
   """
@@ -38,20 +40,27 @@ class Pattention(nnx.Module):
   """`[..., d_in] -> [..., d_out]` through `num_tokens` parameter tokens; a drop-in for `nnx.Linear`.
 
   Args:
-    d_in, d_out: channels in and out.
-    num_tokens: parameter tokens N; the layer has N · (d_in + d_out) parameters.
+    d_in: channels of the input.
+    d_out: channels of the output.
+    num_tokens: the number of parameter tokens N; the layer has N · (d_in + d_out) parameters.
     theta: `l2_norm_gelu` (default), `gelu_l2_norm` or `softmax`.
     gelu: `erf` or `tanh`.
     key_std: standard deviation of new keys, here and in growth. It cancels in Θ's norm and sets only how fast keys learn.
-    value_std: standard deviation of new values, here and in growth. By default 1/√N, which keeps the size of normalised
+    value_std: standard deviation of new values, here and in growth. The default 1/√N keeps the size of normalised
       inputs.
     count: the name under which growth changes the number of tokens: `tf.grow(model, num_tokens=48)`. Layers with one
       name grow together.
     kernel: `reference` (also `auto`), or `fused`, on TPUs and for sizes that are multiples of 128.
+    dtype: the dtype of the computation, to which inputs and parameters are cast, and of the output; by default the
+      dtype of the inputs. Θ and sums are computed in float32 or wider.
+    param_dtype: the dtype in which keys and values are stored; τ is always float32.
     rngs: parameters are drawn from `rngs.params()`.
+
+  Raises:
+    ValueError: a size below 1, an unknown choice, or a dtype that is not floating point.
   """
 
-  # Of int8 tokens (`inference.int8`).
+  # The scales of int8 tokens (`inference.int8`).
   key_scales: nnx.Param | None = None
   value_scales: nnx.Param | None = None
 
@@ -67,6 +76,8 @@ class Pattention(nnx.Module):
     value_std: float | None = None,
     count: str = "num_tokens",
     kernel: str = "auto",
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     check_choices(theta, gelu)
@@ -77,13 +88,18 @@ class Pattention(nnx.Module):
     self.theta = theta
     self.gelu = gelu
     self.kernel = kernel
+    self.dtype = None if dtype is None else _floating("dtype", dtype)
+    param_dtype = _floating("param_dtype", param_dtype)
     for name, role, channels, std in (("keys", "key", d_in, key_std), ("values", "value", d_out, value_std)):
       rows = Rows(count, role, std)
-      init = nnx.initializers.normal(rows.std_of(num_tokens))
+      init = _stored_as(param_dtype, nnx.initializers.normal(rows.std_of(num_tokens)))
       setattr(self, name, parameter(rngs, (num_tokens, channels), ("param_token", "embed"), init, rows))
     self.tau = Tau(jnp.float32(initial_tau(theta, num_tokens)), axes=(), theta=theta)
 
   def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+    """Θ(x Kᵀ) V, [..., d_in] -> [..., d_out]. There may be no rows, which gives an output without rows."""
+    if self.dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):  # `pattention` refuses other inputs.
+      x = x.astype(self.dtype)
     scales = [scale if scale is None else scale[...] for scale in (self.key_scales, self.value_scales)]
     tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...], *scales)
     if (recorded := _RECORDED.get()) is not None:
@@ -92,7 +108,7 @@ class Pattention(nnx.Module):
     return checkpoint_name(y, OUTPUT)
 
   def _fused(self, x, tokens):
-    # Here, for Pallas takes longer to import than the rest of us.
+    # Imported only here, because importing Pallas takes longer than importing the rest of this package.
     from tokenformer_jax.kernels.fused_pattention import fused_pattention
 
     if platform() != "tpu":
@@ -103,5 +119,42 @@ class Pattention(nnx.Module):
     def apply(x):
       return pattention(x, tokens, self.theta, self.gelu)
 
-    # Rows [B·T] cannot be split along both B and T: where T is, each row of the batch goes for itself.
+    # Flattened rows [B·T] cannot be split along both B and T, so where T is split each row of the batch is computed
+    # on its own.
     return jax.vmap(apply)(x) if x.ndim > 2 and is_split("time") else apply(x)
+
+
+def require_float_tokens(model: nnx.Module, action: str) -> None:
+  """Refuses a model whose parameter tokens are a form for inference only, before they are changed or stored.
+
+  Args:
+    model: any NNX model.
+    action: what is about to happen to it, as a past participle for the message: `grown`, `exported`.
+
+  Raises:
+    ValueError: the model has int8 parameter tokens (`inference.int8`), or it is a copy for decoding
+      (`models.decoding_model`).
+  """
+  for _, module in nnx.iter_modules(model):
+    if getattr(module, "only_decodes", False):
+      raise ValueError(
+        f"a {type(module).__name__} only decodes and cannot be {action}; take the LanguageModel whose for_decoding() "
+        "made it."
+      )
+    if isinstance(module, Pattention) and module.key_scales is not None:
+      raise ValueError(
+        f"the model's parameter tokens are int8 already and cannot be {action}; take the model with float tokens "
+        "that it was made from."
+      )
+
+
+def _floating(name, dtype):
+  dtype = jnp.dtype(dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"{name}={dtype}: must be a floating-point dtype, such as float32 or bfloat16.")
+  return dtype
+
+
+def _stored_as(dtype, init):
+  """`init`, whose draws are cast: a narrower parameter is then the rounded float32 one of the same seed."""
+  return lambda *args: init(*args).astype(dtype)
