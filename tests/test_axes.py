@@ -8,7 +8,18 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tokenformer_jax.config import MeshConfig, ModelConfig
-from tokenformer_jax.distributed.axes import RULES, batch_sharding, replicated, sharding, tree_shardings
+from tokenformer_jax.distributed import axes as axes_module
+from tokenformer_jax.distributed.axes import (
+  RULES,
+  batch_sharding,
+  constrain,
+  replicated,
+  sharding,
+  splits,
+  traced_on,
+  tree_shardings,
+  whole_heads,
+)
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
@@ -46,7 +57,7 @@ def test_table_names_only_axes_of_the_mesh():
 
 
 def test_every_parameter_of_a_model_has_its_place(mesh):
-  """Every array is cut along every mesh axis that the table gives it; nothing large is copied."""
+  """Every array is split along every mesh axis that the table gives it, and nothing large is replicated."""
   model = nnx.eval_shape(lambda: LanguageModel(ModelConfig.named("tiny", vocab_size=384), rngs=nnx.Rngs(0)))
   _, *trees = split(model)
   placed = [tree_shardings(mesh, axes, shapes) for axes, shapes in zip(logical_axes(model), trees)]
@@ -98,3 +109,31 @@ def test_refusals_name_the_path_in_a_tree(mesh):
     tree_shardings(
       mesh, {"blocks": {"ffn": {"keys": ("param_token", "embed")}}}, {"blocks": {"ffn": {"keys": jnp.ones((7, 8))}}}
     )
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+  """What the log says about axes, from an empty record of what was said before."""
+  monkeypatch.setattr(axes_module, "_SAID", set())
+  return lambda: [record.getMessage() for record in caplog.records if record.name == axes_module.__name__]
+
+
+def test_what_stays_whole_is_logged_once(mesh, said):
+  traced = traced_on(mesh, lambda x: constrain(x, "batch", None, "heads") + (splits("batch", 6) == ()))
+  for rows in (6, 6, 8, 1):  # A single row is nothing to split.
+    jax.eval_shape(traced, jnp.ones((rows, 3, 2)))
+  message = (
+    "batch=6 cannot be split over the 4 devices along mesh axis data × fsdp: it stays whole on each, and each does all "
+    "of the work along it."
+  )
+  assert said() == [message]
+  wider = make_mesh(MeshConfig(data=8))
+  jax.eval_shape(traced_on(wider, lambda x: constrain(x, "batch")), jnp.ones(6))
+  assert said() == [message, message.replace("the 4", "the 8").replace("data × fsdp", "data")]
+
+
+def test_heads_that_a_run_has_told_of_are_not_logged_again(said):
+  mesh = make_mesh(MeshConfig(token=8))
+  assert "3 heads cannot be split" in whole_heads(mesh, 3)
+  jax.eval_shape(traced_on(mesh, lambda x: constrain(x, "heads")), jnp.ones(3))
+  assert said() == []

@@ -1,4 +1,4 @@
-"""Schedules, AdamW and the beginning of new rows, against formulas in float64 NumPy."""
+"""Schedules, optimizers, new rows and the average of the weights, against formulas in float64 NumPy."""
 
 import dataclasses
 
@@ -12,17 +12,19 @@ from tests import small_run
 from tokenformer_jax.config import GrowthConfig, OptimizerConfig
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.nn.parameters import logical_axes, split
-from tokenformer_jax.training.new_rows import scale_by_adam_of_rows
-from tokenformer_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tokenformer_jax.training.new_rows import scale_by_adam_of_rows, scale_rows
+from tokenformer_jax.training.optimizer import make_optimizer
+from tokenformer_jax.training.schedules import learning_rate_schedule
 from tokenformer_jax.training.state import abstract_model
+from tokenformer_jax.training.weight_average import average_weights
 
 AXES = {"embedding": ("vocab", "embed"), "keys": ("layer", "param_token", "embed"), "norm": ("norm",)}
 SHAPES = {"embedding": (7, 3), "keys": (2, 6, 3), "norm": (3,)}
-OLD = 4  # Of the six rows of `keys`, the last two are new.
+OLD = 4  # The last two of the six rows of `keys` are new.
 
 
 def draws(steps, seed=0):
-  """Gradients of a few steps, their norm now above and now below 1; new rows have none at first."""
+  """Gradients of a few steps, whose norm is above 1 at some of them and below 1 at others."""
   rng = np.random.default_rng(seed)
   return [
     {name: rng.normal(size=shape) * 10.0 ** rng.integers(-2, 2) for name, shape in SHAPES.items()} for _ in range(steps)
@@ -52,27 +54,43 @@ class Adam:
     return mean / (np.sqrt(square) + self.eps)
 
 
+PEAK, FLOOR, STEPS = 6e-4, 6e-5, 50
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_warmup_cosine(warmup):
-  peak, floor, steps = 6e-4, 6e-5, 50
-  config = OptimizerConfig("warmup_cosine", peak, floor, warmup_steps=warmup)
-  counts = np.arange(steps + 10)
-  cosine = floor + (peak - floor) / 2 * (
-    np.cos(np.pi * np.minimum(counts - warmup, steps - warmup) / (steps - warmup)) + 1
-  )
-  expected = np.where(counts < warmup, peak * counts / max(warmup, 1), cosine)
-  np.testing.assert_allclose(learning_rate_schedule(config, steps)(counts), expected, rtol=1e-5, atol=1e-12)
+  config = OptimizerConfig("warmup_cosine", PEAK, FLOOR, warmup_steps=warmup)
+  number, top = np.arange(1, STEPS + 10), max(warmup, 1)  # Updates counted from 1, and the first of them with PEAK.
+  share = np.clip((number - top) / (STEPS - top), 0, 1)
+  cosine = FLOOR + (PEAK - FLOOR) / 2 * (np.cos(np.pi * share) + 1)
+  expected = np.where(number < top, PEAK * number / top, cosine)
+  rates = learning_rate_schedule(config, STEPS)(number - 1)
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
+  assert rates[0] > 0 and rates[STEPS - 1] == np.float32(FLOOR)
 
 
-@pytest.mark.parametrize("warmup, decay", [(0, 0), (7, 0), (7, 20), (0, 50), (7, 60)])
+@pytest.mark.parametrize("warmup, decay", [(0, 0), (7, 0), (7, 20), (0, 49), (30, 20)])
 def test_warmup_stable_decay(warmup, decay):
-  # A decay longer than what the warm-up leaves takes all of that, and ends at the floor all the same.
-  peak, floor, steps = 6e-4, 6e-5, 50
-  config = OptimizerConfig("warmup_stable_decay", peak, floor, warmup_steps=warmup, decay_steps=decay)
-  knots = [(-1, peak), (steps - min(decay, steps - warmup), peak), (steps, floor if decay else peak), (99, 0)]
-  counts = np.arange(steps + 1)
-  expected = np.where(counts < warmup, peak * counts / max(warmup, 1), np.interp(counts, *zip(*knots)))
-  np.testing.assert_allclose(learning_rate_schedule(config, steps)(counts), expected, rtol=1e-5, atol=1e-12)
+  config = OptimizerConfig("warmup_stable_decay", PEAK, FLOOR, warmup_steps=warmup, decay_steps=decay)
+  number, top = np.arange(1, STEPS + 1), max(warmup, 1)
+  knots = [(0, 0 if warmup else PEAK), (top, PEAK), (STEPS - decay, PEAK), (STEPS, FLOOR if decay else PEAK)]
+  rates = learning_rate_schedule(config, STEPS)(number - 1)
+  np.testing.assert_allclose(rates, np.interp(number, *zip(*knots)), rtol=1e-5)
+  assert rates[0] > 0 and rates[-1] == np.float32(FLOOR if decay else PEAK)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(warmup_steps=31, decay_steps=20), "warmup_steps=31 and optimizer.decay_steps=20 do not fit .* at least 51"),
+    (dict(warmup_steps=0, decay_steps=50), "warmup_steps=0 and optimizer.decay_steps=50 do not fit .* at least 51"),
+    (dict(warmup_steps=51), "optimizer.warmup_steps=51 .* do not fit into training.num_steps=50"),
+    (dict(warmup_steps=50, schedule="warmup_cosine"), "optimizer.warmup_steps=50 do not fit into .* at least 51"),
+  ],
+)
+def test_a_schedule_longer_than_the_run_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    learning_rate_schedule(OptimizerConfig(**fields), STEPS)
 
 
 def test_adamw_is_that_of_float64():
@@ -89,14 +107,14 @@ def test_adamw_is_that_of_float64():
     clip_norm=1.0,
   )
   optimizer = make_optimizer(config, 8, GrowthConfig(), AXES)
-  rates = [0, 0.05, 0.1, 0.1, 0.1, 0.1, 0.07, 0.04]
+  rates = [0.05, 0.1, 0.1, 0.1, 0.1, 0.07, 0.04, 0.01]
   wide = {name: np.random.default_rng(9).normal(size=shape) for name, shape in SHAPES.items()}
   adams = {name: Adam(0.8, 0.97, 1e-3) for name in SHAPES}
   params = narrow(wide)
   state, update = optimizer.init(params), jax.jit(optimizer.update)
   clipped = []
   for gradients, rate in zip(draws(8), rates):
-    updates, state = update(narrow(gradients), state, params, born=born(0))
+    updates, state = update(narrow(gradients), state, params, born=born(0), step=0)
     params = optax.apply_updates(params, updates)
     norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
     clipped.append(norm > 1.0)
@@ -117,7 +135,7 @@ def test_decay_falls_on_all_but_the_final_norm():
     lambda leaf, axes: jnp.zeros(leaf.shape[1:2] if "param_token" in axes else (), jnp.int32), shapes, axes
   )
   updates, _ = jax.jit(optimizer.update)(
-    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, born=ages
+    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, born=ages, step=0
   )
   moved = {path: float(leaf.min()) for path, leaf in leaves_by_path(updates).items()}
   expected = {path: 0.0 if path.startswith("final_norm/") else -0.25 for path in moved}
@@ -125,11 +143,10 @@ def test_decay_falls_on_all_but_the_final_norm():
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
-@pytest.mark.parametrize("warmup", [0, 5])
-@pytest.mark.parametrize("size", [1.0, 1e-8])  # Beside Adam's epsilon, 1e-8.
-def test_a_new_row_has_an_adam_of_its_own_and_old_rows_keep_theirs(beta2, warmup, size):
+@pytest.mark.parametrize("size", [1.0, 1e-8])  # Adam's epsilon is 1e-8.
+def test_a_new_row_has_an_adam_of_its_own_and_old_rows_keep_theirs(beta2, size):
   birth = 40
-  optimizer = scale_by_adam_of_rows(AXES, 0.9, beta2, 1e-8, warmup)
+  optimizer = scale_by_adam_of_rows(AXES, 0.9, beta2, 1e-8)
   whole, fresh = optax.scale_by_adam(0.9, beta2, 1e-8), Adam(0.9, beta2, 1e-8)
   update, adam = jax.jit(optimizer.update), jax.jit(whole.update)
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
@@ -143,8 +160,7 @@ def test_a_new_row_has_an_adam_of_its_own_and_old_rows_keep_theirs(beta2, warmup
     old, new = np.asarray(updates["keys"][:, :OLD]), np.asarray(updates["keys"][:, OLD:])
     small_run.assert_same({**updates, "keys": old}, {**adams, "keys": np.asarray(adams["keys"][:, :OLD])})
     if step >= birth:
-      rise = min((step - birth + 1) / warmup, 1.0) if warmup else 1.0
-      np.testing.assert_allclose(new, rise * fresh(gradients["keys"][:, OLD:]), rtol=1e-4, atol=1e-4 * rise)
+      np.testing.assert_allclose(new, fresh(gradients["keys"][:, OLD:]), rtol=1e-4, atol=1e-4)
   small_run.assert_same(state, adam_state)
 
 
@@ -152,8 +168,8 @@ def test_moments_in_bfloat16_are_rounded_between_updates_and_not_in_them():
   def rounded(tree):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), tree)
 
-  optimizer = scale_by_adam_of_rows(AXES, 0.9, 0.95, 1e-8, 5, "bfloat16", "bfloat16")
-  wide = scale_by_adam_of_rows(AXES, 0.9, 0.95, 1e-8, 5)
+  optimizer = scale_by_adam_of_rows(AXES, 0.9, 0.95, 1e-8, "bfloat16", "bfloat16")
+  wide = scale_by_adam_of_rows(AXES, 0.9, 0.95, 1e-8)
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
   state, expected_state = optimizer.init(params), wide.init(params)
   for gradients in draws(20):
@@ -174,30 +190,107 @@ def test_no_first_step_of_a_new_row_exceeds_the_learning_rate(beta2, birth):
   gradients = {name: 10.0 ** np.linspace(-12, 6, np.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
   clip, adam, *rest = optimizer.init(params)
   state = (clip, adam._replace(count=jnp.int32(birth)), *rest)
-  updates, _ = jax.jit(optimizer.update)(narrow(gradients), state, params, born=born(birth))
+  updates, _ = jax.jit(optimizer.update)(narrow(gradients), state, params, born=born(birth), step=birth)
   new = np.abs(updates["keys"][:, OLD:])
   assert new.max() <= 1e-3 and new.max() > 0.999e-3
 
 
-@pytest.mark.parametrize("new_rate, old_rate", [(0.5, 0.0), (1.0, 0.25)])
-def test_rows_of_the_last_growth_and_those_before_have_rates_of_their_own(new_rate, old_rate):
-  config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.3)
-  plain, rated = (
-    make_optimizer(config, 10, GrowthConfig(warmup_steps=0, new_rows_rate=new, old_rows_rate=old), AXES)
-    for new, old in ((1.0, 1.0), (new_rate, old_rate))
+def factors(births, step, warmup=0, new=1.0, old=1.0):
+  """What `scale_rows` makes of updates that are all 1."""
+  updates = narrow({name: np.ones(shape) for name, shape in SHAPES.items()})
+  scaled, state = scale_rows(AXES, warmup, new, old).update(
+    updates, optax.EmptyState(), born={**born(0), "keys": jnp.asarray(births, jnp.int32)}, step=jnp.int32(step)
   )
+  assert jax.tree.leaves(state) == []
+  keys = scaled.pop("keys")
+  small_run.assert_same(scaled, {name: updates[name] for name in scaled})  # Other parameters keep their updates.
+  return np.asarray(keys[0, :, 0]).tolist()
 
-  def of_step_9(state):
-    return (state[0], state[1]._replace(count=jnp.int32(9)), *state[2:])
 
-  params = narrow({name: np.random.default_rng(1).normal(size=shape) for name, shape in SHAPES.items()})
-  gradients = narrow(draws(1)[0])
-  for births, factors in ((np.zeros(6), np.ones(6)), ([0, 0, 3, 3, 5, 5], [old_rate] * 4 + [new_rate] * 2)):
-    ages = {**born(0), "keys": jnp.asarray(births, jnp.int32)}
-    one, other = (
-      jax.jit(optimizer.update)(gradients, of_step_9(optimizer.init(params)), params, born=ages)[0]
-      for optimizer in (plain, rated)
-    )
-    expected = {**one, "keys": np.asarray(one["keys"]) * np.float32(factors)[:, None]}
-    small_run.assert_close(other, expected, 1e-6)
-    assert np.all((np.asarray(other["keys"]) == 0) == (np.asarray(expected["keys"]) == 0))
+@pytest.mark.parametrize("new, old", [(0.5, 0.0), (1.0, 0.25)])
+def test_rows_of_the_latest_growth_and_those_before_have_rates_of_their_own(new, old):
+  assert factors([0, 0, 0, 0, 0, 0], 9, new=new, old=old) == [1.0] * 6
+  assert factors([0, 0, 3, 3, 5, 5], 9, new=new, old=old) == [old] * 4 + [new] * 2
+
+
+def test_the_updates_of_new_rows_rise_over_the_warm_up():
+  births = [0, 0, 3, 3, 7, 7]
+  assert factors(births, 7, warmup=4) == [1, 1, 1, 1, 0.25, 0.25]  # The first update after the second growth.
+  assert factors(births, 8, warmup=4) == [1, 1, 1, 1, 0.5, 0.5]
+  assert factors(births, 99, warmup=4) == [1] * 6
+
+
+def test_a_parameter_that_did_not_grow_keeps_its_rate():
+  """A growth of q, k and v only does not slow the feed-forward down."""
+  axes = {"ffn": AXES["keys"], "query": AXES["keys"]}
+  births = {"ffn": jnp.zeros(2, jnp.int32), "query": jnp.asarray([0, 5], jnp.int32)}
+  updates = {name: jnp.ones((1, 2, 1)) for name in axes}
+  scaled, _ = scale_rows(axes, 0, 1.0, 0.5).update(updates, optax.EmptyState(), born=births, step=jnp.int32(9))
+  assert scaled["ffn"].ravel().tolist() == [1.0, 1.0] and scaled["query"].ravel().tolist() == [0.5, 1.0]
+
+
+def test_the_decay_of_new_rows_is_warmed_up_like_their_updates():
+  config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
+  optimizer = make_optimizer(config, 10, GrowthConfig(warmup_steps=4, old_rows_rate=1.0), AXES)
+  params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  clip, adam, *rest = optimizer.init(params)
+  state = (clip, adam._replace(count=jnp.int32(1)), *rest)
+  updates, _ = optimizer.update(zeros, state, params, born=born(1), step=jnp.int32(1))
+  assert updates["keys"][0, :, 0].tolist() == [-0.25] * OLD + [-0.0625] * 2
+
+
+def test_lion_is_that_of_float64():
+  config = OptimizerConfig(
+    learning_rate=0.1, warmup_steps=0, name="lion", beta1=0.8, beta2=0.9, weight_decay=0.3, clip_norm=1e9
+  )
+  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES)
+  wide = {name: np.random.default_rng(9).normal(size=shape) for name, shape in SHAPES.items()}
+  momentum = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+  params = narrow(wide)
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  for step, gradients in enumerate(draws(4)):
+    updates, state = update(narrow(gradients), state, params, born=born(1), step=step)
+    params = optax.apply_updates(params, updates)
+    for name, gradient in gradients.items():
+      direction = np.sign(0.8 * momentum[name] + 0.2 * gradient) + (0.0 if name == "norm" else 0.3 * wide[name])
+      if name == "keys":
+        direction[:, OLD:] *= min(step / 2, 1.0)
+      wide[name] = wide[name] - 0.1 * direction
+      momentum[name] = 0.9 * momentum[name] + 0.1 * gradient
+  small_run.assert_close(params, wide, 1e-6)
+
+
+def test_muon_orthogonalises_every_layer_by_itself_and_leaves_the_rest_to_adam():
+  config = OptimizerConfig(
+    learning_rate=1.0, min_learning_rate=0.0, warmup_steps=0, name="muon", weight_decay=0.0, clip_norm=1e9
+  )
+  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES)
+  params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
+  (gradients,) = draws(1)
+  updates, state = optimizer.update(narrow(gradients), optimizer.init(params), params, born=born(0), step=0)
+  for name in ("embedding", "norm"):
+    np.testing.assert_allclose(updates[name], -np.sign(gradients[name]), rtol=1e-4)
+  for layer, gradient in zip(np.asarray(updates["keys"]), gradients["keys"]):
+    left, _, right = np.linalg.svd(gradient, full_matrices=False)
+    # Five Newton-Schulz steps bring every singular value near 1; the size is that of AdamW's updates.
+    rotated = -left.T @ layer @ right.T / (0.2 * np.sqrt(6))
+    assert np.all(np.abs(np.diag(rotated) - 1) < 0.35) and np.abs(rotated - np.diag(np.diag(rotated))).max() < 1e-4
+  grown, _ = optimizer.update(narrow(gradients), optimizer.init(params), params, born=born(4), step=4)
+  np.testing.assert_allclose(grown["keys"][:, OLD:], 0.5 * updates["keys"][:, OLD:], rtol=1e-6)
+  assert jax.tree.map(jnp.shape, optax.tree.get(state, "nu"))["embedding"] == SHAPES["embedding"]
+
+
+def test_the_average_of_the_weights_is_that_of_float64():
+  decay = 0.3
+  average = average_weights(decay)
+  weights = np.random.default_rng(0).normal(size=(2, 3))
+  mean, state = weights.copy(), average.init({"w": jnp.asarray(weights, jnp.float32)})
+  for number in range(1, 9):
+    step = np.random.default_rng(number).normal(size=(2, 3))
+    weights = weights + step
+    d = min(decay, number / (number + 9))  # 0.1, 0.18, 0.25, and then 0.3.
+    mean = d * mean + (1 - d) * weights
+    updates, state = average.update({"w": jnp.asarray(step, jnp.float32)}, state)
+    np.testing.assert_array_equal(updates["w"], np.float32(step))
+    np.testing.assert_allclose(weights - np.asarray(state.lag["w"]), mean, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The update: micro-batches, z-loss and meshes change nothing but what they say."""
+"""The update: micro-batches, the z-loss and meshes change nothing else than what they are for."""
 
 import dataclasses
 import re
@@ -13,13 +13,15 @@ from scipy import special
 
 from tests import oracle, small_run
 from tokenformer_jax.config import REMAT_POLICIES
+from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.interop.names import to_released
 from tokenformer_jax.nn.parameters import Tau, parameter, split
-from tokenformer_jax.training.program import make_program
+from tokenformer_jax.training.program import check_run, make_program
 from tokenformer_jax.training.state import TrainState, initial_state
 from tokenformer_jax.training.step import make_train_step
 from tokenformer_jax.training.tau import make_tau_rule
+from tokenformer_jax.training.weight_average import evaluation_params
 
 VOCAB = small_run.MODEL.vocab_size
 
@@ -39,21 +41,21 @@ class Bigram(nnx.Module):
 
 
 def bigram_loss_and_gradient(table, batch, z_loss):
-  """In float64."""
+  """(loss, gradient) in float64."""
   inputs, labels = np.asarray(batch.inputs), np.asarray(batch.labels)
   weights = np.ones(labels.shape) if batch.weights is None else np.asarray(batch.weights, np.float64)
   logits = np.asarray(table, np.float64)[inputs]
   log_z = special.logsumexp(logits, axis=-1)
   nats = log_z - np.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-  by_logits = (1 + 2 * z_loss * log_z)[..., None] * special.softmax(logits, axis=-1) - np.eye(VOCAB)[labels]
+  d_logits = (1 + 2 * z_loss * log_z)[..., None] * special.softmax(logits, axis=-1) - np.eye(VOCAB)[labels]
   gradient = np.zeros((VOCAB, VOCAB))
-  np.add.at(gradient, inputs, weights[..., None] * by_logits)
+  np.add.at(gradient, inputs, weights[..., None] * d_logits)
   return (weights * nats).sum() / weights.sum(), gradient / weights.sum()
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_every_product_of_a_bfloat16_step_is_of_bfloat16(remat):
-  """Forward and backward: float32's would take a GPU twice as long, or more."""
+  """This holds forward and backward; products of float32 would take a GPU at least twice as long."""
   config = small_run.replace(CONFIG, model=dict(compute_dtype="bfloat16", remat=remat))
   program = make_program(config, config.model, small_run.mesh())
   text = program.train_step.lower(program.shapes, small_run.batch()).as_text()
@@ -68,20 +70,46 @@ def test_every_product_of_a_bfloat16_step_is_of_bfloat16(remat):
 def test_micro_batches_are_one_batch(accumulation, weights, z_loss):
   batch = small_run.batch(weights=weights)
   graphdef, params, tau = split(Bigram())
-  optimizer = optax.with_extra_args_support(optax.sgd(1.0))  # Updates are gradients.
+  optimizer = optax.with_extra_args_support(optax.sgd(1.0))  # Its updates are the gradients.
   kept = make_tau_rule(small_run.replace(CONFIG, growth=dict(tau="kept")))
   step = make_train_step(graphdef, optimizer, kept, optax.constant_schedule(1.0), z_loss, accumulation)
   state = TrainState(jnp.int32(0), params, tau, optimizer.init(params), (), born=None)
   loss, gradient = bigram_loss_and_gradient(params["matrix"], batch, z_loss)
   new, metrics = jax.jit(step)(state, batch)
   np.testing.assert_allclose(params["matrix"] - new.params["matrix"], gradient, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)  # Without the z-loss, to be compared with others.
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)  # The z-loss is not in it, so that runs can be compared.
   np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
   assert new.step == 1
 
 
+@pytest.mark.parametrize(
+  "sizes, rows, accumulation, refused",
+  [
+    (dict(data=8), 8, 8, True),
+    (dict(data=4, fsdp=2), 16, 4, True),
+    (dict(data=4, fsdp=2), 16, 2, False),
+    (dict(token=8), 8, 8, False),  # All devices share the work of every row.
+    (dict(data=4, token=2), 8, 2, False),
+  ],
+)
+def test_micro_batches_that_devices_would_have_to_repeat_are_refused(sizes, rows, accumulation, refused):
+  config = small_run.replace(
+    small_run.config(), data=dict(batch_size=rows), training=dict(gradient_accumulation=accumulation)
+  )
+  if not refused:
+    check_run(config, small_run.mesh(**sizes))
+    return
+  with pytest.raises(ValueError) as error:
+    make_program(config, config.model, small_run.mesh(**sizes))
+  assert f"gradient_accumulation={accumulation}: the {rows // accumulation} rows of a micro-batch of" in str(
+    error.value
+  )
+  assert f"data.batch_size={rows} cannot be split over the 8 devices along mesh axes data × fsdp" in str(error.value)
+  assert f"choose a data.batch_size that {8 * accumulation} divides" in str(error.value)
+
+
 def run(program, start, batches):
-  """The states after each batch, as NumPy arrays, the last one as it is, and the losses."""
+  """The states after each batch as NumPy arrays, the last state as it is, and the losses."""
   state, states, losses = jax.device_put(start, program.shardings), [], []
   for batch in batches:
     given = state
@@ -126,7 +154,7 @@ def test_an_update_moves_all_parameters_and_tau_never(one_device):
   }
   assert all(moved.values()) and len(moved) == 13
   assert [int(state.step) for state in states] == [1, 2, 3]
-  # Moments for the parameters alone.
+  # Only the parameters have moments.
   moments = [path for path, leaf in leaves_by_path(last.opt_state).items() if leaf.ndim]
   assert len(moments) == 26 and not [path for path in moments if "tau" in path]
 
@@ -154,7 +182,7 @@ def test_every_mesh_trains_like_one_device(one_device, sizes):
   np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
   small_run.assert_close(sharded_states[0], states[0], 1e-5)
   small_run.assert_close([state.params for state in sharded_states], [state.params for state in states], 1e-5)
-  # Compiled once, for its own output: leaves stay where they were put.
+  # The step was compiled once and takes its own output: leaves keep their shardings.
   assert program.train_step._cache_size() == 1
   assert jax.tree.map(lambda leaf: leaf.sharding, last) == program.shardings
 
@@ -170,4 +198,60 @@ def test_bfloat16_compute_keeps_a_float32_state(one_device):
   assert {leaf.dtype.name for leaf in metrics.values()} == {"float32"}
   sums = program.eval_step(start.params, start.tau, BATCHES[0])
   np.testing.assert_allclose(sums.nats / sums.weight, losses[0], rtol=1e-3)
-  assert sums.nats / sums.weight != losses[0]  # Another computation: its rounding shows.
+  assert sums.nats / sums.weight != losses[0]  # The rounding shows that it was computed in bfloat16.
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_the_state_of_every_optimizer_lies_where_its_parameters_do(name):
+  optimizer = dict(name=name, eps=1e-8, ema_decay=0.9)
+  config = small_run.replace(CONFIG, optimizer=optimizer)
+  shapes = make_program(config, config.model, small_run.mesh(2, 2, 2)).shapes
+  places = {path: leaf.sharding for path, leaf in leaves_by_path(shapes.params).items()}
+  mirrors = {
+    path: (leaf.sharding, next(place for name, place in places.items() if path.endswith("/" + name)))
+    for path, leaf in leaves_by_path(shapes.opt_state).items()
+    if leaf.ndim > 1 and not path.endswith("ns_coeffs")
+  }
+  # Two moments and the lag of the average; Lion has no second moment, and Muon one only for the embedding.
+  assert len(mirrors) == {"adamw": 33, "lion": 22, "muon": 23}[name]
+  assert all(place == of_parameter for place, of_parameter in mirrors.values())
+
+
+def test_without_an_average_the_state_is_that_of_earlier_checkpoints():
+  program = make_program(CONFIG, small_run.MODEL, small_run.mesh())
+  paths = {path.rpartition("/blocks")[0] for path in leaves_by_path(program.shapes.opt_state) if "blocks" in path}
+  counts = {path for path, leaf in leaves_by_path(program.shapes.opt_state).items() if not leaf.ndim}
+  assert paths == {"1/mu", "1/nu"} and counts == {"1/count", "3/count"}
+  state = TrainState(None, "weights", None, (None, ()), (), None)
+  assert evaluation_params(state) == "weights"
+
+
+@pytest.mark.slow
+def test_muon_with_an_average_trains_and_grows_on_a_mesh():
+  config = small_run.replace(CONFIG, optimizer=dict(name="muon", eps=1e-8, ema_decay=0.9))
+  mesh = small_run.mesh(2, 2, 2)
+  small, large = (make_program(config, model, mesh) for model in (small_run.MODEL, small_run.GROWN))
+  state, losses, batch = small.initial_state(), [], small_run.placed(BATCHES[0], mesh)
+  mean = jax.tree.map(np.array, state.params)
+  for number in (1, 2, 3):
+    state, metrics = small.train_step(state, batch)
+    losses.append(float(metrics["loss"]))
+    d = min(0.9, number / (number + 9))
+    mean = jax.tree.map(lambda mean, new: d * mean + (1 - d) * np.array(new), mean, state.params)
+  small_run.assert_close(evaluation_params(state), mean, 1e-5)
+
+  def loss_of_average(program, state):
+    sums = program.eval_step(evaluation_params(state), state.tau, batch)
+    return float(sums.nats / sums.weight)
+
+  before = loss_of_average(small, state)
+  state, *_ = grow_state(state, small_run.MODEL, small_run.GROWN, config.growth, out_shardings=large.shardings)
+  # The average grows like the weights: exact growth changes neither of the two functions.
+  assert loss_of_average(large, state) == pytest.approx(before, rel=1e-6)
+  old = small_run.MODEL.ffn_tokens
+  grown = (evaluation_params(state), state.params)
+  small_run.assert_same(*[{"new": np.array(tree["blocks"]["ffn"]["values"])[:, old:]} for tree in grown])
+  for _ in range(3):
+    state, metrics = large.train_step(state, batch)
+    losses.append(float(metrics["loss"]))
+  assert losses == sorted(losses, reverse=True)

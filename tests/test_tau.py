@@ -24,7 +24,7 @@ def births(*steps):
 
 def test_moved_tau_rises_in_equal_steps_of_its_square_from_growth_on():
   tau = {"a": {"tau": jnp.float32([2.0, 5.0])}}
-  born = births(0, 0, *[BIRTH] * 14)  # 16 rows: τ goes to 4.
+  born = births(0, 0, *[BIRTH] * 14)  # A layer of 16 rows: τ moves to 4.
   move = jax.jit(lambda tau, step: moved(tau, born, step, STEPS, "l2_norm_gelu"))
   for step in range(BIRTH, BIRTH + STEPS + 3):
     tau = move(tau, jnp.int32(step))
@@ -34,9 +34,13 @@ def test_moved_tau_rises_in_equal_steps_of_its_square_from_growth_on():
   assert tau["a"]["tau"].tolist() == [4.0, 4.0]
 
 
-def test_a_layer_that_has_not_grown_keeps_its_tau():
-  tau = {"a": {"tau": jnp.float32([2.5])}}
-  small_run.assert_same(moved(tau, births(0, 0, 0), jnp.int32(1), STEPS, "l2_norm_gelu"), tau)
+@pytest.mark.parametrize("name", ["moved", "learned"])
+def test_a_layer_that_has_not_grown_keeps_its_tau_when_another_grows(name):
+  rule = make_tau_rule(dataclasses.replace(small_run.config(), growth=GrowthConfig(tau=name)))
+  tau = {layer: {"tau": jnp.float32([2.5])} for layer in "ab"}
+  born = {**births(0, 0, 0), "b": births(0, 0, BIRTH)["a"]}
+  after, _ = rule.update(tau, tau, rule.init(tau), born, jnp.int32(BIRTH))
+  assert after["a"]["tau"] == 2.5 and after["b"]["tau"] != 2.5
 
 
 @pytest.mark.parametrize("birth", [0, BIRTH])
@@ -47,9 +51,9 @@ def test_learned_tau_is_adam_on_its_logarithm_once_grown(birth):
   tau, log_tau = {"a": {"tau": jnp.float32([2.0, 5.0])}}, np.log([2.0, 5.0])
   state, mean, square = rule.init(tau), 0.0, 0.0
   for count, gradient in enumerate(np.random.default_rng(0).normal(size=(6, 2)), start=1):
-    by_log = np.exp(log_tau) * gradient
-    mean = optimizer.beta1 * mean + (1 - optimizer.beta1) * by_log
-    square = optimizer.beta2 * square + (1 - optimizer.beta2) * by_log**2
+    d_log = np.exp(log_tau) * gradient
+    mean = optimizer.beta1 * mean + (1 - optimizer.beta1) * d_log
+    square = optimizer.beta2 * square + (1 - optimizer.beta2) * d_log**2
     step = mean / (1 - optimizer.beta1**count) / (np.sqrt(square / (1 - optimizer.beta2**count)) + optimizer.eps)
     log_tau = log_tau - (optimizer.learning_rate * step if birth else 0)
     tau, state = rule.update(tau, {"a": {"tau": jnp.float32(gradient)}}, state, births(0, birth), jnp.int32(count))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,33 +13,39 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.distributed.mesh import MESH_AXES
 
-# Logical axis -> mesh axes that split it.
+# Logical axis -> the mesh axes that split it.
 RULES: dict[str, tuple[str, ...]] = {
-  # Rows of a batch are independent, so fsdp splits them too: it shards memory, not work.
+  # The rows of a batch are independent, so fsdp splits them too: fsdp shards memory and does not repeat work.
   "batch": ("data", "fsdp"),
-  # Positions of a sequence: all but attention between tokens treats each alone.
+  # Every layer but attention between tokens treats the positions of a sequence independently.
   "time": ("sequence",),
-  # The axis of growth: every device holds some tokens; Θ's norm and the output are sums over all.
+  # The axis of growth. Every device holds some of the tokens; Θ's norm and the output are sums over all of them.
   "param_token": ("token",),
-  # With the tied logits [B, T, vocab] go the largest activations, which nothing else would divide.
-  # A size that does not divide is an error, not a copy on every device: a vocabulary can be padded.
+  # The tied logits [B, T, vocab] are among the largest activations, and no other axis would divide them.
+  # A vocabulary that does not divide is an error and not a copy on every device, because it can be padded.
   "vocab": ("token",),
   "heads": ("token",),
   "embed": ("fsdp",),
-  # A scan takes one layer after the other; norms are too small to pay for their gathering.
+  # A scan runs one layer after the other. Norms are too small to be worth gathering.
   "layer": (),
   "norm": (),
 }
 
+_LOG = logging.getLogger(__name__)
+_SAID: set[tuple] = set()  # (logical axis, size, sizes of the mesh) of everything that was said to stay whole.
+
 
 def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
-  """Where an array of `shape`, whose axes have the logical names `axes` (None: not split), lives.
+  """The sharding of an array by the table.
 
   Args:
+    mesh: the devices.
+    axes: the logical name of each axis of the array; None for an axis that is not split.
+    shape: the array's shape.
     name: the array's name, for messages.
 
   Raises:
-    ValueError: an axis that is not in the table, does not divide, or wants a mesh axis already taken.
+    ValueError: an axis is not in the table or its size does not divide, or two axes want the same mesh axis.
   """
   if len(axes) != len(shape):
     raise ValueError(f"{name}: axes {axes} and shape {tuple(shape)} differ in length.")
@@ -48,30 +55,32 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
       raise ValueError(
         f"{name}: logical axis {axis!r} is unknown: choose one of {', '.join(RULES)}." + nearest(axis, RULES)
       )
-    mesh_axes, parts = _parts(mesh, axis)
+    mesh_axes, parts = _mesh_axes(mesh, axis), parts_of(mesh, axis)
     if size % parts:
       below = size // parts * parts
       near = f"{below} or {below + parts}" if below else f"{parts}"
       raise ValueError(
         f"{name}: {axis}={size} cannot be split over the {parts} devices along mesh axis "
-        f"{' × '.join(mesh_axes)} of mesh {dict(mesh.shape)}; "
+        f"{_shown(mesh, axis)} of mesh {dict(mesh.shape)}; "
         f"the nearest sizes that can: {near}."
       )
     for mesh_axis in mesh_axes:
       if any(mesh_axis in used for used in spec):
         raise ValueError(f"{name}: axes {axes} would use mesh axis {mesh_axis!r} twice.")
     spec.append(mesh_axes)
-  # As jit spells the shardings of its results: a step is then not compiled again for its own output.
+  # jit drops trailing empty entries from the shardings of its results. Drop them here too; otherwise a step would be
+  # compiled a second time for its own output.
   while spec and not spec[-1]:
     spec.pop()
   return NamedSharding(mesh, PartitionSpec(*[mesh_axes or None for mesh_axes in spec]))
 
 
 def tree_shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
-  """`sharding` of every leaf.
+  """The `sharding` of every leaf.
 
   Args:
-    axes_tree: a tree of tuples of logical axes, as `nn.parameters.logical_axes` gives.
+    mesh: the devices.
+    axes_tree: a tree of tuples of logical axes, such as `nn.parameters.logical_axes` returns.
     shapes_tree: the same tree with arrays or `jax.ShapeDtypeStruct`s for leaves.
   """
 
@@ -82,18 +91,18 @@ def tree_shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> NamedSharding:
-  """Where an array [B] or [B, T, ...] of examples lives: split along B and T alone."""
+  """The sharding of an array [B] or [B, T, ...] of examples, which is split along B and T only."""
   axes = ("batch", "time")[: len(shape)]
   return sharding(mesh, axes + (None,) * (len(shape) - len(axes)), shape, name)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The same on every device."""
+  """The sharding of an array that is whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
-  """`function` for `jax.jit`, with `mesh` in context for the `constrain`s inside."""
+  """`function` for `jax.jit`, traced with `mesh` in context so that the calls of `constrain` inside take effect."""
 
   @functools.wraps(function)
   def traced(*arguments):
@@ -104,36 +113,44 @@ def traced_on(mesh: Mesh, function: Callable) -> Callable:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """`x`, told to the partitioner to live where the table says; an axis that is None or does not divide is whole.
+  """Tells the partitioner to shard `x` by the table; without one of our meshes in context it returns `x`.
 
-  Without a mesh of ours in context nothing is told.
+  An axis whose size does not divide stays whole on every device, which is logged once (see `splits`).
+
+  Args:
+    x: an array.
+    axes: the logical name of each axis of `x`; None for one that stays whole.
   """
   mesh = _mesh_in_context()
   if mesh is None:
     return x
-  split = [_parts(mesh, axis) for axis in axes]
-  spec = [
-    mesh_axes if mesh_axes and size % parts == 0 else None
-    for (mesh_axes, parts), size in zip(split, x.shape, strict=True)
-  ]
+  spec = [_splits(mesh, axis, size) or None for axis, size in zip(axes, x.shape, strict=True)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def is_split(axis: str) -> bool:
   """Whether the mesh in context splits a logical axis."""
   mesh = _mesh_in_context()
-  return mesh is not None and _parts(mesh, axis)[1] > 1
+  return mesh is not None and parts_of(mesh, axis) > 1
 
 
 def splits(axis: str, size: int) -> tuple[str, ...]:
-  """The mesh axes, of the mesh in context, that split a logical axis of this size; () where it stays whole."""
+  """The mesh axes of the mesh in context that split a logical axis of this size.
+
+  Where the size does not divide the result is (), and a warning is logged once for this axis, size and mesh: every
+  device then holds all of the axis and does all of the work along it. A size of 1 is nothing to split and to warn of.
+  """
   mesh = _mesh_in_context()
-  mesh_axes, parts = _parts(mesh, axis) if mesh is not None else ((), 1)
-  return mesh_axes if size % parts == 0 else ()
+  return () if mesh is None else _splits(mesh, axis, size)
+
+
+def parts_of(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
+  """The number of parts into which `mesh` splits a logical axis."""
+  return math.prod(mesh.shape[name] for name in _mesh_axes(mesh, axis))
 
 
 def per_device(function: Callable, in_specs, out_specs) -> Callable:
-  """`jax.shard_map` of `function` on the mesh in context; without one, or on one device, `function` itself."""
+  """`jax.shard_map` of `function` on the mesh in context; `function` itself without a mesh or on one device."""
   mesh = _mesh_in_context()
   if mesh is None or mesh.size == 1:
     return function
@@ -141,32 +158,62 @@ def per_device(function: Callable, in_specs, out_specs) -> Callable:
 
 
 def platform() -> str:
-  """What the mesh in context consists of (it need not be here): cpu, gpu or tpu; without one, JAX's default."""
+  """cpu, gpu or tpu: the platform of the mesh in context, which need not be present; JAX's default without a mesh."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
-  """Within it `platform` is that of the mesh's devices, and nothing is split."""
+  """A context in which `platform` is that of the mesh's devices and nothing is split."""
   device = mesh.abstract_mesh.abstract_device
   return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=device))
 
 
 def whole_heads(mesh: Mesh, num_heads: int) -> str:
-  """What to tell of a number of heads that the mesh cannot split, '' if it can."""
-  mesh_axes, parts = _parts(mesh, "heads")
+  """A note about a number of attention heads that the mesh cannot split; '' if it can.
+
+  The log does not repeat what was asked for here.
+  """
+  parts = parts_of(mesh, "heads")
   if num_heads % parts == 0:
     return ""
+  _SAID.add(_key(mesh, "heads", num_heads))
   return (
-    f"{num_heads} heads cannot be split over the {parts} devices along mesh axis {' × '.join(mesh_axes)}: "
+    f"{num_heads} heads cannot be split over the {parts} devices along mesh axis {_shown(mesh, 'heads')}: "
     f"q, k and v are whole on each, and each does all of the attention between tokens."
   )
 
 
-def _parts(mesh, axis: str | None) -> tuple[tuple[str, ...], int]:
-  """The mesh axes that split a logical axis, and into how many parts."""
-  mesh_axes = tuple(a for a in RULES[axis] if mesh.shape[a] > 1) if axis else ()
-  return mesh_axes, math.prod(mesh.shape[a] for a in mesh_axes)
+def _mesh_axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:
+  """The mesh axes with several devices that the table gives to a logical axis."""
+  return tuple(name for name in RULES[axis] if mesh.shape[name] > 1) if axis else ()
+
+
+def _splits(mesh, axis: str | None, size: int) -> tuple[str, ...]:
+  """`splits` on a given mesh."""
+  parts = parts_of(mesh, axis)
+  if size % parts == 0:
+    return _mesh_axes(mesh, axis)
+  if size > 1 and (key := _key(mesh, axis, size)) not in _SAID:
+    _SAID.add(key)
+    if jax.process_index() == 0:
+      _LOG.warning(
+        "%s=%d cannot be split over the %d devices along mesh axis %s: it stays whole on each, and each does all of "
+        "the work along it.",
+        axis,
+        size,
+        parts,
+        _shown(mesh, axis),
+      )
+  return ()
+
+
+def _key(mesh, axis: str, size: int) -> tuple:
+  return axis, size, tuple(mesh.shape.items())
+
+
+def _shown(mesh, axis: str | None) -> str:
+  return " × ".join(_mesh_axes(mesh, axis))
 
 
 def _mesh_in_context():

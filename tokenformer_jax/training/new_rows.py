@@ -1,7 +1,16 @@
-"""Updates of parameters whose rows were not all born at the same step.
+"""Updates of parameters whose rows were not all added at the same step.
 
-Rows added by growth have moments that begin at zero, in the midst of a run. Under Adam's bias correction
-for the whole run, which is spent by then, their first steps reach 6.1 × the learning rate at β₂ = 0.999.
+The moments of rows that growth adds begin at zero in the middle of a run. Adam's bias correction for the whole run has
+vanished by then, so without a correction of their own the first updates of new rows would reach 6.1 × the learning
+rate at β₂ = 0.999.
+
+Every `update` here takes two extra arguments:
+
+  born: a tree like the parameters with the number of updates that were done before each row was added: int32 [N] where
+    a parameter has a `param_token` axis, int32 [] elsewhere; 0 for rows that were there from the start. Growth by
+    `method="duplicate"` adds no new rows in this sense: its copies have the births, moments and rates of the rows that
+    they were copied from, so they are neither warmed up nor do they slow the old rows down.
+  step: int32 [], the number of updates done before this one.
 """
 
 import jax
@@ -16,69 +25,76 @@ def scale_by_adam_of_rows(
   beta1: float,
   beta2: float,
   eps: float,
-  warmup_steps: int,
   first_moment_dtype: str = "float32",
   second_moment_dtype: str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.scale_by_adam`, but rows added by growth have a bias correction of their own, and a warm-up.
+  """`optax.scale_by_adam` with a separate bias correction for rows that growth added.
 
-  A new row gets the update of an Adam that began with it, times age / `warmup_steps` until that is 1.
-  Rows of the start get optax's to the bit. The state is `optax.ScaleByAdamState`.
-
-  `update` takes `born`: a tree like the parameters, with the count of updates before each row was
-  added, int32 [N] where there is a `param_token` axis and [] elsewhere; 0 for rows of the start.
+  A new row gets the update of an Adam that was started when the row was added. Rows that were there from the start get
+  optax's update to the bit. The state is `optax.ScaleByAdamState`.
 
   Args:
-    axes: the parameters' logical axes.
-    first_moment_dtype, second_moment_dtype: of the moments between updates.
+    axes: the parameters' logical axes, a tree of tuples of names.
+    beta1, beta2, eps: as in `optax.scale_by_adam`.
+    first_moment_dtype, second_moment_dtype: types of the moments between updates.
   """
   adam = optax.scale_by_adam(beta1, beta2, eps, mu_dtype=first_moment_dtype)
 
-  def with_squares_in(dtype, state):
+  def with_second_moment_in(dtype, state):
     return state._replace(nu=optax.tree.cast(state.nu, dtype))
 
   def init(params):
-    return with_squares_in(second_moment_dtype, adam.init(params))
+    return with_second_moment_in(second_moment_dtype, adam.init(params))
 
-  def update(gradients, state, params=None, *, born):
+  def update(gradients, state, params=None, *, born, **_):
     del params
-    adams, state = adam.update(gradients, with_squares_in(jnp.float32, state))
+    adams, state = adam.update(gradients, with_second_moment_in(jnp.float32, state))
 
     def update_rows(adams, mean, square, born, axes):
       if "param_token" not in axes:
         return adams
-      born = born.reshape([-1 if axis == "param_token" else 1 for axis in axes])
+      born = _along_tokens(born, axes)
       age = state.count - born
       own = mean / (1 - beta1**age) / (jnp.sqrt(square / (1 - beta2**age)) + eps)
-      return jnp.where(born > 0, jnp.minimum(age / max(warmup_steps, 1), 1.0) * own, adams)
+      return jnp.where(born > 0, own, adams)
 
     updates = jax.tree.map(update_rows, adams, state.mu, state.nu, born, axes)
-    return updates, with_squares_in(second_moment_dtype, state)
+    return updates, with_second_moment_in(second_moment_dtype, state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_rows(axes: Tree, new_rate: float, old_rate: float) -> optax.GradientTransformationExtraArgs:
-  """After a growth, updates of the parameter tokens it added times `new_rate`, of those before times `old_rate`.
+def scale_rows(
+  axes: Tree, warmup_steps: int, new_rate: float, old_rate: float
+) -> optax.GradientTransformationExtraArgs:
+  """Factors on the updates of parameter tokens, weight decay included. The state is empty.
 
-  `update` takes `born`, see `scale_by_adam_of_rows`. The state is empty.
+  The updates of a new row rise linearly to full size over its first `warmup_steps` updates. In a parameter that has
+  grown, the rows of its latest growth have the factor `new_rate` and all others `old_rate`; a parameter that has not
+  grown keeps its updates as they are.
+
+  Args:
+    axes: the parameters' logical axes, a tree of tuples of names.
+    warmup_steps: length of the new rows' warm-up in updates; 0 for none.
+    new_rate, old_rate: factors on the learning rate.
   """
 
-  def update(updates, state, params=None, *, born):
+  def update(updates, state, params=None, *, born, step, **_):
     del params
-    last = last_birth(born)
 
     def scale(update, born, axes):
       if "param_token" not in axes:
         return update
-      rate = jnp.where(last == 0, 1.0, jnp.where(born == last, new_rate, old_rate)).astype(update.dtype)
-      return update * rate.reshape([-1 if axis == "param_token" else 1 for axis in axes])
+      latest = jnp.max(born)
+      rate = jnp.where(latest == 0, 1.0, jnp.where(born == latest, new_rate, old_rate))
+      warmup = jnp.where(born > 0, jnp.minimum((step + 1 - born) / max(warmup_steps, 1), 1.0), 1.0)
+      return update * _along_tokens((rate * warmup).astype(update.dtype), axes)
 
     return jax.tree.map(scale, updates, born, axes), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def last_birth(born: Tree) -> jax.Array:
-  """The step of the last growth, int32 []; 0 before any."""
-  return jnp.max(jnp.stack([jnp.max(rows) for rows in jax.tree.leaves(born)]))
+def _along_tokens(rows: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """[N] as [1, …, N, …, 1], with N where a parameter with these axes has its tokens."""
+  return rows.reshape([-1 if axis == "param_token" else 1 for axis in axes])

@@ -1,52 +1,105 @@
-"""AdamW as released, with learning-rate schedules; rows of growth begin as `new_rows` says."""
+"""The optimizer of a run: AdamW, Lion or Muon from optax, with factors for rows that growth added."""
+
+import math
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from tokenformer_jax.config import GrowthConfig, OptimizerConfig
 from tokenformer_jax.nn.parameters import Tree
 from tokenformer_jax.training.new_rows import scale_by_adam_of_rows, scale_rows
+from tokenformer_jax.training.schedules import learning_rate_schedule
+from tokenformer_jax.training.weight_average import average_weights
 
-
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Learning rate of the update after `count` earlier ones, for a run of `num_steps` updates."""
-  peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
-  rise = optax.linear_schedule(0.0, peak, warmup)
-  if config.schedule == "warmup_cosine":
-    fall = optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1), alpha=floor / peak)
-    return optax.join_schedules([rise, fall], [warmup])
-  if not config.decay_steps:
-    return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
-  fall_from = max(num_steps - config.decay_steps, warmup)
-  fall = optax.linear_schedule(peak, floor, num_steps - fall_from)
-  return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, fall_from])
+# Root mean square of an entry of Muon's update, which is about that of AdamW's (arXiv 2502.16982, section 2.2).
+_MUON_RMS = 0.2
 
 
 def make_optimizer(
   config: OptimizerConfig, num_steps: int, growth: GrowthConfig, axes: Tree
 ) -> optax.GradientTransformationExtraArgs:
-  """AdamW: clip by global norm, Adam, decoupled decay, learning rate, and new and old rows' factors on it.
+  """Clipping by global norm, the optimizer's direction, decoupled decay, learning rate, and factors for new rows.
 
-  Decay falls on embeddings and parameter tokens and not on the norm's scale and bias.
+  Embeddings and parameter tokens are decayed; the final norm's scale and bias are not.
 
   Args:
-    axes: the parameters' logical axes.
+    config: which optimizer, and its settings.
+    num_steps: length of the run in updates.
+    growth: warm-up and rates of the rows that growth adds.
+    axes: the parameters' logical axes, a tree of tuples of names.
 
-  Its `update` takes `born`, see `scale_by_adam_of_rows`.
+  Returns:
+    A transformation whose `update` takes `born` and `step` too, see `new_rows`.
+
+  Raises:
+    ValueError: see `learning_rate_schedule`.
   """
-  decays = jax.tree.map(lambda a: a != ("norm",), axes, is_leaf=lambda node: isinstance(node, tuple))
-  return optax.chain(
+  decayed = _map_axes(lambda names: names != ("norm",), axes)
+  # The order is that of the state in checkpoints: parts with a state must keep their places.
+  parts = [
     optax.clip_by_global_norm(config.clip_norm),
-    scale_by_adam_of_rows(
-      axes,
-      config.beta1,
-      config.beta2,
-      config.eps,
-      growth.warmup_steps,
-      config.first_moment_dtype,
-      config.second_moment_dtype,
-    ),
-    optax.add_decayed_weights(config.weight_decay, mask=decays),
+    _direction(config, axes),
+    optax.add_decayed_weights(config.weight_decay, mask=decayed),
     optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
-    scale_rows(axes, growth.new_rows_rate, growth.old_rows_rate),
+    scale_rows(axes, growth.warmup_steps, growth.new_rows_rate, growth.old_rows_rate),
+  ]
+  if config.ema_decay:
+    parts.append(average_weights(config.ema_decay))
+  return optax.chain(*parts)
+
+
+def _direction(config: OptimizerConfig, axes: Tree) -> optax.GradientTransformation:
+  """From gradients to updates before decay and learning rate, for the optimizer that `config` names."""
+  if config.name == "lion":
+    # Each entry of an update is a sign: a new row needs no bias correction, only its warm-up.
+    return optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=config.first_moment_dtype)
+  if config.name == "muon":
+    return _muon(config, axes)
+  return scale_by_adam_of_rows(
+    axes, config.beta1, config.beta2, config.eps, config.first_moment_dtype, config.second_moment_dtype
   )
+
+
+def _muon(config: OptimizerConfig, axes: Tree) -> optax.GradientTransformation:
+  """Muon for the keys and values of every layer, each a matrix [N, d] of its own, and Adam for all other parameters.
+
+  Newton-Schulz orthogonalises all rows together, so new rows have no bias correction of their own, only their warm-up.
+  """
+
+  def dimensions(names):
+    if "param_token" not in names:
+      return optax.MaskedNode()
+    channels = tuple(i for i, name in enumerate(names) if name not in ("layer", "param_token"))
+    return contrib.MuonDimensionNumbers(names.index("param_token"), channels)
+
+  def to_size_of_adamw(update, names):
+    if isinstance(update, optax.MaskedNode):
+      return update
+    rows = update.shape[names.index("param_token")]
+    channels = math.prod(size for size, name in zip(update.shape, names) if name not in ("layer", "param_token"))
+    return _MUON_RMS * jnp.sqrt(max(rows, channels)) * update
+
+  def scale_by_size(updates, params=None):
+    del params
+    return jax.tree.map(to_size_of_adamw, updates, axes, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+
+  muon = contrib.scale_by_muon(
+    beta=config.beta1,
+    eps=config.eps,
+    mu_dtype=config.first_moment_dtype,
+    weight_dimension_numbers=_map_axes(dimensions, axes),
+  )
+  return optax.partition(
+    {
+      "muon": optax.chain(muon, optax.stateless(scale_by_size)),
+      "adam": optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.first_moment_dtype),
+    },
+    _map_axes(lambda names: "muon" if "param_token" in names else "adam", axes),
+  )
+
+
+def _map_axes(function, axes: Tree) -> Tree:
+  """`function` of the names of every parameter's axes."""
+  return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, tuple))

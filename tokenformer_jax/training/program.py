@@ -1,4 +1,4 @@
-"""The compiled functions of a run at one size; growth makes the next one."""
+"""The compiled functions of a run while its model has one size; growth makes the next program."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,9 +8,10 @@ import jax
 import optax
 
 from tokenformer_jax.config import Config, ModelConfig
-from tokenformer_jax.distributed.axes import traced_on
+from tokenformer_jax.distributed.axes import parts_of, traced_on
 from tokenformer_jax.nn.parameters import logical_axes, split
-from tokenformer_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tokenformer_jax.training.optimizer import make_optimizer
+from tokenformer_jax.training.schedules import check_schedule, learning_rate_schedule
 from tokenformer_jax.training.state import TrainState, abstract_model, initial_state, state_shardings
 from tokenformer_jax.training.step import make_eval_step, make_train_step
 from tokenformer_jax.training.tau import TauRule, make_tau_rule
@@ -18,7 +19,7 @@ from tokenformer_jax.training.tau import TauRule, make_tau_rule
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What a run at one model size executes.
+  """What a run executes at one model size.
 
   Attributes:
     model: the model's configuration.
@@ -42,11 +43,17 @@ class Program:
 
   @property
   def shardings(self) -> TrainState:
+    """The sharding of every leaf of the state."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
 
 def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Program:
-  """The program of run `config` while its model is `model`."""
+  """The program of run `config` while its model is `model`, on `mesh`. Nothing is compiled yet.
+
+  Raises:
+    ValueError: see `check_run`; or the mesh does not divide a parameter.
+  """
+  check_run(config, mesh)
   abstract = abstract_model(model)
   graphdef, _, _ = split(abstract)
   axes, _ = logical_axes(abstract)
@@ -73,3 +80,22 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
     eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef))),
     initial_state=jax.jit(initial, out_shardings=shardings),
   )
+
+
+def check_run(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Checks what a run needs of its schedule and its mesh, before data is read.
+
+  Raises:
+    ValueError: the warm-up and the decay do not fit into the run, or the rows of a micro-batch do not divide among the
+      devices along data × fsdp, which would then all compute the same rows.
+  """
+  check_schedule(config.optimizer, config.training.num_steps)
+  rows, accumulation = config.data.batch_size, config.training.gradient_accumulation
+  devices = parts_of(mesh, "batch")
+  if accumulation > 1 and rows // accumulation % devices:
+    raise ValueError(
+      f"training.gradient_accumulation={accumulation}: the {rows // accumulation} rows of a micro-batch of "
+      f"data.batch_size={rows} cannot be split over the {devices} devices along mesh axes data × fsdp, and every device "
+      f"would compute more rows than its share; choose a data.batch_size that {accumulation * devices} divides, a "
+      "smaller gradient_accumulation, or fewer devices along data and fsdp."
+    )

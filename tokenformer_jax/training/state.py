@@ -1,4 +1,4 @@
-"""The training state, and where each of its leaves lives."""
+"""The training state, and the sharding of each of its leaves."""
 
 import dataclasses
 import functools
@@ -22,15 +22,16 @@ from tokenformer_jax.training.tau import TauRule
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything an update reads and writes. There is no random state: keys are folded from seed and step.
+  """Everything that an update reads and writes. It has no random state: keys are folded from the seed and the step.
 
   Attributes:
-    step: int32 [], updates done.
-    params: float32 parameters.
-    tau: the scale inside each Θ, [layer].
-    opt_state: the optimizer's state.
-    tau_opt_state: that of `tau.TauRule`; no leaves unless τ is learned.
-    born: like `params`; the step at which each parameter token was added, int32 [N], [] elsewhere.
+    step: int32 [], the number of updates done.
+    params: the float32 parameters.
+    tau: the scale inside each Θ, float32 [layer].
+    opt_state: the optimizer's state; with `ema_decay` its last part is the state of `weight_average`.
+    tau_opt_state: the state of `tau.TauRule`; it has no leaves unless τ is learned.
+    born: a tree like `params` with the number of updates done before each parameter token was added: int32 [N] for
+      keys and values, int32 [] elsewhere; 0 for tokens that were there from the start.
   """
 
   step: jax.Array
@@ -42,14 +43,17 @@ class TrainState:
 
 
 def abstract_model(config: ModelConfig) -> LanguageModel:
-  """The model with shapes and dtypes in the place of arrays."""
+  """The model with `jax.ShapeDtypeStruct`s instead of arrays."""
   return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
 
 
 def initial_state(
   config: ModelConfig, optimizer: optax.GradientTransformation, tau_rule: TauRule, seed: int
 ) -> TrainState:
-  """A fresh state; to be called under `jax.jit` with `out_shardings`, so that leaves are born sharded."""
+  """The state of a run that starts from random parameters.
+
+  Call it under `jax.jit` with `out_shardings`, so that no device ever holds a whole leaf that is to be split.
+  """
   _, params, tau = split(LanguageModel(config, rngs=nnx.Rngs(seed)))
   return fresh_state(params, tau, logical_axes(abstract_model(config))[0], optimizer, tau_rule)
 
@@ -57,9 +61,15 @@ def initial_state(
 def fresh_state(
   params: Tree, tau: Tree, axes: Tree, optimizer: optax.GradientTransformation, tau_rule: TauRule
 ) -> TrainState:
-  """Step 0 of a run that starts from these parameters."""
+  """The state of a run that starts from these parameters, before its first update.
 
-  def unborn(leaf, axes):
+  Args:
+    params, tau: the model's, as `nn.parameters.split` returns them.
+    axes: the parameters' logical axes.
+    optimizer, tau_rule: those of the run.
+  """
+
+  def births(leaf, axes):
     rows = leaf.shape[axes.index("param_token")] if "param_token" in axes else ()
     return jnp.zeros(rows, jnp.int32)
 
@@ -69,26 +79,41 @@ def fresh_state(
     tau=tau,
     opt_state=optimizer.init(params),
     tau_opt_state=tau_rule.init(tau),
-    born=jax.tree.map(unborn, params, axes),
+    born=jax.tree.map(births, params, axes),
   )
 
 
 def state_shardings(
   mesh: jax.sharding.Mesh, config: ModelConfig, shapes: TrainState, optimizer: optax.GradientTransformation
 ) -> TrainState:
-  """A NamedSharding for every leaf: moments lie where their parameters do.
+  """The sharding of every leaf of the state: moments have those of their parameters.
 
   Args:
+    mesh: the devices.
+    config: the model.
     shapes: the state's shapes, `jax.eval_shape(initial_state, …)`.
+    optimizer: the optimizer that made the state.
+
+  Raises:
+    ValueError: the mesh does not divide a parameter.
   """
   param_axes, tau_axes = logical_axes(abstract_model(config))
   params = tree_shardings(mesh, param_axes, shapes.params)
+
+  def is_masked(node):
+    return isinstance(node, optax.MaskedNode)  # A parameter that one of several optimizers leaves to another.
+
   return TrainState(
     step=replicated(mesh),
     params=params,
     tau=tree_shardings(mesh, tau_axes, shapes.tau),
     opt_state=optax.tree.map_params(
-      optimizer, lambda _, sharding: sharding, shapes.opt_state, params, transform_non_params=lambda _: replicated(mesh)
+      optimizer,
+      lambda leaf, sharding: leaf if is_masked(leaf) else sharding,
+      shapes.opt_state,
+      params,
+      transform_non_params=lambda _: replicated(mesh),
+      is_leaf=is_masked,
     ),
     tau_opt_state=jax.tree.map(lambda _: replicated(mesh), shapes.tau_opt_state),
     born=tree_shardings(mesh, jax.tree.map(lambda leaf: ("param_token",) * leaf.ndim, shapes.born), shapes.born),

@@ -11,17 +11,28 @@ from tokenformer_jax.training.tau import TauRule
 
 
 def make_train_step(
-  graphdef,
+  graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformationExtraArgs,
   tau_rule: TauRule,
   schedule: optax.Schedule,
   z_loss: float,
   accumulation: int,
 ):
-  """`(state, batch) -> (state, metrics)`, with batch [B, T] in `accumulation` micro-batches.
+  """The function `(state, batch) -> (state, metrics)` of one update.
 
-  The gradient is that of the mean over the whole batch's tokens, however it is cut. `metrics`:
-  `loss` (nats a token), `grad_norm` (before clipping), `learning_rate`.
+  The gradient is that of the mean loss over all tokens of the batch, however many micro-batches it is computed in.
+
+  Args:
+    graphdef: `nnx.merge(graphdef, params, tau)` is the model.
+    optimizer: from `make_optimizer`.
+    tau_rule: from `make_tau_rule`.
+    schedule: the learning rate, for the metrics.
+    z_loss: coefficient of the mean of log² Σ exp(logits).
+    accumulation: number of micro-batches; it divides the rows of the batch.
+
+  Returns:
+    A function that takes a `TrainState` and a `data.Batch` of arrays [B, T]. Its metrics are `loss` (nats a token,
+    without the z-loss), `grad_norm` (before clipping) and `learning_rate`, each float32 [].
   """
 
   def objective(params, tau, batch):
@@ -31,7 +42,7 @@ def make_train_step(
   gradients = jax.value_and_grad(objective, argnums=tuple(range(len(trained))), has_aux=True)
 
   def train_step(state: TrainState, batch):
-    # Every accumulation-th row: so the rows of a micro-batch lie on all devices, as the batch does.
+    # A micro-batch takes every accumulation-th row, so that its rows lie on all devices like those of the batch.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add_micro_batch(total, micro_batch):
@@ -41,7 +52,7 @@ def make_train_step(
     zeros = (tuple(jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in trained), LossSums(*jnp.zeros(3)))
     (grads, sums), _ = jax.lax.scan(add_micro_batch, zeros, micro_batches)
     grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born, step=state.step)
     tau, tau_opt_state = tau_rule.update(state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born, state.step)
     metrics = {
       "loss": sums.nats / sums.weight,
@@ -61,8 +72,8 @@ def make_train_step(
   return train_step
 
 
-def make_eval_step(graphdef):
-  """`(params, tau, batch) -> LossSums` over the batch."""
+def make_eval_step(graphdef: nnx.GraphDef):
+  """The function `(params, tau, batch) -> LossSums` over the batch, without z-loss and gradients."""
 
   def eval_step(params, tau, batch):
     return _loss(graphdef, params, tau, batch, 0.0)[1]
