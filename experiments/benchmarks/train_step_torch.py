@@ -26,7 +26,7 @@ from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerCon
 from tokenformer_jax.data import Batch
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.interop.names import to_released
-from tokenformer_jax.training.optimizer import learning_rate_schedule
+from tokenformer_jax.training.schedules import learning_rate_schedule
 from tokenformer_jax.training.program import make_program
 
 # Layers, channels, heads, tokens in each of q, k, v and proj, feed-forward tokens, T, B, vocabulary.
