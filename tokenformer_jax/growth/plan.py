@@ -164,15 +164,16 @@ def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: Growt
   root, rows = path.partition("/")[0], layer.rows[name]
   is_key = rows.role == "key"
   if growth.method == "duplicate":
-    # The parts of a value each have the whole value's gradient; the copies of a key share the key's.
-    if root == "params":
+    # The parts of a value each have the whole value's gradient; the copies of a key share the key's. The lag of the
+    # weights' average (`training.weight_average`) is a difference of weights and is divided like them.
+    if root == "params" or "/lag/" in path:
       return (NewRows.REPEATED if is_key else NewRows.PARTS), 0.0
     if is_key and "/mu/" in path:
       return NewRows.PARTS, 0.0
     if is_key and "/nu/" in path:
       return NewRows.SQUARED_PARTS, 0.0
     return NewRows.REPEATED, 0.0
-  if root != "params" and not root.startswith("ema"):
+  if root != "params":
     return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
   match growth.method:
     case "released":
