@@ -45,7 +45,7 @@ class DataConfig(Checked):
   batch_size: int = 16
   seed: int = 0
 
-  def validate(self):
+  def validate(self) -> None:
     require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")
     require(0.0 < self.held_out_fraction < 1.0, "held_out_fraction", self.held_out_fraction, "must be between 0 and 1.")
     self.named_held_out_sources()
@@ -62,14 +62,15 @@ class DataConfig(Checked):
       ValueError: a part before the first name, a name without a source, or a name that is taken or appears twice.
     """
     sources: dict[str, str] = {}
-    name = None
+    name = ""
     for part in self.held_out_sets.split(" + ") if self.held_out_sets else ():
-      given, spec = re.fullmatch(r"(?s)\s*(?:([A-Za-z0-9_-]+)=)?(.*?)\s*", part).groups()
+      given = re.match(r"\s*([A-Za-z0-9_-]+)=", part)
+      spec = part[given.end() if given else 0 :].strip()
       require(bool(given or name), "held_out_sets", self.held_out_sets, f"name the set, as in books={spec}.")
       if not given:
         sources[name] += f" + {spec}"
         continue
-      name = given
+      name = given.group(1)
       require(bool(spec), "held_out_sets", self.held_out_sets, f"{name}= has no source; write {name}=text:GLOB.")
       require(
         name not in sources, "held_out_sets", self.held_out_sets, f"{name!r} names two sets; choose another name."

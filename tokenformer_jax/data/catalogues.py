@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -23,7 +24,7 @@ def tfds_documents(rest: str) -> DocumentSource:
     ValueError: the package, the data set, the split or the feature is missing, or the data set cannot be made.
   """
   spec = f"tfds:{rest}"
-  name, split, feature = re.fullmatch(r"([^@#]*)(?:@([^#]*))?(?:#(.*))?", rest).groups()
+  name, split, feature = _groups(r"([^@#]*)(?:@([^#]*))?(?:#(.*))?", rest)
   split = split or "train"
   try:
     import tensorflow_datasets as tfds
@@ -50,7 +51,7 @@ def tfds_documents(rest: str) -> DocumentSource:
   return DocumentSource(spec, read)
 
 
-def _tfds_builder(tfds, name: str, spec: str):
+def _tfds_builder(tfds: Any, name: str, spec: str) -> Any:
   """The builder of a data set whose files exist, if need be after downloading it."""
   data_dir = user_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
   try:
@@ -93,12 +94,12 @@ def _names_in(folder: epath.Path) -> list[str]:
   return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _text_feature(tfds, features, name: str | None, spec: str) -> str:
+def _text_feature(tfds: Any, features: Any, name: str | None, spec: str) -> str:
   """The name of the feature to read: the given one, or the only text feature."""
   texts = [key for key, value in sorted(features.items()) if isinstance(value, tfds.features.Text)]
   if not name and len(texts) == 1:
     return texts[0]
-  if name not in texts:
+  if not name or name not in texts:
     problem = f"{name!r} is not one of its text features" if name else "name one of its text features"
     raise ValueError(
       f"source {spec}: {problem} after '#': {', '.join(texts) or 'it has none'} "
@@ -117,7 +118,7 @@ def huggingface_documents(rest: str) -> DocumentSource:
     ValueError: the package is missing, or `datasets` finds no such data set, split or field.
   """
   spec = f"huggingface:{rest}"
-  name, config, split, field = re.fullmatch(r"([^,@#]*)(?:,([^@#]*))?(?:@([^#]*))?(?:#(.*))?", rest).groups()
+  name, config, split, field = _groups(r"([^,@#]*)(?:,([^@#]*))?(?:@([^#]*))?(?:#(.*))?", rest)
   split, field = split or "train", field or "text"
   try:
     import datasets
@@ -146,3 +147,9 @@ def huggingface_documents(rest: str) -> DocumentSource:
         yield Document(text, text)  # Arrow's strings are UTF-8.
 
   return DocumentSource(spec, read)
+
+
+def _groups(pattern: str, text: str) -> Sequence[Any]:
+  match = re.fullmatch(pattern, text, re.DOTALL)
+  assert match is not None  # Both patterns match every text.
+  return match.groups()

@@ -52,13 +52,15 @@ def batches_of_documents(documents: Iterable[Document]) -> Iterator[list[Documen
     yield batch
 
 
-def encoded_batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list, list]]:
+def encoded_batches(
+  documents: Iterable[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
   """(documents, the ids [n] of each) in order; two batches are encoded at once, so that no core waits for another."""
 
-  def encode(batch: list[Document]):
+  def encode(batch: list[Document]) -> tuple[list[Document], list[np.ndarray]]:
     return batch, tokenizer.encode_documents([document.text for document in batch])
 
-  waiting = collections.deque()
+  waiting: collections.deque[concurrent.futures.Future] = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="tokenize") as pool:
     for batch in batches_of_documents(documents):
       waiting.append(pool.submit(encode, batch))
@@ -102,7 +104,7 @@ def tokenize(source: DocumentSource, tokenizer: Tokenizer, bad_text: str = "erro
   return Corpus(np.concatenate(pieces), np.cumsum(lengths), np.array(keys, np.uint64), identity, source.name)
 
 
-def update_digest(digest, document: Document) -> int:
+def update_digest(digest: "hashlib._Hash", document: Document) -> int:
   """Adds a document to a hash of the corpus; returns its size in bytes."""
   raw = document.text.encode("utf-8")
   if document.key is not document.text:
@@ -160,7 +162,7 @@ class Part:
       self._spans = np.stack([_starts(corpus)[runs[:, 0]], corpus.ends[runs[:, 1] - 1]], axis=1)
     self._ends = np.cumsum(self._spans[:, 1] - self._spans[:, 0])
 
-  def __len__(self):
+  def __len__(self) -> int:
     """The number of ids."""
     return int(self._ends[-1]) if len(self._ends) else 0
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import grain
 import numpy as np
 from absl import logging
 
@@ -121,13 +122,14 @@ def open_data(
   if config.held_out_source:
     held_out = Sources(config.held_out_source, tokenizer, config.bad_text)
     mixtures = {MAIN_HELD_OUT: held_out.mixture(packing)}
-    train_mixture, held_out_identity = train.mixture(packing), held_out.identities
+    train_mixture = train.mixture(packing)
+    held_out_identity: Any = held_out.identities
   else:
     train_parts, held_out_parts = zip(*(split(corpus, config.held_out_fraction) for corpus in train.corpora))
     mixtures = {MAIN_HELD_OUT: Mixture(held_out_parts, train.weights, packing)}
     train_mixture = Mixture(train_parts, train.weights, packing)
     held_out_identity = {"fraction": config.held_out_fraction}
-  fingerprint = dict(
+  fingerprint: dict[str, Any] = dict(
     source=train.identities,
     held_out=held_out_identity,
     tokenizer=tokenizer.fingerprint,
@@ -153,7 +155,7 @@ def open_data(
   )
 
 
-def _held_out_order(name: str, mixture: Mixture, batch_size: int):
+def _held_out_order(name: str, mixture: Mixture, batch_size: int) -> grain.MapDataset:
   """The order of a held-out set's rows; ValueError if they do not fill a batch."""
   is_main = name == MAIN_HELD_OUT
   what = "held-out text" if is_main else f"text of the held-out set {name!r}"

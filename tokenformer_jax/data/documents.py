@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from absl import logging
@@ -107,11 +107,13 @@ class DocumentSource(NamedTuple):
     name: the name of the source in errors and reports.
     read: starts a pass over the documents; the given `BadText` decides about text that cannot be read.
     size: the approximate number of bytes of text, for a progress bar; None if it is unknown.
+    paths: the files that are read, in order; none for sources that are not files which the user named.
   """
 
   name: str
   read: Callable[[BadText], Iterator[Document]]
   size: Callable[[], int | None] = lambda: None
+  paths: Sequence[epath.Path] = ()
 
 
 def python_sources() -> DocumentSource:
@@ -156,7 +158,7 @@ def text_files(rest: str) -> DocumentSource:
     for path in paths:
       yield from _until_broken(documents_of(path, bad), bad)
 
-  return DocumentSource(f"text:{rest}", read, lambda: sum(map(files.text_size, paths)))
+  return DocumentSource(f"text:{rest}", read, lambda: sum(map(files.text_size, paths)), paths)
 
 
 def jsonl_files(rest: str) -> DocumentSource:
@@ -180,7 +182,7 @@ def jsonl_files(rest: str) -> DocumentSource:
     for path in paths:
       yield from _until_broken(documents_of(path, bad), bad)
 
-  return DocumentSource(f"jsonl:{rest}", read, lambda: sum(map(files.text_size, paths)))
+  return DocumentSource(f"jsonl:{rest}", read, lambda: sum(map(files.text_size, paths)), paths)
 
 
 def _field(raw: bytes, field: str, where: str, offset: int, bad: BadText) -> str | None:
@@ -222,7 +224,8 @@ def _until_broken(documents: Iterator[Document], bad: BadText) -> Iterator[Docum
 
 def _parts(path: epath.Path, marker: bytes) -> Iterator[tuple[int, bytes]]:
   """(offset, bytes) of each stretch of lines between lines that are `marker` alone; of the whole file if it is empty."""
-  start, end, lines = None, 0, []
+  start: int | None = None
+  end, lines = 0, list[bytes]()
   for offset, line in files.lines(path):
     start, end = offset if start is None else start, offset + len(line)
     if marker and line.rstrip(b"\r\n") == marker:

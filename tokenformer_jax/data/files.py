@@ -5,7 +5,7 @@ import glob
 import io
 import os
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from etils import epath
 
@@ -19,42 +19,46 @@ class BrokenFile(ValueError):
   """A file whose rest cannot be read as text; the lines that came before the error are good."""
 
 
+# What makes a decompressor of one stream, and the exceptions for bytes that are no such stream.
+_Opened = tuple[Callable[[], Any], tuple[type[Exception], ...]]
+
+
 class _Format(NamedTuple):
   """A compression format.
 
   Attributes:
     name: what messages call it.
     magic: the first bytes of a file in this format; any of them.
-    open: gives the class of decompressors, each for one stream, and what they raise for bytes that are no such stream.
+    open: imports what is needed.
     ratio: bytes of text in a byte of the file; measured on six million bytes of English novels.
   """
 
   name: str
   magic: tuple[bytes, ...]
-  open: Callable[[], tuple[Callable, tuple[type[Exception], ...]]]
+  open: Callable[[], _Opened]
   ratio: float
 
 
 # The modules are imported where they are used: some builds of Python lack bz2 or lzma.
-def _gzip():
+def _gzip() -> _Opened:
   import zlib
 
   return functools.partial(zlib.decompressobj, zlib.MAX_WBITS + 16), (zlib.error,)
 
 
-def _bzip2():
+def _bzip2() -> _Opened:
   import bz2
 
   return bz2.BZ2Decompressor, (OSError, ValueError)
 
 
-def _xz():
+def _xz() -> _Opened:
   import lzma
 
   return lzma.LZMADecompressor, (lzma.LZMAError,)
 
 
-def _zstd():
+def _zstd() -> _Opened:
   try:
     import zstandard
   except ImportError:
@@ -171,13 +175,17 @@ def lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
         size += len(line)
     except _BrokenStream as error:
       raise BrokenFile(
-        f"{path}: the {compression.name} stream breaks off after {size} bytes of text ({error}): fetch it again, or "
+        f"{path}: the {error.compression} stream breaks off after {size} bytes of text ({error}): fetch it again, or "
         "choose bad_text=skip."
       ) from None
 
 
 class _BrokenStream(Exception):
   """A compressed stream that ends too early or holds bytes that do not belong to it."""
+
+  def __init__(self, compression: str, reason: str):
+    super().__init__(reason)
+    self.compression = compression
 
 
 class _Decompressed(io.RawIOBase):
@@ -187,14 +195,15 @@ class _Decompressed(io.RawIOBase):
   """
 
   def __init__(self, file: IO[bytes], compression: _Format):
+    self._name = compression.name
     self._new, self._errors = compression.open()
-    self._file, self._decompressor, self._text = file, self._new(), b""
+    self._file, self._decompressor, self._text = file, self._new(), memoryview(b"")
     self._at_start = True  # Of a stream, so that the file may end here.
 
-  def readable(self):
+  def readable(self) -> bool:
     return True
 
-  def readinto(self, buffer):
+  def readinto(self, buffer: Any) -> int:
     while not self._text:
       if not self._read_more():
         return 0
@@ -213,7 +222,7 @@ class _Decompressed(io.RawIOBase):
     if not raw and self._at_start:
       return False
     if not raw:
-      raise _BrokenStream("the file ends inside the stream")
+      raise _BrokenStream(self._name, "the file ends inside the stream")
     if self._at_start:
       raw = raw.lstrip(b"\0")
     if raw:
@@ -221,7 +230,7 @@ class _Decompressed(io.RawIOBase):
       try:
         self._text = memoryview(self._decompressor.decompress(raw))
       except self._errors as error:
-        raise _BrokenStream(first_line(error)) from None
+        raise _BrokenStream(self._name, first_line(error)) from None
     return True
 
 
@@ -246,7 +255,7 @@ def _require_text(path: epath.Path, head: bytes, compression: _Format | None) ->
   what = next((name for magic, name in _NOT_TEXT.items() if head.startswith(magic)), None)
   inner = _compression(head[:10])
   if inner is not None:
-    what = f"compressed twice ({compression.name} and {inner.name})"
+    what = f"compressed twice ({compression.name if compression else 'plain'} and {inner.name})"
   elif head[257:262] == b"ustar":
     what = "a tar archive"
   if what:

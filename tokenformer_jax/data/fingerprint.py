@@ -20,7 +20,7 @@ def check_same(stored: dict[str, Any], now: dict[str, Any], tokenizer: Tokenizer
     tokenizer: the tokenizer that is open. If it is given, the stored fingerprint of the tokenizer may be in the form of
       an earlier release (see `Tokenizer.matches`).
   """
-  if tokenizer is not None and tokenizer.matches(stored.get("tokenizer")):
+  if tokenizer is not None and tokenizer.matches(stored.get("tokenizer", "")):
     stored = {**stored, "tokenizer": now["tokenizer"]}
   difference = _first_difference(stored, now, "data")
   if difference:
@@ -57,10 +57,9 @@ def hash_file(path: str | os.PathLike, whole: int | None = None) -> str:
   """
   size = os.path.getsize(path)
   digest = hashlib.sha256(size.to_bytes(8, "little"))
-  starts = range(0, size, BLOCK)
   count = max((whole or WHOLE) // BLOCK, 2)
-  if size > count * BLOCK:
-    starts = [(size - BLOCK) * i // (count - 1) for i in range(count)]
+  is_whole = size <= count * BLOCK
+  starts = range(0, size, BLOCK) if is_whole else [(size - BLOCK) * i // (count - 1) for i in range(count)]
   with open(path, "rb") as file:
     for start in starts:
       file.seek(start)

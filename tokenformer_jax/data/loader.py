@@ -4,6 +4,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -131,5 +132,5 @@ def batches(
   return grain.MapDataset.range(end).map(read)
 
 
-def _stack(rows: Sequence[Batch]) -> Batch:
+def _stack(rows: Sequence[Any]) -> Any:
   return type(rows[0])(*(None if column[0] is None else np.stack(column) for column in zip(*rows)))

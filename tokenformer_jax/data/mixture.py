@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenformer_jax.data.corpus import Corpus, Part
-from tokenformer_jax.data.packing import ContiguousWindows, PackedDocuments, Packer
+from tokenformer_jax.data.packing import ContiguousWindows, PackedDocuments
 from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
 from tokenformer_jax.data.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class Packing(NamedTuple):
   seq_length: int
   padding_id: int
 
-  def pack(self, part: Part) -> Packer:
+  def pack(self, part: Part) -> ContiguousWindows | PackedDocuments:
     """The rows of `part`."""
     if self.choice == "documents":
       return PackedDocuments(part, self.seq_length, self.padding_id)

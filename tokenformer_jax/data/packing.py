@@ -49,7 +49,8 @@ class ContiguousWindows:
   def __init__(self, part: Part, seq_length: int):
     self._part, self._seq_length = part, seq_length
 
-  def __len__(self):
+  def __len__(self) -> int:
+    """The number of rows in one epoch."""
     return max(len(self._part) - 1, 0) // self._seq_length
 
   @property
@@ -59,6 +60,7 @@ class ContiguousWindows:
     return dict(windows=len(self), dropped_tokens=len(self._part) - used)
 
   def row(self, index: int) -> Batch:
+    """The window whose first input is id `index · seq_length` of the text; arrays are [T]."""
     ids = self._part.read(index * self._seq_length, self._seq_length + 1).astype(np.int32)
     return Batch(ids[:-1], ids[1:])
 
@@ -89,7 +91,8 @@ class PackedDocuments:
     self._row_ends = np.searchsorted(rows[self._order], np.arange(rows.max(initial=-1) + 1), side="right")
     self._empty = int((pairs == 0).sum())
 
-  def __len__(self):
+  def __len__(self) -> int:
+    """The number of rows in one epoch."""
     return len(self._row_ends)
 
   @property
@@ -99,6 +102,7 @@ class PackedDocuments:
     return dict(windows=len(self), padding=places - int(self._lengths.sum()), dropped_tokens=self._empty)
 
   def row(self, index: int) -> Batch:
+    """Row `index`, with positions, segments and weights; arrays are [T]."""
     inputs, labels = np.full((2, self._seq_length), self._padding_id, np.int32)
     positions, segments = np.zeros((2, self._seq_length), np.int32)
     first = self._row_ends[index - 1] if index else 0
@@ -123,7 +127,7 @@ def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
     [n] int64, the row of each piece.
   """
   rows = np.empty(len(lengths), np.int64)
-  rows_by_space = [[] for _ in range(size + 1)]
+  rows_by_space: list[list[int]] = [[] for _ in range(size + 1)]
   spaces = 0  # Bit s is set if some row has exactly s free places.
   num_rows = 0
   for piece in np.argsort(-lengths, kind="stable").tolist():

@@ -28,7 +28,7 @@ class SourceSpec(NamedTuple):
   rest: str
   weight: float
 
-  def __str__(self):
+  def __str__(self) -> str:
     return f"{self.kind}:{self.rest}" if self.rest else self.kind
 
 
@@ -44,15 +44,17 @@ def parse_sources(text: str) -> list[SourceSpec]:
 
 
 def _parse_source(part: str) -> SourceSpec:
-  weight, kind, rest = re.fullmatch(r"(?s)(?:([0-9.eE+-]+)\*)?([^:]*):?(.*)", part).groups()
+  weighted = re.match(r"([0-9.eE+-]+)\*", part)
+  kind, _, rest = part[weighted.end() if weighted else 0 :].partition(":")
   if kind not in KINDS:
     raise ValueError(
       f"source {part!r}: kind {kind!r} is unknown; known: {', '.join(KINDS.values())}." + nearest(kind, KINDS)
     )
   if (kind == "python-sources") == bool(rest):
     raise ValueError(f"source {part!r}: write {KINDS[kind]}.")
+  weight = weighted.group(1) if weighted else "1"
   try:
-    number = 1.0 if weight is None else float(weight)
+    number = float(weight)
   except ValueError:
     number = 0.0
   if not 0 < number < float("inf"):
