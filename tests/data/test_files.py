@@ -127,7 +127,7 @@ def test_patterns_know_the_home_folder_and_the_current_one(tmp_path, monkeypatch
   (tmp_path / "books" / "a.txt").write_text("a")
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.chdir(tmp_path / "books")
-  for pattern in ("~/*/*.txt", "~/books/a.txt", "*.txt", "../**/a.txt", f"{tmp_path}/books/*"):
+  for pattern in ("~/*/*.txt", "~/books/a.txt", "*.txt", "../**/**/a.txt", f"{tmp_path}/books/*"):
     (path,) = matches(pattern, "text")
     assert os.path.samefile(path, tmp_path / "books" / "a.txt")
     assert relative(path, pattern) in ("a.txt", "books/a.txt")

@@ -19,7 +19,7 @@ class BrokenFile(ValueError):
   """A file whose rest cannot be read as text; the lines that came before the error are good."""
 
 
-# What makes a decompressor of one stream, and the exceptions for bytes that are no such stream.
+# A function that makes a decompressor for one stream, and the exceptions that it raises for bytes of another kind.
 _Opened = tuple[Callable[[], Any], tuple[type[Exception], ...]]
 
 
@@ -29,7 +29,7 @@ class _Format(NamedTuple):
   Attributes:
     name: what messages call it.
     magic: the first bytes of a file in this format; any of them.
-    open: imports what is needed.
+    open: imports the module that reads the format, and gives what opens a stream.
     ratio: bytes of text in a byte of the file; measured on six million bytes of English novels.
   """
 
@@ -73,7 +73,7 @@ _FORMATS = (
     "bzip2", tuple(b"BZh%d" % n + block for n in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")), _bzip2, 3.5
   ),
   _Format("xz", (b"\xfd7zXZ\0", b"\x5d\0\0"), _xz, 3.4),
-  # What follows the magic number of zstd are those of its skippable frames, which may come first.
+  # The magic numbers after the first are those of skippable frames, with which a zstd file may begin.
   _Format("zstd", (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))), _zstd, 2.7),
 )
 
@@ -122,7 +122,7 @@ def matches(pattern: str, spec: str) -> list[epath.Path]:
     paths = [epath.Path(path) for path in found if os.path.isfile(path)]
   if not paths:
     raise ValueError(f"source {spec}: no file matches {pattern!r} (the current folder is {os.getcwd()}).")
-  return sorted(paths)
+  return sorted(set(paths))  # A pattern with several ** finds files more than once.
 
 
 def relative(path: epath.Path, pattern: str) -> str:
@@ -134,8 +134,8 @@ def relative(path: epath.Path, pattern: str) -> str:
 def text_size(path: epath.Path) -> int:
   """The approximate number of bytes of text in a file, for a progress bar.
 
-  The last four bytes of a gzip file hold it, modulo 2³² and of the last member alone. Where they are no help it is
-  estimated from the size of the file.
+  The last four bytes of a gzip file hold it modulo 2³², and for the last member only. If they cannot be right, and for
+  the other formats, it is estimated from the size of the file.
   """
   with _opened(path) as file:
     size = path.stat().length
@@ -157,7 +157,7 @@ def lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
   text is left out.
 
   Raises:
-    BrokenFile: the file is compressed in a way that is not supported or otherwise no text, or it breaks off.
+    BrokenFile: the file is compressed in a way that is not supported or is otherwise not text, or it breaks off.
     ValueError: the file cannot be opened, or a package that reads it is not installed.
   """
   size = 0
@@ -198,7 +198,7 @@ class _Decompressed(io.RawIOBase):
     self._name = compression.name
     self._new, self._errors = compression.open()
     self._file, self._decompressor, self._text = file, self._new(), memoryview(b"")
-    self._at_start = True  # Of a stream, so that the file may end here.
+    self._at_start = True  # At the start of a stream the file may end.
 
   def readable(self) -> bool:
     return True
@@ -242,7 +242,7 @@ def _opened(path: epath.Path) -> IO[bytes]:
 
 
 def _compression(head: bytes) -> _Format | None:
-  """The format that the first ten bytes of a file tell; also of a file that breaks off inside these bytes."""
+  """The format that the first ten bytes of a file show, even if the file breaks off inside these bytes."""
   for compression in _FORMATS:
     for magic in compression.magic:
       if head.startswith(magic) or (len(head) >= 4 and magic.startswith(head)):
@@ -251,7 +251,7 @@ def _compression(head: bytes) -> _Format | None:
 
 
 def _require_text(path: epath.Path, head: bytes, compression: _Format | None) -> None:
-  """Raises BrokenFile if the start of a file's text shows that it is none."""
+  """Raises BrokenFile if the start of a file's content, after decompression, shows that it is not text."""
   what = next((name for magic, name in _NOT_TEXT.items() if head.startswith(magic)), None)
   inner = _compression(head[:10])
   if inner is not None:
