@@ -284,6 +284,7 @@ def test_rows_are_separated_by_newlines_alone_and_blank_lines_are_no_rows(tmp_pa
   assert questions[1].where.endswith("line 3")
 
 
+@pytest.mark.slow  # Reads 89,000 questions.
 def test_real_tasks_have_their_questions(data_folder):
   counts = {
     "lambada_openai": 5153,
@@ -337,6 +338,7 @@ def test_an_output_that_is_no_file_is_refused_before_the_work(small_set, path, m
 @pytest.mark.parametrize(
   "arguments, message",
   [
+    (dict(model="a model", tasks=["piqa"]), "model is a str: expected a LanguageModel"),
     (dict(tasks=[]), "tasks=\\[\\]: there is nothing to measure"),
     (dict(tasks=["piqa"], limit=0), "limit=0: must be a positive"),
     (dict(tasks=["piqa"], stride=4), "stride=4: belongs to the perplexity of texts"),
@@ -351,7 +353,7 @@ def test_an_output_that_is_no_file_is_refused_before_the_work(small_set, path, m
 )
 def test_arguments_that_do_nothing_or_are_out_of_range_are_refused(model, small_set, arguments, message):
   with pytest.raises(ValueError, match=message):
-    evaluate(model, TOKENIZER, **arguments)
+    evaluate(**{"model": model, "tokenizer": TOKENIZER} | arguments)
 
 
 def test_text_that_is_not_utf8_is_measured_if_bad_text_allows_it(model, small_set):
@@ -363,8 +365,11 @@ def test_text_that_is_not_utf8_is_measured_if_bad_text_allows_it(model, small_se
 
 
 def test_table_pairs_each_metric_and_filter_with_its_own_standard_error():
-  shown = table({"gsm8k": {"em,a": 0.25, "em_stderr,a": 0.5, "em,b": 0.75, "em_stderr,b": 0.125, "acc/group": 1.0}})
-  assert shown.splitlines()[1:] == ["gsm8k  em,a    0.2500 ± 0.5000", "gsm8k  em,b    0.7500 ± 0.1250"]
+  shown = table(
+    {"gsm8k": {"em,a": 0.25, "em_stderr,a": 0.5, "em,b": 0.75, "em_stderr,b": 0.125, "acc/group": 1.0, "ppl": 2e9}}
+  )
+  lines = ["gsm8k  em,a    0.2500 ± 0.5000", "gsm8k  em,b    0.7500 ± 0.1250", "gsm8k  ppl     2.0000e+09"]
+  assert shown.splitlines()[1:] == lines
 
 
 def test_progress_without_a_terminal_is_plain_lines_at_intervals(monkeypatch, capsys):

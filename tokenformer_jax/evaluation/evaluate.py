@@ -12,13 +12,12 @@ from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
 from tokenformer_jax.evaluation.multiple_choice import answer
 from tokenformer_jax.evaluation.perplexity import check_stride, perplexity
+from tokenformer_jax.evaluation.report import Metrics, Results
 from tokenformer_jax.evaluation.tasks import read_task
 from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.checkpoints import load, load_tokenizer
-
-Results = dict[str, dict[str, float]]
 
 
 def open_model(
@@ -62,7 +61,7 @@ def open_model(
 
 def evaluate(
   model: LanguageModel,
-  tokenizer,
+  tokenizer: data.Tokenizer,
   *,
   tasks: str | Sequence[str] = (),
   texts: str | Sequence[str] = (),
@@ -73,7 +72,7 @@ def evaluate(
   harness: bool = False,
   task_files: str | os.PathLike | None = None,
   progress: bool = True,
-  on_result: Callable[[str, dict[str, float]], None] | None = None,
+  on_result: Callable[[str, Metrics], None] | None = None,
 ) -> Results:
   """Measures a model on zero-shot tasks and on texts.
 
@@ -107,9 +106,11 @@ def evaluate(
     Accuracies are shares, from 0 to 1.
 
   Raises:
-    ValueError: nothing to measure, an argument without effect or out of range, an unknown task or source, text or a
+    ValueError: another kind of model, nothing to measure, an argument without effect or out of range, an unknown task or source, text or a
       row of a task that cannot be read, or a model whose parameters or logits are NaN or infinite.
   """
+  if not isinstance(model, LanguageModel):
+    raise ValueError(f"model is a {type(model).__name__}: expected a LanguageModel, which scores whole texts.")
   tasks, texts = ([given] if isinstance(given, str) else list(given) for given in (tasks, texts))
   require(bool(tasks or texts), "tasks", tasks, "there is nothing to measure; name tasks, texts or both.")
   require(limit is None or (type(limit) is int and limit >= 1), "limit", limit, "must be a positive whole number.")

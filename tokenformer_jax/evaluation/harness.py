@@ -10,6 +10,7 @@ from lm_eval.tasks import TaskManager
 
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.evaluation.harness_model import HarnessModel
+from tokenformer_jax.evaluation.report import Metrics, Results
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.paths import is_uri, user_path
 
@@ -24,7 +25,7 @@ def run_harness(
   limit: int | None = None,
   task_files: str | os.PathLike | None = None,
   progress: bool = True,
-) -> Iterator[dict[str, dict[str, float]]]:
+) -> Iterator[Results]:
   """Loads all tasks, and returns an iterator that runs one of them at each step.
 
   Args:
@@ -122,7 +123,7 @@ class _OrInfinity:
     return hash(self._function)
 
 
-def _run(model: HarnessModel, manager: TaskManager, roots: list, limit: int | None) -> dict[str, dict[str, float]]:
+def _run(model: HarnessModel, manager: TaskManager, roots: list, limit: int | None) -> Results:
   # The harness would fork processes for some standard errors, and a forked process with JAX's threads can deadlock.
   os.environ.setdefault("DISABLE_MULTIPROC", "1")
   results = lm_eval.simple_evaluate(
@@ -131,7 +132,7 @@ def _run(model: HarnessModel, manager: TaskManager, roots: list, limit: int | No
   return {task: metrics_of(values) for task, values in results["results"].items()}
 
 
-def metrics_of(values: dict) -> dict[str, float]:
+def metrics_of(values: dict) -> Metrics:
   """The numbers among a task's results, whose keys are METRIC,FILTER and METRIC_stderr,FILTER.
 
   The filter is left out of the names if the task has only one.

@@ -106,7 +106,7 @@ def log_likelihoods(
   graphdef, params, tau = split(model)
   # The longest requests come first, so that a batch that exceeds the memory fails at once.
   order = sorted(range(len(requests)), key=lambda i: -_num_inputs(requests[i], length))
-  scores: list[Score | None] = [None] * len(requests)
+  scores: dict[int, Score] = {}
   with Progress(progress, len(requests)) as bar:
     while order:
       width = min(bucket(_num_inputs(requests[order[0]], length)), length)
@@ -123,7 +123,7 @@ def log_likelihoods(
           )
         scores[i] = Score(float(sums[row]), bool(greedy[row]))
       bar.update(len(chosen))
-  return scores
+  return [scores[i] for i in range(len(requests))]
 
 
 def _check(request: Request, name: Callable[[int], str], number: int, vocab_size: int, length: int) -> None:

@@ -8,13 +8,12 @@ from absl import logging
 
 from tokenformer_jax.evaluation.log_likelihood import Request, Score, encode_pair, log_likelihoods
 from tokenformer_jax.evaluation.perplexity import exp
+from tokenformer_jax.evaluation.report import Metrics
 from tokenformer_jax.evaluation.tasks import Question
 from tokenformer_jax.models.language_model import LanguageModel
 
 
-def answer(
-  model: LanguageModel, tokenizer, questions: Sequence[Question], *, progress: str | None = None
-) -> dict[str, float]:
+def answer(model: LanguageModel, tokenizer, questions: Sequence[Question], *, progress: str | None = None) -> Metrics:
   """Computes metrics over questions, each with its standard error `…_stderr`.
 
   Questions with several answers give `acc`, the accuracy of choosing the answer with the largest log-likelihood, and
@@ -77,7 +76,7 @@ def _scorable(questions: Sequence[Question], encoded: Sequence[Sequence[Request]
   return [questions[i] for i in kept], [encoded[i] for i in kept], len(left_out)
 
 
-def _choices(questions: Sequence[Question], values: Sequence[np.ndarray]) -> dict[str, float]:
+def _choices(questions: Sequence[Question], values: Sequence[np.ndarray]) -> Metrics:
   """Metrics of questions with several answers, whose log-likelihoods are `values`, [answers] each."""
   right = np.array([v.argmax() == q.gold for v, q in zip(values, questions)], float)
   right_norm = np.array([(v / np.array(q.lengths)).argmax() == q.gold for v, q in zip(values, questions)], float)
@@ -88,7 +87,7 @@ def _choices(questions: Sequence[Question], values: Sequence[np.ndarray]) -> dic
   }
 
 
-def _single_answers(scores: Sequence[Score]) -> dict[str, float]:
+def _single_answers(scores: Sequence[Score]) -> Metrics:
   metrics = _mean("acc", np.array([score.greedy for score in scores], float))
   metrics |= _mean("log_perplexity", -np.array([score.log_likelihood for score in scores]))
   perplexity = exp(metrics["log_perplexity"])
@@ -96,6 +95,6 @@ def _single_answers(scores: Sequence[Score]) -> dict[str, float]:
   return metrics | {"perplexity": perplexity, "perplexity_stderr": perplexity * metrics["log_perplexity_stderr"]}
 
 
-def _mean(name: str, values: np.ndarray) -> dict[str, float]:
+def _mean(name: str, values: np.ndarray) -> Metrics:
   error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
   return {name: float(values.mean()), f"{name}_stderr": float(error)}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tokenformer_jax.data.corpus import Corpus
 from tokenformer_jax.evaluation.log_likelihood import Request, log_likelihoods
+from tokenformer_jax.evaluation.report import Metrics
 from tokenformer_jax.models.language_model import LanguageModel
 
 
@@ -25,7 +26,7 @@ class Perplexity(NamedTuple):
   words: int
   bytes: int
 
-  def report(self) -> dict[str, float]:
+  def report(self) -> Metrics:
     """Perplexities per token, word and byte, the bits per byte, and the sizes.
 
     A perplexity beyond the range of floats is infinite; text with few spaces, such as Chinese, has words of hundreds

@@ -10,8 +10,11 @@ import os
 
 from tokenformer_jax.paths import replace_text, user_path
 
+Metrics = dict[str, int | float]
+Results = dict[str, Metrics]  # By the name of the task or text.
 
-def table(results: dict[str, dict[str, float]]) -> str:
+
+def table(results: Results) -> str:
   """Lines `task  metric  value ± standard error`; metrics of groups within a task are only in the JSON."""
   rows = [("task", "metric", "value")]
   for task, metrics in results.items():
@@ -19,7 +22,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
       if is_stderr(name) or "/" in name:
         continue
       error = metrics.get(stderr_name(name), math.nan)
-      shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+      shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value < 1e6 else f"{value:.4e}"
       rows.append((task, name, shown + (f" ± {error:.4f}" if math.isfinite(error) else "")))
   widths = [max(len(row[column]) for row in rows) for column in range(3)]
   return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -52,7 +55,7 @@ class Report:
   """
 
   def __init__(self, path: str | os.PathLike | None, show: bool = True):
-    self.results: dict[str, dict[str, float]] = {}
+    self.results: Results = {}
     self._path, self._show = None if path is None else user_path(path, "output"), show
     if self._path is None:
       return
@@ -63,7 +66,7 @@ class Report:
     trial.write_text("")
     trial.unlink()
 
-  def add(self, name: str, metrics: dict[str, float]) -> None:
+  def add(self, name: str, metrics: Metrics) -> None:
     """Adds the metrics of a task or text and writes the file."""
     self.results[name] = metrics
     if self._path is not None:
@@ -77,7 +80,7 @@ class Report:
       print(table(self.results), flush=True)
 
 
-def write_json(path: str | os.PathLike, results: dict) -> None:
+def write_json(path: str | os.PathLike, results: Results) -> None:
   """Writes the results completely or not at all; a number that is not finite becomes null, for JSON has no other."""
 
   def finite(node):
