@@ -1,62 +1,35 @@
 """`python -m tokenformer_jax.cli.grow` and `.shrink`, as a user calls them: what is said, and each mistake in one line."""
 
-import multiprocessing
-import os
-import runpy
-import sys
-
 import pytest
 
 from tests import small_run, test_stream
+from tests.commands import call
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.run_log import read_metrics
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tokenformer_jax.training.loop", "tokenformer_jax.training.resize"])
 COUNTS = ["--qkv_tokens=16", "--proj_tokens=24", "--ffn_tokens=32"]
 
 
-def run_module(door, out, errors, flags):
-  for descriptor, path in ((1, out), (2, errors)):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-  sys.argv[1:] = flags
-  runpy.run_module(f"tokenformer_jax.cli.{door}", run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture
-def door(tmp_path_factory):
-  """Runs a door with these flags in a process of its own: exit code, stdout, lines of stderr."""
-  said = tmp_path_factory.mktemp("said")
-
-  def run(name, *flags):
-    process = PROCESSES.Process(target=run_module, args=(name, said / "out", said / "errors", flags))
-    process.start()
-    process.join(timeout=300)
-    return process.exitcode, (said / "out").read_text(), (said / "errors").read_text().splitlines()
-
-  return run
-
-
 @pytest.mark.slow
-def test_a_run_is_grown_trained_and_shrunk(door, tmp_path):
+def test_a_run_is_grown_trained_and_shrunk(tmp_path):
   (tmp_path / "text.txt").write_text(small_run.TEXT)
   config = small_run.config(f"text:{tmp_path}/text.txt", num_steps=test_stream.STEP + 1, log_every=1)
   run = test_stream.write_source(tmp_path / "run", config)
-  code, out, errors = door("grow", f"--workdir={run}", f"--output={tmp_path}/grown", *COUNTS)
-  assert code == 0 and "60/60" in errors[-1], errors
+  code, out, errors = call("grow", f"--workdir={run}", f"--output={tmp_path}/grown", *COUNTS)
+  assert code == 0 and errors == ["leaf 60/60"], errors
   table, parameters, onward = out.splitlines()[:-2], *out.splitlines()[-2:]
   assert "params/blocks/ffn/keys                        (2, 16, 16)  (2, 32, 16)  zeros" in table
   assert parameters == f"parameters: {MODEL.num_parameters:,} -> {GROWN.num_parameters:,}"
-  assert onward == f"Go on with: python -m tokenformer_jax.cli.train --workdir={tmp_path}/grown"
+  assert onward == f"Resume with: python -m tokenformer_jax.cli.train --workdir={tmp_path}/grown"
 
-  code, out, errors = door("train", f"--workdir={tmp_path}/grown", "--allow_data_change")
+  code, out, errors = call("train", f"--workdir={tmp_path}/grown", "--allow_data_change")
   assert code == 0 and out.startswith(f"{tmp_path}/grown: {GROWN.num_parameters:,} parameters, resumed at step 40."), (
     errors
   )
   assert [row["step"] for row in read_metrics(str(tmp_path / "grown")) if "train/loss" in row] == [41]
 
-  code, out, errors = door("shrink", f"--workdir={tmp_path}/grown", f"--output={tmp_path}/small", "--ffn_tokens=20")
+  code, out, errors = call("shrink", f"--workdir={tmp_path}/grown", f"--output={tmp_path}/small", "--ffn_tokens=20")
   assert code == 0, errors
   assert "blocks/ffn                  32     20 " in out and out.splitlines()[-2].startswith("loss: ")
   assert Checkpoints(str(tmp_path / "small")).latest_step() == 41
@@ -74,7 +47,7 @@ MISTAKES = {
   "unknown way": (
     "grow",
     ["--workdir={0}/run", "--output={0}/new", "--method=magic"],
-    ["--method=magic", "exact|released|duplicate"],
+    ["--method=magic", "exact|live|released|duplicate"],
   ),
   "no such run": ("grow", ["--workdir={0}/missing", "--output={0}/new", *COUNTS], ["{0}/missing: no checkpoint there"]),
   "no counts": ("grow", ["--workdir={0}/run", "--output={0}/new"], ["growth changes nothing: qkv_tokens=8"]),
@@ -108,10 +81,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_written(door, folder, mistake):
+def test_a_mistake_is_one_line_and_nothing_is_written(folder, mistake):
   name, flags, words = MISTAKES[mistake]
   before = small_run.folder_digest(folder)
-  code, out, errors = door(name, *(flag.format(folder) for flag in flags))
+  code, out, errors = call(name, *(flag.format(folder) for flag in flags))
   assert (code, out, len(errors)) == (2, "", 1), errors
   assert errors[0].startswith("error: ")
   for word in words:
@@ -120,10 +93,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(door, folder, mistake):
 
 
 @pytest.mark.parametrize(
-  "name, begins", [("grow", "Gives a run more"), ("shrink", "Takes parameter tokens from a run")]
+  "name, begins", [("grow", "Gives a run more"), ("shrink", "Removes the least used parameter tokens")]
 )
-def test_help_says_what_the_flags_are(door, name, begins):
-  code, out, errors = door(name, "--help")
+def test_help_says_what_the_flags_are(name, begins):
+  code, out, errors = call(name, "--help")
   assert code == 0 and not errors
   assert out.startswith(begins) and all(
     flag in out for flag in ("--workdir", "--output", "--mesh.token", "--ffn_tokens")

@@ -2,39 +2,11 @@
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import runpy
-import sys
 
 import pytest
 
 from tests import small_run
-
-# The server imports what a door does once, and forks for every call of `door`.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tokenformer_jax.training.loop"])
-
-
-def run_module(out, errors, flags):
-  for descriptor, path in ((1, out), (2, errors)):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-  sys.argv[1:] = flags
-  runpy.run_module("tokenformer_jax.cli.train", run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture
-def door(tmp_path_factory):
-  """Runs the door with these flags in a process of its own: exit code, stdout, lines of stderr."""
-  said = tmp_path_factory.mktemp("said")
-
-  def run(*flags):
-    process = PROCESSES.Process(target=run_module, args=(said / "out", said / "errors", flags))
-    process.start()
-    process.join(timeout=300)
-    return process.exitcode, (said / "out").read_text(), (said / "errors").read_text().splitlines()
-
-  return run
+from tests.commands import call
 
 
 @pytest.fixture
@@ -48,6 +20,17 @@ def folder(tmp_path):
     f"import json\nimport ml_collections\n\ndef get_config():\n"
     f"  return ml_collections.ConfigDict(json.loads({json.dumps(begun.to_dict())!r}))\n"
   )
+  (tmp_path / "grows.py").write_text(
+    (tmp_path / "good.py").read_text()
+    + """
+def get_config(good=get_config):
+  config = good()
+  config.growth.stages = [dict(step=1000, qkv_tokens=16, proj_tokens=16, ffn_tokens=16)]
+  return config
+"""
+  )
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "tokenizer.json").write_text('{"model": "of something else"}')
   (tmp_path / "broken.py").write_text("def get_config(:\n")
   (tmp_path / "empty.py").write_text("")
   other = dataclasses.replace(begun, model=dataclasses.replace(begun.model, num_layers=7))
@@ -58,7 +41,7 @@ def folder(tmp_path):
 
 MISTAKES = {
   "no flags": ([], ["--workdir"]),
-  "neither a config nor a run to go on with": (["--workdir={0}/new"], ["{0}/new: no config.json there; give --config"]),
+  "neither a config nor a run to resume": (["--workdir={0}/new"], ["{0}/new: no config.json there; give --config"]),
   "no workdir": (["--config={0}/good.py"], ["--workdir"]),
   "unknown flag": (["--config={0}/good.py", "--workdir={0}/run", "--work_dir=x"], ["'work_dir'", "workdir ?"]),
   "no such file": (["--config={0}/missing.py", "--workdir={0}/run"], ["--config={0}/missing.py: no such file"]),
@@ -72,7 +55,28 @@ MISTAKES = {
   ),
   "unknown key": (
     ["--config={0}/good.py", "--workdir={0}/run", "--config.training.num_step=5"],
-    ["--config: ", 'Did you mean "num_steps" instead of "num_step"?'],
+    ["--config.training.num_step is unknown", "Did you mean 'num_steps'?", "Known: num_steps, seed"],
+  ),
+  "unknown section": (
+    ["--config={0}/good.py", "--workdir={0}/run", "--config.trainin.num_steps", "5"],
+    ["--config.trainin is unknown", "Did you mean 'training'?"],
+  ),
+  "an empty workdir": (["--config={0}/good.py", "--workdir="], ["workdir=''", "the path is empty"]),
+  "a bucket of an unknown scheme": (
+    ["--config={0}/good.py", "--workdir=gss://a/b"],
+    ["workdir='gss://a/b'", "the scheme gss:// is unknown"],
+  ),
+  "a growth that never happens": (
+    ["--config={0}/grows.py", "--workdir={0}/new"],
+    ["growth.stages: step=1000", "the run ends at training.num_steps=1000"],
+  ),
+  "a seed that JAX would cut": (
+    ["--config={0}/good.py", "--workdir={0}/new", "--config.training.seed=4294967296"],
+    ["training: seed=4294967296", "2**32"],
+  ),
+  "another tokenizer.json in the folder": (
+    ["--config={0}/good.py", "--workdir={0}/other", "--config.training.num_steps=1"],
+    ["{0}/other/tokenizer.json", "not overwritten"],
   ),
   "wrong type": (
     ["--config={0}/good.py", "--workdir={0}/run", "--config.training.num_steps=many"],
@@ -104,10 +108,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_written(door, folder, mistake):
+def test_a_mistake_is_one_line_and_nothing_is_written(folder, mistake):
   flags, words = MISTAKES[mistake]
   before = small_run.folder_digest(folder)
-  code, out, errors = door(*(flag.format(folder) for flag in flags))
+  code, out, errors = call("train", *(flag.format(folder) for flag in flags))
   assert (code, out, len(errors)) == (2, "", 1), errors
   assert errors[0].startswith("error: ")
   for word in words:
@@ -115,8 +119,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(door, folder, mistake):
   assert small_run.folder_digest(folder) == before
 
 
-def test_help_says_what_the_flags_are(door):
-  code, out, errors = door("--help")
+def test_help_says_what_the_flags_are():
+  code, out, errors = call("train", "--help")
   assert code == 0 and not errors
   assert out.startswith("Trains a TokenFormer") and all(
     flag in out for flag in ("--config", "--workdir", "--[no]profile")

@@ -1,12 +1,12 @@
-"""The flags by which one process of several finds the others; clusters that JAX knows need none of them."""
+"""The flags that tell one process of several where the others are; clusters that JAX knows need none of them."""
 
 from absl import flags
 
-flags.disclaim_key_flags()  # They are the door's that defines them.
+flags.disclaim_key_flags()  # They belong to the command that defines them.
 
 
 def define() -> None:
-  """--coordinator_address, --num_processes and --process_id."""
+  """Defines --coordinator_address, --num_processes and --process_id."""
   flags.DEFINE_string(
     "coordinator_address",
     None,
@@ -19,7 +19,7 @@ def define() -> None:
 
 
 def start(**options) -> bool:
-  """`distributed.processes.start` with what the flags say; whether this is the first process, which speaks."""
+  """Calls `distributed.processes.start` with the flags' values; returns whether this is the first process."""
   import jax
 
   from tokenformer_jax.distributed import processes

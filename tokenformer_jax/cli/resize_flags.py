@@ -1,10 +1,10 @@
-"""The flags of the doors that make a work folder with other counts of parameter tokens from a run's."""
+"""The flags of the commands that make a work folder with other counts of parameter tokens from a run's folder."""
 
 from typing import Any
 
 from absl import flags
 
-flags.disclaim_key_flags()  # They are the door's that defines them.
+flags.disclaim_key_flags()  # They belong to the command that defines them.
 
 _TOKENS = {
   "qkv_tokens": "each of query, key and value",
@@ -14,18 +14,20 @@ _TOKENS = {
 
 
 def define() -> None:
-  """--workdir, --output, --step, the three counts, and --mesh.token."""
-  flags.DEFINE_string("workdir", None, "Work folder of the run.")
+  """Defines --workdir, --output, --step, the three counts, and --mesh.token."""
+  flags.DEFINE_string("workdir", None, "Work folder of the run, local or in a gs:// bucket.")
   flags.DEFINE_string("output", None, "The new work folder, on a local disk.")
-  flags.DEFINE_integer("step", None, "Checkpoint to take; by default the newest.")
+  flags.DEFINE_integer("step", None, "Step of the checkpoint to read; by default the newest.")
   for name, place in _TOKENS.items():
-    flags.DEFINE_integer(name, None, f"Parameter tokens to be in {place}; by default as many as are.")
-  flags.DEFINE_integer("mesh.token", None, "Devices that share the parameter tokens from now on.")
+    flags.DEFINE_integer(name, None, f"New number of parameter tokens in {place}; by default it stays.")
+  flags.DEFINE_integer(
+    "mesh.token", None, "Number of devices that share the parameter tokens in the new run; by default it stays."
+  )
   flags.mark_flags_as_required(["workdir", "output"])
 
 
 def values() -> dict[str, Any]:
-  """What the flags say, as arguments of `training.resize.grow_run` and `shrink_run`."""
+  """Returns the flags' values as arguments of `training.resize.grow_run` and `shrink_run`."""
   given = flags.FLAGS
   return dict(
     workdir=given.workdir,

@@ -1,9 +1,9 @@
-"""Takes parameter tokens from a run, the least used first: a new work folder, the old one untouched.
+"""Removes the least used parameter tokens of a run: makes a new work folder, and leaves the old one as it is.
 
     python -m tokenformer_jax.cli.shrink --workdir=runs/large --output=runs/small --ffn_tokens=2048
 
-Use is a token's mean absolute contribution, measured on the run's training data; what it costs is measured on
-its held-out data. Shrinking to the counts before a growth, before training went on, undoes the growth.
+Use is a token's mean absolute contribution, measured on the run's training data; the loss before and after is measured
+on its held-out data. Shrinking a grown model to its earlier counts, before it is trained further, undoes the growth.
 """
 
 from absl import flags
@@ -15,11 +15,11 @@ resize_flags.define()
 
 def main(argv):
   del argv
-  # Imported here, so that --help and a bad flag are answered at once.
+  # This imports jax, which --help and a wrong flag do not need.
   from tokenformer_jax.training.resize import shrink_run
 
   print(shrink_run(**resize_flags.values()))
-  print(f"Go on with: python -m tokenformer_jax.cli.train --workdir={flags.FLAGS.output}")
+  print(f"Resume with: python -m tokenformer_jax.cli.train --workdir={flags.FLAGS.output}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tokenformer_jax.training.resume import (
   check_same_run,
   check_same_tokenizer,
   check_same_weights,
+  check_tokenizer_file,
 )
 from tokenformer_jax.training.run_checks import check_growths, check_samples, check_trackers, check_vocabulary
 from tokenformer_jax.training.run_log import RunLog
@@ -94,13 +95,14 @@ class _Run:
 
     if jax.process_index() == 0:
       folder.mkdir(parents=True, exist_ok=True)
-      # This comes first, because it refuses to overwrite another tokenizer.
+      # This comes first, because it refuses to overwrite files of others.
       data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
       replace_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2))
     self.log = RunLog(workdir, latest or 0, config)
 
   def _begin(self) -> tuple[Program, TrainState]:
     config = self.config
+    check_tokenizer_file(self.workdir, self.data.tokenizer)
     program = make_program(config, config.model, self.mesh)
     if not config.init_from:
       return program, program.initial_state()

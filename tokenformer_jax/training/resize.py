@@ -18,7 +18,7 @@ from tokenformer_jax import data
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh
-from tokenformer_jax.growth.plan import path_name, plan_growth
+from tokenformer_jax.growth.plan import counts_of, layers_of, path_name, plan_growth
 from tokenformer_jax.growth.report import GrowthReport
 from tokenformer_jax.growth.shrink import ShrinkReport, check_shrink, least_used
 from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory, shrunk
@@ -95,7 +95,8 @@ def shrink_run(
   text = data.open_data(config.data, seq_length=model.seq_length)
   count = config.training.eval_batches
   usage_on, loss_on = itertools.islice(text.train_batches(), count), text.held_out_batches(count)
-  rows, report = least_used(load(workdir, source.step), model, usage_on, loss_on)
+  counts = counts_of(layers_of(source.model), model)
+  rows, report = least_used(load(workdir, source.step), counts, usage_on, loss_on)
   source.write(output, config, lambda path, leaf: shrunk(path, leaf, rows))
   return report
 

@@ -8,6 +8,7 @@ from tokenformer_jax import data
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
 from tokenformer_jax.config.validation import build
 from tokenformer_jax.paths import user_path
+from tokenformer_jax.training.checkpoints import TOKENIZER
 from tokenformer_jax.training.schedules import learning_rate_schedule
 
 CONFIG = "config.json"
@@ -100,6 +101,21 @@ def check_same_tokenizer(stored: str, tokenizer: data.Tokenizer, where: str) -> 
     raise ValueError(
       f"{where}: its model was trained with the tokenizer {stored}, this run's is {tokenizer.fingerprint}: ids "
       f"would mean other text; set data.tokenizer to the one that its {CONFIG} has."
+    )
+
+
+def check_tokenizer_file(workdir: str, tokenizer: data.Tokenizer) -> None:
+  """Raises ValueError if the folder of a new run holds another tokenizer.json; `save_tokenizer` would refuse it later."""
+  path = user_path(workdir, "workdir") / TOKENIZER
+  if not path.exists():
+    return
+  try:
+    same = data.load_tokenizer(path).fingerprint == tokenizer.fingerprint
+  except ValueError:
+    same = False
+  if not same:
+    raise ValueError(
+      f"{path}: is not the tokenizer of this run and is not overwritten; move it away, or use another --workdir."
     )
 
 
