@@ -246,7 +246,7 @@ def test_metric_names_keep_the_filter_if_there_are_several():
 
 @pytest.fixture
 def own_tasks(tmp_path):
-  """A folder with three task files: one without a network's data, one with rolling texts, and one with two filters."""
+  """A folder of task files: data that must be downloaded, rolling texts and their group, two filters."""
   (tmp_path / "far.yaml").write_text(
     "{task: local_far, dataset_path: nobody/nothing, test_split: test, "
     "output_type: multiple_choice, doc_to_text: a, doc_to_choice: b}"
@@ -282,6 +282,7 @@ def own_tasks(tmp_path):
   }
   for task in (rolling, filtered):
     (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(shared | task))  # JSON is YAML.
+  (tmp_path / "group.yaml").write_text("{group: local_group, task: [local_rolling]}")
   return tmp_path
 
 
@@ -290,7 +291,7 @@ def test_a_perplexity_that_overflows_in_the_harness_is_infinite_and_loses_no_res
   results = evaluate(
     model,
     TOKENIZER,
-    tasks=["local_rolling", "local_filtered"],
+    tasks=["local_group", "local_filtered"],
     harness=True,
     task_files=own_tasks,
     progress=False,

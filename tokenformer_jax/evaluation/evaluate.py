@@ -35,13 +35,13 @@ def open_model(
     ValueError: both or neither of `workdir` and `pretrained`, an empty name, or a tokenizer with more ids than the
       model.
   """
-  if (workdir is None) == (pretrained is None):
-    raise ValueError(f"workdir={workdir!r}, pretrained={pretrained!r}: give exactly one of them.")
-  if workdir is not None:
+  if workdir is not None and pretrained is None:
     if tokenizer is not None:
       raise ValueError(f"tokenizer={tokenizer!r}: a run has its own tokenizer; leave this one out.")
     workdir = os.fspath(user_path(workdir, "workdir"))
     return load(workdir, step), load_tokenizer(workdir)
+  if workdir is not None or pretrained is None:
+    raise ValueError(f"workdir={workdir!r}, pretrained={pretrained!r}: give exactly one of them.")
   require(bool(pretrained), "pretrained", pretrained, "name a weight file, a folder or a hub name.")
   if not tokenizer:
     raise ValueError(

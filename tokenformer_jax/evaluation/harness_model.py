@@ -105,9 +105,10 @@ class HarnessModel(TemplateLM):
     """Continues texts up to a stop string, which is left out, to the end of the document or to `max_gen_toks`.
 
     A context loses its beginning if it and the new tokens do not fit into the model together. Greedy requests with
-    equal settings are generated in batches, longest first; a text is the same as if it were generated alone. A sampled
-    text is generated alone, with the number of its request as the seed: a task that repeats a request wants different
-    texts, and none of them depends on how requests are batched.
+    equal settings are generated in batches, longest first. The rows of a batch do not depend on one another, so a text
+    is the one that would be generated alone; only if two tokens are equally likely up to rounding, another shape of the
+    batch may choose the other one. A sampled text is generated alone, with the number of its request as the seed: a
+    task that repeats a request wants different texts, and none of them may depend on how requests are batched.
 
     Raises:
       ValueError: a setting that is unknown or out of range, or as many new tokens as the model reads; the message
@@ -118,8 +119,8 @@ class HarnessModel(TemplateLM):
     for request, name in zip(requests, names):
       context, options = request.args
       settings.append(self._settings(options, name))
-      room = self.max_length - settings[-1].max_new_tokens
-      prompts.append(self.tok_encode(context)[-room:] or [self.eot_token_id])
+      context_length = self.max_length - settings[-1].max_new_tokens
+      prompts.append(self.tok_encode(context)[-context_length:] or [self.eot_token_id])
     model = self._model.for_decoding()
     texts = [""] * len(requests)
     with Progress(self._shown("texts", disable_tqdm), len(requests)) as bar:
@@ -193,7 +194,7 @@ class HarnessModel(TemplateLM):
       progress=self._shown("log-likelihoods", disable_tqdm),
       name=lambda i: names[i],
     )
-    return [tuple(score) for score in scores]
+    return [(score.log_likelihood, score.greedy) for score in scores]
 
   def _shown(self, description: str, disable_tqdm: bool) -> str | None:
     return description if self._progress and not disable_tqdm else None

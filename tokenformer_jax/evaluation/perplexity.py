@@ -97,7 +97,8 @@ def perplexity(
   """
   length = model.config.seq_length
   stride = check_stride(stride, length)
-  requests, tokens, words, size = [], 0, 0, 0
+  requests: list[Request] = []
+  tokens = words = size = 0
   start = 0
   for end in corpus.ends.tolist():
     ids = corpus.tokens[start:end].tolist()
