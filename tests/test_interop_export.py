@@ -224,11 +224,11 @@ def test_a_broken_run_writes_nothing(tmp_path, model):
   "changed, message",
   [
     (int8_tokens, "int8"),
-    (LanguageModel.for_decoding, "export the LanguageModel that it was made from"),
-    (lambda model: model.blocks, "a Block without stacked layers"),
+    (LanguageModel.for_decoding, "a DecodingModel only decodes and cannot be exported"),
+    (lambda model: model.blocks, "a Block has no released names"),
   ],
 )
-def test_a_model_without_float_tokens_in_stacked_layers_is_refused(tmp_path, model, changed, message):
+def test_a_model_in_another_form_is_refused(tmp_path, model, changed, message):
   with pytest.raises(ValueError, match=message):
     export(changed(model), tmp_path / "out")
   assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 from etils import epath
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 from tokenformer_jax import data
 from tokenformer_jax.config import ModelConfig
@@ -21,7 +21,7 @@ from tokenformer_jax.interop.torch_file import write_torch
 from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_json
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split
-from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.nn.pattention import require_float_tokens
 from tokenformer_jax.nn.theta import initial_tau
 from tokenformer_jax.paths import user_path
 
@@ -97,14 +97,10 @@ def export(
   for file in [path, *beside.values()]:
     if file.exists():
       raise ValueError(f"{file}: this file exists and is not overwritten; choose an empty folder.")
-  if not isinstance(model, LanguageModel) or isinstance(model.blocks, nnx.List):
+  require_float_tokens(model, "exported")
+  if not isinstance(model, LanguageModel):
     raise ValueError(
-      f"model: a {type(model).__name__} without stacked layers (for_decoding makes such copies) cannot be exported; "
-      "export the LanguageModel that it was made from."
-    )
-  if any(isinstance(layer, Pattention) and layer.key_scales is not None for _, layer in nnx.iter_modules(model)):
-    raise ValueError(
-      "the model's parameter tokens are int8 and cannot be exported; export the model with float tokens."
+      f"model: a {type(model).__name__} has no released names and cannot be exported; give a LanguageModel."
     )
 
   _, parameters, tau = split(model)
