@@ -1,4 +1,4 @@
-"""Several processes: the numbers of one, whatever their number; what each of them reads, how they stop."""
+"""Several processes compute what one computes, each reads its own rows, and they agree on when to stop."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tokenformer_jax as tf
-from tests import small_run
+from tests import process_checks, small_run
 from tests.small_run import GROWN
 from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.processes import check_agree, share_of_rows, whole
@@ -26,6 +26,7 @@ from tokenformer_jax.training.run_log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, GROWTH_STEP = 8, 4
+PROMPT = "def f1(x):\n"
 SPEED = ("train/tokens_per_second", "train/utilisation")
 
 
@@ -35,7 +36,7 @@ class Device(NamedTuple):
 
 
 class Sharding:
-  """`sharding` with its devices on several processes, `places[device]` being the process of each."""
+  """`sharding` with its devices on several processes: `places[device]` is the process of each."""
 
   def __init__(self, sharding, places):
     self.mesh, self._sharding, self._places = sharding.mesh, sharding, places
@@ -53,10 +54,10 @@ class Sharding:
     ((8, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1], (0, 2)),
     ((8, 1, 1), [1, 1, 0, 0, 2, 2, 3, 3], (1, 4)),
     ((2, 2, 2), [1, 1, 1, 1, 0, 0, 0, 0], (1, 2)),
-    # Along the token axis all have the same rows.
+    # Devices that differ along the token axis have the same rows.
     ((1, 1, 8), [0, 0, 1, 1, 2, 2, 3, 3], (0, 1)),
     ((2, 1, 4), [1, 1, 2, 2, 0, 0, 3, 3], (1, 2)),
-    # As on a torus, where a process's devices need not be neighbours in the mesh.
+    # On a torus the devices of a process need not be neighbours in the mesh.
     ((8, 1, 1), [0, 1, 0, 1, 2, 3, 2, 3], (0, 4)),
   ],
 )
@@ -77,11 +78,11 @@ def test_one_process_agrees_with_itself_and_has_all_of_an_array():
   assert whole(array).tolist() == list(range(16))
 
 
-# Real processes.
+# Real processes. Starting one and compiling its programs takes most of the time, so each does several things.
 
 
 def run(count, *command, **variables):
-  """`python COMMAND` in `count` processes that know each other; {process} in it is the number of each."""
+  """Starts `python COMMAND` in `count` processes that know each other."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -89,30 +90,45 @@ def run(count, *command, **variables):
     "JAX_NUM_CPU_DEVICES": "1",
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     **variables,
-    # Compiled in half the time.
+    # This halves the time that compiling takes.
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
   }
   several = [f"--coordinator_address={address}", f"--num_processes={count}"] if count > 1 else []
-  several += ["--process_id={process}"] if several else []
-  commands = [[word.replace("{process}", str(i)) for word in (*command, *several)] for i in range(count)]
   return [
     subprocess.Popen(
-      [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+      [sys.executable, *command, *several, *([f"--process_id={number}"] if several else [])],
+      cwd=ROOT,
+      env=env,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
     )
-    for command in commands
+    for number in range(count)
   ]
 
 
 def outcome(processes, timeout=280):
-  """Exit codes, and stdout and stderr of each."""
+  """(exit codes, stdout of each, stderr of each)."""
   out, errors = zip(*[process.communicate(timeout=timeout) for process in processes])
   out = ["".join(line for line in text.splitlines(True) if not line.startswith("[Gloo]")) for text in out]
   return [process.returncode for process in processes], out, list(errors)
 
 
+def test_a_single_process_opens_no_port_and_stops_at_sigterm():
+  program = (
+    "import os, signal, jax; from tokenformer_jax.distributed import processes; "
+    "processes.start(stops_by_itself=True); from jax._src import distributed; "
+    "assert distributed.global_state.client is None and distributed.global_state.service is None; "
+    "assert not processes.must_stop(1); os.kill(os.getpid(), signal.SIGTERM); assert processes.must_stop(2); "
+    "print(jax.devices())"
+  )
+  codes, out, errors = outcome(run(1, "-c", program, http_proxy="http://127.0.0.1:9"), timeout=60)
+  assert codes == [0] and "CpuDevice" in out[0] and errors == [""]
+
+
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-  """A run with a growth and an evaluation."""
+  """The configuration of a run with a growth and an evaluation, and a file that has it."""
   folder = tmp_path_factory.mktemp("config")
   (folder / "text.txt").write_text(small_run.TEXT)
   config = small_run.config(
@@ -139,30 +155,42 @@ def alone(config_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def together(config_file, tmp_path_factory):
-  """The work folder of the run begun by two processes, stopped by a SIGTERM to one, and ended by four."""
+def stopped(config_file, tmp_path_factory):
+  """(work folder, step): the run on two processes that split the rows, stopped by a SIGTERM to one of them."""
   workdir = tmp_path_factory.mktemp("together") / "run"
-  door = ("-m", "tokenformer_jax.cli.train", f"--config={config_file[1]}", f"--workdir={workdir}")
-  two = run(2, *door)
-  while not (workdir / "metrics.jsonl").exists():  # The first step is about to be compiled.
+  two = run(2, "-m", "tokenformer_jax.cli.train", f"--config={config_file[1]}", f"--workdir={workdir}")
+  while not (workdir / "metrics.jsonl").exists():  # It appears before the first step is compiled.
     assert two[0].poll() is None, two[0].communicate()[1]
     time.sleep(0.01)
   two[1].send_signal(signal.SIGTERM)
   codes, out, errors = outcome(two)
   assert codes == [143, 143], errors
-  stopped = Checkpoints(str(workdir)).latest_step()
-  assert 1 <= stopped < STEPS and f"step {stopped}: stopped by SIGTERM, and saved" in out[0] and out[1] == ""
-  codes, out, errors = outcome(run(4, *door, "--config.mesh.data=2", "--config.mesh.token=2"))
-  assert codes == [0] * 4, errors
-  assert f"resumed at step {stopped}" in out[0] and out[1:] == [""] * 3
-  return workdir
+  step = Checkpoints(str(workdir)).latest_step()
+  assert 1 <= step < STEPS and f"step {step}: stopped by SIGTERM, and saved" in out[0] and out[1] == ""
+  return workdir, step
+
+
+@pytest.fixture(scope="module")
+def ended(config_file, stopped):
+  """(work folder, stdout of each): the run resumed and ended by two processes of two devices that split the tokens.
+
+  Before that the processes try to start a run with configurations that differ; after it they write a text.
+  """
+  workdir, step = stopped
+  asked = (f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=4", "--temperature=0")
+  codes, out, errors = outcome(
+    run(2, "-m", "tests.process_checks", str(config_file[1]), *asked, JAX_NUM_CPU_DEVICES="2")
+  )
+  assert codes == [0, 0], errors
+  assert f"resumed at step {step}" in out[0] and "resumed" not in out[1]
+  return workdir, out
 
 
 @pytest.mark.slow
-def test_two_and_then_four_processes_have_the_numbers_of_one(alone, together):
+def test_several_processes_have_the_numbers_of_one(alone, ended):
   ours, theirs = (
     [{name: value for name, value in row.items() if name not in SPEED} for row in read_metrics(str(workdir))]
-    for workdir in (together, alone)
+    for workdir in (ended[0], alone)
   )
   assert [row.keys() for row in ours] == [row.keys() for row in theirs]
   for row, other in zip(ours, theirs):
@@ -170,53 +198,25 @@ def test_two_and_then_four_processes_have_the_numbers_of_one(alone, together):
 
 
 @pytest.mark.slow
-def test_the_state_that_four_processes_save_is_that_of_one(config_file, alone, together):
+def test_the_state_that_several_processes_save_is_that_of_one(config_file, alone, ended):
   shapes = make_program(config_file[0], GROWN, small_run.mesh()).shapes
-  states = [Checkpoints(str(workdir)).restore(STEPS, shapes) for workdir in (together, alone)]
+  states = [Checkpoints(str(workdir)).restore(STEPS, shapes) for workdir in (ended[0], alone)]
   small_run.assert_close(states[0].params, states[1].params, 1e-4)
   small_run.assert_same((states[0].tau, states[0].born), (states[1].tau, states[1].born))
 
 
 @pytest.mark.slow
-def test_two_processes_write_as_one(config_file, together):
-  prompt = "def f1(x):\n"
-  (text,) = tf.generate(
-    tf.load(str(together)), tf.load_tokenizer(str(together)), prompt, max_new_tokens=4, temperature=0
-  )
-  codes, out, errors = outcome(
-    run(
-      2,
-      "-m",
-      "tokenformer_jax.cli.generate",
-      f"--workdir={together}",
-      f"--prompt={prompt}",
-      "--max_new_tokens=4",
-      "--temperature=0",
-    )
-  )
-  assert codes == [0, 0] and out == [prompt + text + "\n", ""], errors
+def test_several_processes_write_the_text_of_one_and_the_first_prints_it(ended):
+  workdir, out = ended
+  model, tokenizer = tf.load(str(workdir)), tf.load_tokenizer(str(workdir))
+  (text,) = tf.generate(model, tokenizer, PROMPT, max_new_tokens=4, temperature=0)
+  written = [said.partition(process_checks.WRITTEN)[2] for said in out]
+  assert written == [PROMPT + text + "\n", ""]
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_agree_all_say_so_and_write_nothing(config_file, tmp_path):
-  codes, out, errors = outcome(
-    run(
-      2,
-      "-m",
-      "tokenformer_jax.cli.train",
-      f"--config={config_file[1]}",
-      f"--workdir={tmp_path}/run",
-      "--config.training.num_steps=1{process}",
-    )
-  )
-  assert codes == [2, 2] and out == ["", ""] and not (tmp_path / "run").exists()
-  for said in errors:
-    assert said.startswith("error: configuration is not the same on all 2 processes: [1] have another than")
-    assert said.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_a_proxy_is_not_asked_for_the_way_to_this_machine():
-  program = "import jax; from tokenformer_jax.distributed import processes; processes.start(); print(jax.devices())"
-  codes, out, errors = outcome(run(1, "-c", program, http_proxy="http://127.0.0.1:9"), timeout=60)
-  assert codes == [0] and "CpuDevice" in out[0] and errors == [""]
+def test_processes_that_do_not_agree_all_say_so_and_write_nothing(ended):
+  workdir, out = ended
+  assert not workdir.with_name(process_checks.REFUSED_WORKDIR).exists()
+  for text in out:
+    assert f"{process_checks.REFUSED} configuration is not the same on all 2 processes: [1] differ from" in text

@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh of devices, and the table from logical axes to its axes."""
+"""Devices and processes: the mesh, the table from logical axes to mesh axes, and what compiled programs send."""

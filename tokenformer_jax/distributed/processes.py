@@ -1,10 +1,9 @@
-"""The processes of a run, on JAX's own runtime, which is started also where there is only one."""
+"""The processes of a run: how they start, stop, agree and share data. A single process needs no network."""
 
 import hashlib
 import json
-import os
 import signal
-import socket
+import threading
 from typing import Any
 
 import jax
@@ -12,12 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-# A process that is not heard of for so long ends the run. Beats come from a thread of their own, so that
-# compiling or reading for longer does no harm; a host that swaps or is moved may be silent for a minute.
+# A process that is silent for this long ends the run. Heartbeats come from a separate thread, so compiling or reading
+# data for longer does no harm; a host that swaps or is moved may be silent for a minute.
 HEARTBEAT_SECONDS = 100
-# What a shell shows for a process that SIGTERM ended.
+# The exit code that a shell reports for a process that SIGTERM ended.
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
-_LOCAL = "127.0.0.1"
+
+_alone_got_sigterm = threading.Event()  # Set by the signal handler of a run of one process.
 
 
 def start(
@@ -27,14 +27,18 @@ def start(
   *,
   stops_by_itself: bool = False,
 ) -> None:
-  """Joins the other processes of this run. Comes before anything that uses a device.
+  """Joins the other processes of this run. Call it before anything that uses a device.
 
-  Without arguments JAX asks the cluster (TPU slice, SLURM, Open MPI, Kubernetes); where there is none, this
-  process is the only one, and needs no network.
+  Without arguments JAX asks the cluster (TPU slice, SLURM, Open MPI, Kubernetes). Without a cluster this process is the
+  only one: no service is started and no port is opened.
 
   Args:
     coordinator_address: HOST:PORT of process 0, for machines without such a cluster.
-    stops_by_itself: SIGTERM no longer ends the process; the caller asks `must_stop` after every step.
+    num_processes: the number of processes.
+    process_id: the number of this process, from 0.
+    stops_by_itself: SIGTERM no longer ends the process; the caller asks `must_stop` after every step. A single process
+      handles the signal itself and therefore has to call this from its main thread; several use JAX's preemption
+      service, which makes them agree on the step after which they stop.
 
   Raises:
     ValueError: some of the three are missing or do not fit together.
@@ -44,10 +48,11 @@ def start(
   try:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except ValueError as error:
-    # So says JAX where nothing was given and no cluster found.
+    # JAX raises this where nothing was given and no cluster was found.
     nothing = all(value is None for value in given.values())
     if nothing and "coordinator_address should be defined" in str(error):
-      _start_alone()
+      if stops_by_itself:
+        signal.signal(signal.SIGTERM, lambda number, frame: _alone_got_sigterm.set())
       return
     shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
     raise ValueError(
@@ -55,31 +60,19 @@ def start(
     ) from None
 
 
-def _start_alone() -> None:
-  with socket.socket() as free:
-    free.bind((_LOCAL, 0))
-    address = f"{_LOCAL}:{free.getsockname()[1]}"
-  # gRPC would ask an http_proxy even for the way to this machine itself.
-  direct = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")
-  os.environ["no_grpc_proxy"] = f"{direct},{_LOCAL}" if direct else _LOCAL
-  jax.config.update("jax_check_proxy_envs", False)
-  jax.distributed.initialize(
-    address,
-    num_processes=1,
-    process_id=0,
-    coordinator_bind_address=address,
-    cluster_detection_method="deactivate",
-    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-  )
-
-
 def must_stop(step: int) -> bool:
-  """Whether a process got SIGTERM and all have agreed to stop after this step; ask after every step."""
-  return jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(step)
+  """Whether a process got SIGTERM and all processes have agreed to stop after this step.
+
+  Args:
+    step: the number of updates done. All processes call this after every step.
+  """
+  if _alone_got_sigterm.is_set():
+    return True
+  return bool(jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(step))
 
 
 def check_agree(**values: Any) -> None:
-  """Raises ValueError on all processes unless every one of them gives the same JSON-able `values`."""
+  """Raises ValueError on all processes unless all of them pass the same `values`, which JSON can represent."""
   texts = [json.dumps(value, sort_keys=True).encode() for value in values.values()]
   digests = b"".join(hashlib.sha256(text).digest()[:4] for text in texts)
   everywhere = multihost_utils.process_allgather(np.frombuffer(digests, np.uint32))
@@ -88,15 +81,22 @@ def check_agree(**values: Any) -> None:
     others = np.flatnonzero(column != column[0])
     if others.size:
       raise ValueError(
-        f"{name} is not the same on all {jax.process_count()} processes: {others.tolist()} have "
-        "another than process 0; start all with one command, on a shared file system."
+        f"{name} is not the same on all {jax.process_count()} processes: {others.tolist()} differ from process 0; "
+        "start all of them with the same command, on a shared file system."
       )
 
 
 def share_of_rows(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]:
-  """(index, count): which of `count` equal shares of an array's first axis this process's devices hold.
+  """Which equal share of an array's rows the devices of this process hold.
 
-  Processes whose devices differ only along axes that do not split the rows have the same share.
+  Processes whose devices differ only along mesh axes that do not split the rows have the same share.
+
+  Args:
+    sharding: the array's sharding.
+    shape: its shape; rows are its first axis.
+
+  Returns:
+    (index of the share, number of shares).
 
   Raises:
     ValueError: the shares of two processes overlap without being equal.
@@ -108,13 +108,13 @@ def share_of_rows(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]
   if sum(map(len, shares)) != shape[0] or len({len(share) for share in shares}) != 1:
     raise ValueError(
       f"mesh {dict(sharding.mesh.shape)}: {shape[0]} rows would lie unevenly on {len(rows)} "
-      "processes; choose data and fsdp so that a process's devices hold whole shares."
+      "processes; choose data and fsdp so that the devices of a process hold whole shares."
     )
   return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def whole(array: jax.Array) -> np.ndarray:
-  """The array as NumPy, all of it on every process; all processes call this together."""
+  """All of the array as NumPy on every process. All processes have to call this together."""
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return multihost_utils.process_allgather(array, tiled=True)
