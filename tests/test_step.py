@@ -255,3 +255,18 @@ def test_muon_with_an_average_trains_and_grows_on_a_mesh():
     state, metrics = large.train_step(state, batch)
     losses.append(float(metrics["loss"]))
   assert losses == sorted(losses, reverse=True)
+
+
+def test_duplicate_growth_keeps_the_average_and_its_function():
+  """Copies of a value share its lag as they share the value, so that the average is grown like the weights."""
+  config = small_run.replace(CONFIG, optimizer=dict(ema_decay=0.9), growth=dict(method="duplicate"))
+  model = small_run.MODEL
+  double = model.grown(qkv_tokens=2 * model.qkv_tokens, ffn_tokens=2 * model.ffn_tokens)
+  state = small_run.noise(make_program(config, model, small_run.mesh()).shapes)
+  grown, *_ = grow_state(state, model, double, config.growth)
+  for layer in ("attention/query", "ffn", "attention/proj"):
+    old, new = ({**leaves_by_path(evaluation_params(s))} for s in (state, grown))
+    old, new = ({name: np.array(tree[f"blocks/{layer}/{name}"]) for name in ("keys", "values")} for tree in (old, new))
+    copies = new["values"].reshape(len(new["values"]), -1, *old["values"].shape[1:])
+    np.testing.assert_allclose(copies.sum(1), old["values"], rtol=1e-5, atol=1e-6)
+    small_run.assert_same({"keys": new["keys"]}, {"keys": np.tile(old["keys"], (1, copies.shape[1], 1))})
