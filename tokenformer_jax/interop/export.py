@@ -81,22 +81,22 @@ def export(
       released code cannot express the model, its parameter tokens are int8, it is a copy for decoding, or the
       source does not exist.
   """
-  path = user_path(path)
-  if path.suffix in _OTHER_FILES:
+  file = user_path(path)
+  if file.suffix in _OTHER_FILES:
     raise ValueError(
-      f"{path}: a file that ends in {path.suffix} cannot be written; choose .bin, .safetensors, or a folder."
+      f"{file}: a file that ends in {file.suffix} cannot be written; choose .bin, .safetensors, or a folder."
     )
-  if path.suffix not in (".bin", ".safetensors"):
-    path = path / "model.safetensors"
-  released = path.suffix == ".bin" if released is None else released
-  if path.suffix == ".bin" and not released:
-    raise ValueError(f"{path}: a .bin cannot store τ; write a .safetensors, or the released form.")
+  if file.suffix not in (".bin", ".safetensors"):
+    file = file / "model.safetensors"
+  released = file.suffix == ".bin" if released is None else released
+  if file.suffix == ".bin" and not released:
+    raise ValueError(f"{file}: a .bin cannot store τ; write a .safetensors, or the released form.")
   if dtype not in EXPORT_DTYPES:
     raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(EXPORT_DTYPES)}.")
-  beside = {name: path.with_name(name) for name in _FILES_BESIDE}
-  for file in [path, *beside.values()]:
-    if file.exists():
-      raise ValueError(f"{file}: this file exists and is not overwritten; choose an empty folder.")
+  beside = {name: file.with_name(name) for name in _FILES_BESIDE}
+  for existing in [file, *beside.values()]:
+    if existing.exists():
+      raise ValueError(f"{existing}: this file exists and is not overwritten; choose an empty folder.")
   require_float_tokens(model, "exported")
   if not isinstance(model, LanguageModel):
     raise ValueError(
@@ -109,17 +109,17 @@ def export(
   rows_added = {field: getattr(config, field) - getattr(model.config, field) for field in _COUNTS}
   folder = local_path(source, "source") if os.fspath(source) else None
   card = model_card(
-    config, path.name, dtype=dtype, released=released, rows_added=rows_added, source=source, folder=folder, step=step
+    config, file.name, dtype=dtype, released=released, rows_added=rows_added, source=source, folder=folder, step=step
   )
-  tokenizer = _tokenizer(folder, config) if folder else None
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if path.suffix == ".bin":
-    write_torch(path, arrays, dtype)
+  tokenizer = None if folder is None else _tokenizer(folder, config)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  if file.suffix == ".bin":
+    write_torch(file, arrays, dtype)
   else:
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
     if not released:
       metadata[TAU_KEY] = json.dumps(taus)
-    write_safetensors(path, arrays, dtype, metadata)
+    write_safetensors(file, arrays, dtype, metadata)
   beside["config.json"].write_bytes(config_json(config).encode())
   beside["README.md"].write_bytes(card.encode())
   if tokenizer is not None:
@@ -127,7 +127,7 @@ def export(
   counts = {name: arrays[f"{name}.key_param_tokens"].shape[0] for name in taus}
   born = {name: initial_tau(config.theta, count) for name, count in counts.items()}
   grown = any(np.float32(taus[name]) != np.float32(born[name]) for name in taus)
-  return Exported(path, config, rows_added, keeps_grown_tau=grown and not released)
+  return Exported(file, config, rows_added, keeps_grown_tau=grown and not released)
 
 
 def released_arrays(

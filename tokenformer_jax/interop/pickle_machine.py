@@ -175,7 +175,8 @@ class _Machine:
 
   def _array(self, storage: _Storage, offset: int, shape: tuple, strides: tuple) -> PickledArray:
     shape = checked_shape(shape, "an array")
-    contiguous, size = [], 1
+    contiguous: list[int] = []
+    size = 1
     for axis in reversed(shape):
       contiguous.insert(0, size)
       size *= axis

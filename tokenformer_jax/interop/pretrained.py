@@ -143,7 +143,7 @@ def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], i
     for place, block in array.blocks(rows):
       with np.errstate(over="ignore"):
         part[place] = block[:, *columns]
-      bad += np.count_nonzero(~np.isfinite(part[place]))
+      bad += int(np.count_nonzero(~np.isfinite(part[place])))
     if bad:
       raise ValueError(
         f"{where}: {name} has {bad} numbers that are NaN or infinite in float32; the file "

@@ -40,7 +40,7 @@ def rewritten_keys(keys: np.ndarray, tau: float, theta: str, num_tokens: int) ->
     return keys
   factor = math.sqrt(max(num_tokens / float(tau) ** 2 - 1.0, 0.0))
   more = np.zeros((num_tokens - len(keys), keys.shape[1]), keys.dtype)
-  root = factor * np.linalg.qr(keys.astype(np.float64), mode="r")
+  root = factor * np.asarray(np.linalg.qr(keys.astype(np.float64), mode="r"))
   more[: len(root)] = root
   return np.concatenate([keys, more])
 

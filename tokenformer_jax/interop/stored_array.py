@@ -135,12 +135,12 @@ def written_whole(path: str | os.PathLike) -> Iterator[epath.Path]:
   An object in a store is visible only when its upload is complete, and cannot be renamed; a local file is written under
   another name first.
   """
-  path = epath.Path(path)
-  target = path if is_uri(path) else path.with_name(path.name + ".unfinished")
+  whole = epath.Path(path)
+  target = whole if is_uri(whole) else whole.with_name(whole.name + ".unfinished")
   try:
     yield target
-    if target != path:
-      target.replace(path)
+    if target != whole:
+      target.replace(whole)
   except BaseException:
     target.unlink(missing_ok=True)
     raise

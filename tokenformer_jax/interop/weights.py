@@ -36,20 +36,20 @@ def open_weights(path: str | os.PathLike) -> Weights:
   Raises:
     ValueError: there is no such file, it is not a weight file, or it is damaged.
   """
-  path = user_path(path)
-  if path.is_dir():
-    return _open_folder(path)
-  if not path.is_file():
-    raise ValueError(f"{path}: there is no such file or folder.")
-  if path.name.endswith(".index.json"):
-    return _sharded(path)
-  with path.open("rb") as file:
+  found = user_path(path)
+  if found.is_dir():
+    return _open_folder(found)
+  if not found.is_file():
+    raise ValueError(f"{found}: there is no such file or folder.")
+  if found.name.endswith(".index.json"):
+    return _sharded(found)
+  with found.open("rb") as file:
     first = file.read(64)
   if first.startswith(b"PK\x03\x04"):
-    return read_torch(path)
+    return read_torch(found)
   if first[8:9] == b"{":
-    return read_safetensors(path)
-  raise ValueError(f"{path}: {_description(first)}; expected a safetensors file or a file of torch.save.")
+    return read_safetensors(found)
+  raise ValueError(f"{found}: {_description(first)}; expected a safetensors file or a file of torch.save.")
 
 
 def _open_folder(folder: epath.Path) -> Weights:
