@@ -36,7 +36,8 @@ from tokenformer_jax.config import Config, DataConfig, ModelConfig
 from tokenformer_jax.data import open_data, open_tokenizer
 from tokenformer_jax.data.corpus import batches_of_documents
 from tokenformer_jax.data.documents import BadText
-from tokenformer_jax.data.prepare import prepare, train_or_load_bpe
+from tokenformer_jax.data.prepare import prepare
+from tokenformer_jax.data.prepared_bpe import train_or_load_bpe
 from tokenformer_jax.data.sources import open_documents
 from tokenformer_jax.data.spec import parse_sources
 

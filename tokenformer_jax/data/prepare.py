@@ -1,24 +1,23 @@
-"""Tokenizes a source once, into a folder that `tokens:FOLDER` reads; stopped, it goes on where it was."""
+"""Tokenizes a source once, into a folder that `tokens:FOLDER` reads; a run that was stopped is resumed."""
 
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from absl import logging
 
-from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data.corpus import encoded_batches, key_hash, update_digest
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 from tokenformer_jax.data.fingerprint import hash_file
 from tokenformer_jax.data.megatron_index import write_index
-from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, TOKENIZER, TOKENS, read_manifest
-from tokenformer_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer
-from tokenformer_jax.data.tokenizer_files import load_tokenizer, save_tokenizer
+from tokenformer_jax.data.prepared_folder import INPUTS, begin, is_unchanged, local_folder, stamps, write_json
+from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, TOKENS
+from tokenformer_jax.data.tokenizer import Tokenizer
 
-LENGTHS = "lengths.bin"  # Of the documents so far; the index replaces it in the end.
+LENGTHS = "lengths.bin"  # [documents] int64, their lengths so far; the index replaces it at the end.
 
 
 def prepare(
@@ -27,29 +26,51 @@ def prepare(
   folder: str | os.PathLike,
   *,
   bad_text: str = "error",
+  part: tuple[int, int] | None = None,
   progress: Callable[[int], None] = lambda size: None,
 ) -> dict:
   """Writes the source's token ids, document bounds and keys, the tokenizer and a manifest into a folder.
 
-  The ids are a Megatron pair (tokens.bin and tokens.idx), readable by other programs too. A folder
-  that an earlier call left unfinished is gone on with; a finished one is left as it is.
+  The ids are a Megatron pair (tokens.bin and tokens.idx), which other programs read too. A folder that an earlier
+  call left unfinished is completed. A finished one is left as it is if it holds what is asked for: files with other
+  times, and sources without files, are read again and compared.
 
   Args:
     source: documents of text.
     tokenizer: the tokenizer.
-    folder: where to write; made if it is not there.
+    folder: the local folder to write to, which is made if it is not there.
     bad_text: see `BadText`.
-    progress: called with the size of the text in bytes each time that some more of it is done.
+    part: (i, n) tokenizes the documents i, i + n, … (the first has number 1) into a folder of their own inside
+      `folder`, so that n processes or machines share the work; `merge_parts` joins them. Every part reads the whole
+      text, which takes much less time than to tokenize it.
+    progress: called with the size in bytes of the text of this part that was done since the last call.
 
   Returns:
-    The manifest: source, counts of documents, tokens and bytes, hashes of text, tokenizer and files.
+    The manifest: source, options, counts of documents, tokens and bytes, hashes of text, tokenizer and files.
+
+  Raises:
+    ValueError: the folder is not empty and holds something else than what is asked for (the message says in what it
+      differs), the source has no text or text that cannot be read, or `part` is not one of 1/n to n/n.
   """
-  folder = pathlib.Path(folder)
-  # Megatron's index knows no uint32.
+  folder = local_folder(folder)
+  number, count = part or (1, 1)
+  if not 1 <= number <= count:
+    raise ValueError(f"part={number}/{count}: parts are 1/{count} to {count}/{count}; add one to an index from 0.")
+  if part:
+    folder = part_folder(folder, number, count)
+  # Megatron's index has no uint32.
   dtype = np.dtype(np.uint16 if tokenizer.dtype == np.uint16 else np.int32)
-  manifest = _begin(folder, source, tokenizer)
+  manifest = begin(folder, source, tokenizer, bad_text, f"{number}/{count}" if part else None)
+  bad, digest, whole = BadText(bad_text), hashlib.sha256(), _Whole()
+  documents = source.read(bad)
+  if part:
+    documents = itertools.islice(map(whole.count, documents), number - 1, None, count)
   if manifest["complete"]:
+    if not is_unchanged(folder, source):
+      _compare(documents, manifest, digest, whole, folder, progress)
+      write_json(folder / INPUTS, stamps(source))
     return manifest
+  write_json(folder / INPUTS, stamps(source))
   for name, size in (
     (TOKENS, manifest["tokens"] * dtype.itemsize),
     (KEYS, manifest["documents"] * 8),
@@ -57,9 +78,8 @@ def prepare(
   ):
     with open(folder / name, "ab") as file:
       file.truncate(size)
-  bad, digest = BadText(bad_text), hashlib.sha256()
-  documents = source.read(bad)
   progress(_skip(documents, manifest, digest, folder))
+  _commit(folder, manifest, ())
   end = np.array([tokenizer.end_of_document], dtype)
   with (
     open(folder / TOKENS, "ab") as tokens,
@@ -80,91 +100,83 @@ def prepare(
       )
       _commit(folder, manifest, (tokens, keys, lengths))
       progress(size)
-  return _finish(folder, manifest, dtype, bad, source)
+  if part:
+    manifest["whole"] = whole.summary()
+  if not (whole.documents if part else manifest["documents"]):
+    raise ValueError(f"source {source.name} holds no text: check the files or the data set that it names.")
+  bad.report(source.name)
+  lengths = np.fromfile(folder / LENGTHS, np.int64)
+  return finish(folder, manifest, dtype, lengths, bad.replaced, bad.skipped)
 
 
-def train_or_load_bpe(
-  source: DocumentSource,
-  vocab_size: int,
-  folder: str | os.PathLike,
-  *,
-  bad_text: str = "error",
-  progress: Callable[[int], None] = lambda size: None,
-) -> Tokenizer:
-  """The byte-level BPE in the folder, learnt first from the whole source if it is not there."""
-  folder = pathlib.Path(folder)
-  if not (folder / TOKENIZER).is_file():
-
-    def texts() -> Iterator[str]:
-      for document in source.read(BadText(bad_text)):
-        progress(len(document.text.encode("utf-8")))
-        yield document.text
-
-    description = byte_level_bpe.train(texts(), vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(HuggingFaceTokenizer(description, byte_level_bpe.END_OF_DOCUMENT), folder / TOKENIZER)
-  return load_tokenizer(folder / TOKENIZER)
+def part_folder(folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
+  """Where part `number` of `count` lies."""
+  return folder / f"part-{number:05}-of-{count:05}"
 
 
-def _begin(folder: pathlib.Path, source: DocumentSource, tokenizer: Tokenizer) -> dict:
-  """The manifest of what is in the folder, or a new one in a new folder."""
-  if (folder / MANIFEST).is_file():
-    manifest = read_manifest(folder)
-    for key, now in (("source", source.name), ("tokenizer", tokenizer.fingerprint)):
-      if manifest.get(key) != now:
-        raise ValueError(
-          f"{folder} holds {key} {manifest.get(key)!r}, this is {now!r}: name another folder, or remove that one."
-        )
-    return manifest
-  if folder.is_dir() and set(os.listdir(folder)) - {TOKENIZER}:
-    raise ValueError(f"{folder} holds other files: name a new or empty folder.")
-  folder.mkdir(parents=True, exist_ok=True)
-  save_tokenizer(tokenizer, folder / TOKENIZER)
-  manifest = dict(
-    complete=False,
-    source=source.name,
-    tokenizer=tokenizer.fingerprint,
-    documents=0,
-    tokens=0,
-    bytes=0,
-    sha256=hashlib.sha256().hexdigest(),
-  )
-  _commit(folder, manifest, ())
+def finish(
+  folder: pathlib.Path, manifest: dict, dtype: np.dtype, lengths: np.ndarray, replaced: int, skipped: int
+) -> dict:
+  """Writes the index and the complete manifest of a folder; returns the manifest.
+
+  Args:
+    folder: the folder, with its tokens and keys.
+    manifest: the manifest until now.
+    dtype: the type of the ids.
+    lengths: [documents] the number of ids of each.
+    replaced: the number of byte sequences that became U+FFFD.
+    skipped: the number of documents that were left out.
+  """
+  write_index(folder / INDEX, dtype, lengths)
+  files = {name: hash_file(folder / name) for name in (TOKENS, INDEX, KEYS)}
+  manifest.update(complete=True, replaced=replaced, skipped=skipped, files=files)
+  write_json(folder / MANIFEST, manifest)
+  (folder / LENGTHS).unlink(missing_ok=True)
   return manifest
 
 
+class _Whole:
+  """Counts and hashes all documents of a source, of which only a part is tokenized."""
+
+  def __init__(self):
+    self.documents, self._bytes, self._digest = 0, 0, hashlib.sha256()
+
+  def count(self, document: Document) -> Document:
+    self.documents += 1
+    self._bytes += update_digest(self._digest, document)
+    return document
+
+  def summary(self) -> dict:
+    return dict(documents=self.documents, bytes=self._bytes, sha256=self._digest.hexdigest())
+
+
 def _skip(documents: Iterator[Document], manifest: dict, digest, folder: pathlib.Path) -> int:
-  """Passes over what is written already; returns its size in bytes."""
+  """Reads the documents that are written already and compares them; returns their size in bytes."""
   done = itertools.islice(documents, manifest["documents"])
   size = sum(update_digest(digest, document) for document in done)
   if digest.hexdigest() != manifest["sha256"]:
     raise ValueError(
       f"{manifest['source']} has changed since its first {manifest['documents']} documents "
-      f"were prepared: remove {folder} and begin again."
+      f"were prepared: remove {folder} and prepare it again."
     )
   return size
+
+
+def _compare(
+  documents: Iterator[Document], manifest: dict, digest, whole: _Whole, folder: pathlib.Path, progress
+) -> None:
+  """Reads the text of a finished folder again; raises ValueError if it is not what was prepared."""
+  logging.info("%s: its files may have changed; their text is compared with the tokens' origin.", folder)
+  progress(_skip(documents, manifest, digest, folder))
+  if next(documents, None) is not None or manifest.get("whole", whole.summary()) != whole.summary():
+    raise ValueError(
+      f"{manifest['source']} holds more documents than the {manifest['documents']} in {folder}: remove the folder to "
+      "prepare it again, or name another one."
+    )
 
 
 def _commit(folder: pathlib.Path, manifest: dict, files) -> None:
   for file in files:
     file.flush()
     os.fsync(file.fileno())
-  unfinished = folder / (MANIFEST + ".unfinished")
-  unfinished.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-  unfinished.replace(folder / MANIFEST)
-
-
-def _finish(folder: pathlib.Path, manifest: dict, dtype: np.dtype, bad: BadText, source: DocumentSource) -> dict:
-  if not manifest["documents"]:
-    raise ValueError(f"source {source.name} holds no text: check what it names.")
-  write_index(folder / INDEX, dtype, np.fromfile(folder / LENGTHS, np.int64))
-  bad.report(source.name)
-  manifest.update(
-    complete=True,
-    replaced=bad.replaced,
-    skipped=bad.skipped,
-    files={name: hash_file(folder / name) for name in (TOKENS, INDEX, KEYS)},
-  )
-  _commit(folder, manifest, ())
-  (folder / LENGTHS).unlink()
-  return manifest
+  write_json(folder / MANIFEST, manifest)

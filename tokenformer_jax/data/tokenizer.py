@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from tokenformer_jax.config.data import SPECIAL_TOKENS
 from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data.canonical_tokenizer import canonical
 
 LONG_TEXT = 500_000  # Characters; a longer text is encoded in pieces.
 PADDING_MULTIPLE = 128
-SPECIAL_TOKENS = ("recognise", "text")
 
 
 class Tokenizer:

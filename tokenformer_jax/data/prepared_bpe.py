@@ -1,0 +1,96 @@
+"""Learns the BPE of a prepared folder once, and refuses to pass it for another one."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+from tokenformer_jax.data import byte_level_bpe
+from tokenformer_jax.data.documents import BadText, DocumentSource
+from tokenformer_jax.data.prepared_folder import (
+  BPE,
+  local_folder,
+  require_same_bad_text,
+  require_same_files,
+  stamps,
+  write_json,
+)
+from tokenformer_jax.data.token_files import MANIFEST, TOKENIZER, read_manifest
+from tokenformer_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from tokenformer_jax.data.tokenizer_files import config_path, load_tokenizer, save_tokenizer
+
+
+def train_or_load_bpe(
+  source: DocumentSource,
+  vocab_size: int,
+  folder: str | os.PathLike,
+  *,
+  bad_text: str = "error",
+  special_tokens: str = "recognise",
+  progress: Callable[[int], None] = lambda size: None,
+) -> Tokenizer:
+  """The byte-level BPE in a folder, which is learnt from the whole source first if it is not there.
+
+  Args:
+    source: documents of text.
+    vocab_size: the largest number of ids; short texts give fewer.
+    folder: the local folder that `prepare` will fill.
+    bad_text: see `BadText`.
+    special_tokens: see `HuggingFaceTokenizer`.
+    progress: called with the size in bytes of each document that was read.
+
+  Raises:
+    ValueError: the folder holds a BPE that was asked to be another one (another size, source, files or options), or
+      a tokenizer that this function did not write.
+  """
+  folder = local_folder(folder)
+  asked = dict(
+    vocab_size=vocab_size, source=source.name, bad_text=bad_text, special_tokens=special_tokens, inputs=stamps(source)
+  )
+  path = folder / TOKENIZER
+  if path.is_file():
+    _require_same(folder, asked)
+    return load_tokenizer(path)
+  if folder.is_dir() and set(os.listdir(folder)) - {BPE, TOKENIZER, config_path(path).name}:
+    raise ValueError(f"{folder} holds other files: name a new or empty folder.")
+
+  def texts() -> Iterator[str]:
+    for document in source.read(BadText(bad_text)):
+      progress(len(document.text.encode("utf-8")))
+      yield document.text
+
+  tokenizer = HuggingFaceTokenizer(
+    byte_level_bpe.train(texts(), vocab_size), byte_level_bpe.END_OF_DOCUMENT, special_tokens
+  )
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / BPE, asked)
+  save_tokenizer(tokenizer, path)
+  return tokenizer
+
+
+def _require_same(folder: pathlib.Path, asked: dict) -> None:
+  """Raises ValueError unless the BPE in a folder was learnt as it is asked for now."""
+  way_out = "remove the folder to learn it again, or name another one"
+  is_prepared = (folder / MANIFEST).is_file()
+  if not (folder / BPE).is_file():
+    # Earlier releases did not write down what was asked for; the number of ids tells, unless the text was short.
+    size = load_tokenizer(folder / TOKENIZER).vocab_size
+    if not is_prepared:
+      raise ValueError(f"{folder / TOKENIZER} was not learnt here: move it away, or use it with --tokenizer.")
+    if size != asked["vocab_size"]:
+      raise ValueError(f"{folder} holds a tokenizer of {size} ids, not {asked['vocab_size']}: {way_out}.")
+    return
+  try:
+    stored = json.loads((folder / BPE).read_text(encoding="utf-8-sig"))
+    for key in ("vocab_size", "source", "special_tokens"):
+      if stored[key] != asked[key]:
+        raise ValueError(f"{folder} holds a BPE with {key}={stored[key]!r}, not {asked[key]!r}: {way_out}.")
+    inputs = [[name, size, time] for name, size, time in stored["inputs"]]
+    bad_text = stored["bad_text"]
+  except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    raise ValueError(f"{folder / BPE} cannot be read ({error!r}): {way_out}.") from None
+  require_same_bad_text(bad_text, asked["bad_text"], f"{folder} holds a BPE learnt with", way_out)
+  require_same_files(inputs, asked["inputs"], f"{folder} holds a BPE learnt from", way_out)
+  # Of a finished folder, `prepare` compares the text itself.
+  if inputs != asked["inputs"] and not (is_prepared and read_manifest(folder)["complete"]):
+    raise ValueError(f"{folder} holds a BPE learnt from files that were written again since: {way_out}.")
