@@ -17,6 +17,7 @@ from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.interop.names import to_released
 from tokenformer_jax.nn.parameters import Tau, parameter, split
+from tokenformer_jax.training.loop import train
 from tokenformer_jax.training.program import check_run, make_program
 from tokenformer_jax.training.state import TrainState, initial_state
 from tokenformer_jax.training.step import make_train_step
@@ -106,6 +107,13 @@ def test_micro_batches_that_devices_would_have_to_repeat_are_refused(sizes, rows
   )
   assert f"data.batch_size={rows} cannot be split over the 8 devices along mesh axes data × fsdp" in str(error.value)
   assert f"choose a data.batch_size that {8 * accumulation} divides" in str(error.value)
+
+
+def test_a_run_is_refused_before_its_data_is_read(tmp_path):
+  config = small_run.replace(small_run.config(f"text:{tmp_path}/none.txt"), optimizer=dict(warmup_steps=1001))
+  with pytest.raises(ValueError, match="optimizer.warmup_steps=1001 .* do not fit into training.num_steps=1000"):
+    train(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
 
 
 def run(program, start, batches):

@@ -23,7 +23,7 @@ from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints, load, l
 from tokenformer_jax.training.flops import peak_flops
 from tokenformer_jax.training.held_out import held_out_losses, write_sample
 from tokenformer_jax.training.loss_curve import plot_losses
-from tokenformer_jax.training.program import Program, make_program
+from tokenformer_jax.training.program import Program, check_run, make_program
 from tokenformer_jax.training.resume import (
   CONFIG,
   changed_rate,
@@ -71,6 +71,7 @@ class _Run:
     self.mesh = make_mesh(config.mesh)
     check_same_run(config, workdir, allow_data_change)
     check_trackers(config)
+    check_run(config, self.mesh)
     check_growths(config, self.mesh)
     index, count = share_of_rows(batch_sharding(self.mesh, (config.data.batch_size,)), (config.data.batch_size,))
     self.data = data.open_data(
