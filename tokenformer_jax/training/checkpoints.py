@@ -101,10 +101,10 @@ class Checkpoints:
 
 
 def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-  """Returns the model of a training run, ready to call.
+  """Returns the model of a training run, or one that `save` or `export` wrote, ready to call.
 
   Args:
-    workdir: a run's work folder, local or gs://BUCKET/FOLDER.
+    workdir: a run's work folder, local or gs://BUCKET/FOLDER; or a folder of exported weights.
     step: which checkpoint; by default the newest.
     mesh: where the parameters go; by default the first device, or with several processes all devices, each
       with a copy.
@@ -112,6 +112,13 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
   Raises:
     ValueError: there is no checkpoint, or none of that step.
   """
+  folder = user_path(workdir, "workdir")
+  if (folder / "model.safetensors").exists() and not (folder / "checkpoints").exists():
+    if step is not None:
+      raise ValueError(f"{workdir}: exported weights have no steps; leave step={step} out.")
+    from tokenformer_jax.interop.pretrained import from_pretrained  # It imports this module for work folders.
+
+    return from_pretrained(folder, mesh=mesh)
   with _open(workdir, ocp.StandardCheckpointHandler, create=False) as manager:
     step = _chosen_step(manager, workdir, step)
     abstract = abstract_model(ModelConfig(**_record(manager, step)["model"]))
@@ -192,9 +199,7 @@ def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 def _chosen_step(manager: ocp.CheckpointManager, workdir: str, step: int | None) -> int:
   steps = _whole_steps(manager)
   if not steps:
-    exported = user_path(workdir, "workdir") / "model.safetensors"
-    way_out = "read these exported weights with from_pretrained" if exported.exists() else "train first"
-    raise ValueError(f"{workdir}: no checkpoint there; {way_out}, or give the work folder of a run.")
+    raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
   if step is not None and step not in steps:
     raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
   return steps[-1] if step is None else step
