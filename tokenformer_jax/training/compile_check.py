@@ -1,4 +1,4 @@
-"""A run's train step and decode step, compiled for chips that are not there: what each holds and sends."""
+"""Compiles a run's programs for chips that are not present, to find out what each chip would hold and send."""
 
 import dataclasses
 import math
@@ -15,7 +15,6 @@ from tokenformer_jax.config import Config
 from tokenformer_jax.distributed.axes import batch_sharding, platform_of, replicated
 from tokenformer_jax.distributed.chips import Chip
 from tokenformer_jax.distributed.collectives import Collective, collectives
-from tokenformer_jax.distributed.mesh import MESH_AXES, mesh_sizes
 from tokenformer_jax.distributed.topologies import (
   abstract_mesh,
   can_compile,
@@ -23,6 +22,7 @@ from tokenformer_jax.distributed.topologies import (
   parse_topology,
   slice_mesh,
 )
+from tokenformer_jax.growth.plan import check_growth
 from tokenformer_jax.inference.generate import bucket, decoding_programs
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.flops import product_flops
@@ -33,15 +33,17 @@ _PROMPT = 16
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """One program on one chip of a slice. Bytes and FLOPs are a chip's, `tokens` are all chips'.
+  """One program on one chip of a slice. Bytes and FLOPs are per chip, `tokens` counts those of all chips.
 
   Attributes:
+    name: which program.
+    chip: the chip.
     held: bytes of the program's arguments by name.
-    peak: bytes in use at the fullest moment, None where nothing was compiled.
-    flops: of the products as traced, recomputation and the masked half of attention included, divided by
-      the number of chips.
-    model_flops: the model's own, causal attention at half.
-    sent: what goes to other chips, None where nothing was compiled.
+    peak: the most bytes in use at once; None where nothing was compiled.
+    flops: FLOPs of all products in the traced program divided by the number of chips. They include what remat computes
+      again and the masked half of attention.
+    model_flops: FLOPs that the model needs, with causal attention at half.
+    sent: what goes to other chips; None where nothing was compiled.
     tokens: tokens of a step.
   """
 
@@ -56,17 +58,17 @@ class Check:
 
   @property
   def compute_seconds(self) -> float:
-    """At the published peak."""
+    """Time of the products at the chip's published peak."""
     return self.flops / self.chip.peak_flops
 
   @property
   def memory_seconds(self) -> float:
-    """To read every argument once: no step can be faster."""
+    """Time to read every argument once, which no step can undercut."""
     return sum(self.held.values()) / self.chip.memory_bandwidth
 
   @property
   def sent_seconds(self) -> dict[tuple[str, ...], float]:
-    """By mesh axes, each with a physical axis of the slice to itself, in rings that are closed."""
+    """Time of what is sent, by mesh axes; each mesh axis is taken to have a closed ring of the slice to itself."""
     seconds = Counter()
     for collective in self.sent or ():
       physical = min(len(collective.axes), self.chip.torus_axes)
@@ -75,76 +77,123 @@ class Check:
 
   @property
   def step_seconds(self) -> tuple[float, float]:
-    """(all that is sent hidden behind the products, nothing hidden)."""
+    """(time of a step that hides everything it sends behind the products, time of one that hides nothing)."""
     busy = max(self.compute_seconds, self.memory_seconds)
     sent = self.sent_seconds.values()
     return max([busy, *sent]), busy + sum(sent)
 
 
-def check(config: Config, topology: str) -> list[Check]:
-  """The checks of the train step and the decode step of `config` on a slice such as v5e:4x4, or GPUs such as h100:8.
+@dataclasses.dataclass(frozen=True)
+class GrowthCheck:
+  """What one chip holds while a run grows its state, in bytes.
+
+  Attributes:
+    name: which growth.
+    chip: the chip.
+    old, new: the training state before and after.
+    peak: the most of both at once. `grow_state` makes the leaves one after the other and frees each old one when its
+      successor exists. The temporary arrays of the program that makes one leaf are not counted.
+  """
+
+  name: str
+  chip: Chip
+  old: int
+  new: int
+  peak: int
+
+
+def check(config: Config, topology: str) -> list[Check | GrowthCheck]:
+  """Checks the programs of a run on a slice such as v5e:4x4, or on GPUs such as h100:8.
 
   Where nothing can be compiled for such chips (`can_compile`), the programs are only lowered, on an abstract mesh.
 
+  Args:
+    config: the run. Its mesh has to use all chips of the slice.
+    topology: chip and sizes of the slice.
+
+  Returns:
+    The checks of the train step and the decode step. For a run that grows: those of the first model's train step, of
+    every growth, and of the last and largest model's train step and decode step.
+
   Raises:
-    ValueError: the topology is unknown, something does not divide, or the program does not fit into memory.
+    ValueError: the topology is unknown, something does not divide, or a program does not fit into memory.
   """
   chip, _ = parse_topology(topology)
   mesh = (abstract_mesh if can_compile(chip) else slice_mesh)(config.mesh, topology)
   program = make_program(config, config.model, mesh)
-  train_step = _train_step(config, program, mesh, chip)
+  checks: list[Check | GrowthCheck] = [_train_step(config, program, mesh, chip)]
+  since = ""
+  for stage in config.growth.stages:
+    model = config.model_at(stage.step)
+    if model == program.model:
+      continue
+    check_growth(program.model, model, config.growth)
+    before, program, since = program, make_program(config, model, mesh), f" from step {stage.step}"
+    checks.append(_growth(f"growth at step {stage.step}", before, program, chip))
+  if since:
+    checks.append(_train_step(config, program, mesh, chip, f"train step{since}"))
   with platform_of(mesh):
-    return [train_step, _decode_step(config, program, mesh, chip)]
+    return [*checks, _decode_step(config, program, mesh, chip, f"decode step{since}")]
 
 
-def _train_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip) -> Check:
+def _train_step(
+  config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip, name: str = "train step"
+) -> Check:
   state = program.shapes
   traced = program.train_step.trace(state, _batch(config, mesh))
   held = {"parameters": _bytes(state.params), "optimizer state": _bytes(state) - _bytes(state.params)}
-  tokens = config.data.batch_size * config.model.seq_length
-  peak, sent, _ = _compiled("train step", traced, mesh, chip)
+  tokens = config.data.batch_size * program.model.seq_length
+  peak, sent, _ = _compiled(name, traced, mesh, chip)
   return Check(
-    "train step",
+    name,
     chip,
     held,
     peak,
     product_flops(traced.jaxpr) / mesh.size,
-    3 * config.model.forward_flops_per_token * tokens / mesh.size,
+    3 * program.model.forward_flops_per_token * tokens / mesh.size,
     sent,
     tokens,
   )
 
 
-def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip) -> Check:
-  """One token for every row of a batch; the cache lies where reading the prompts has left it."""
+def _growth(name: str, before: Program, after: Program, chip: Chip) -> GrowthCheck:
+  old, new = (list(map(_bytes, jax.tree.leaves(program.shapes))) for program in (before, after))
+  peak = max(sum(new[: done + 1]) + sum(old[done:]) for done in range(len(old)))
+  if peak > chip.memory:
+    raise _does_not_fit(name, f"it holds {peak / 2**30:.2f} GiB of {chip.memory / 2**30:.0f} in old and new state.")
+  return GrowthCheck(name, chip, sum(old), sum(new), peak)
+
+
+def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip, name: str) -> Check:
+  """One token for every row of a batch, with the cache where the program that reads the prompts has put it."""
   rows, (graphdef, leaves) = config.data.batch_size, _for_decoding(program)
   prefill, decode_step = decoding_programs(graphdef)
 
   def ids(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
 
-  prompts = prefill.trace(leaves, ids(rows, _PROMPT), ids(rows), num_slots=bucket(config.model.seq_length))
-  _, _, shardings = _compiled("reading of prompts", prompts, mesh, chip)
+  prompts = prefill.trace(leaves, ids(rows, _PROMPT), ids(rows), num_slots=bucket(program.model.seq_length))
+  _, _, shardings = _compiled("program that reads the prompts", prompts, mesh, chip)
   _, cache = prompts.out_info
   if shardings is not None:
     cache = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), cache, shardings[1])
   traced = decode_step.trace(leaves, ids(rows), cache)
-  held = {"parameters": _bytes(leaves), "cache" if shardings else "cache, were it whole": _bytes(cache)}
-  peak, sent, _ = _compiled("decode step", traced, mesh, chip)
+  held = {"parameters": _bytes(leaves), "cache" if shardings else "cache if it is not split": _bytes(cache)}
+  peak, sent, _ = _compiled(name, traced, mesh, chip)
   return Check(
-    "decode step",
+    name,
     chip,
     held,
     peak,
     product_flops(traced.jaxpr) / mesh.size,
-    config.model.forward_flops_per_token * rows / mesh.size,
+    program.model.forward_flops_per_token * rows / mesh.size,
     sent,
     rows,
   )
 
 
 def _for_decoding(program: Program):
-  """(graph definition, leaves) of the model's form for decoding, its layers split as they were in the stack."""
+  """(graph definition, leaves) of the model's form for decoding, with each layer sharded as it was in the stack."""
   stacked = [program.shapes.params, program.shapes.tau]
   graphdef, *shapes = split(nnx.eval_shape(lambda leaves: nnx.merge(program.graphdef, *leaves).for_decoding(), stacked))
 
@@ -160,7 +209,7 @@ def _for_decoding(program: Program):
 def _compiled(
   name: str, traced, mesh: Mesh | AbstractMesh, chip: Chip
 ) -> tuple[int | None, list[Collective] | None, Any]:
-  """(peak bytes, collectives, shardings of the results), all None where nothing can be compiled."""
+  """(peak bytes, collectives, shardings of the results); all are None where nothing can be compiled."""
   if isinstance(mesh, AbstractMesh):
     traced.lower(lowering_platforms=(chip.platform,))
     return None, None, None
@@ -175,7 +224,7 @@ def _compiled(
   peak = (
     memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
   )
-  if peak > chip.memory:  # A TPU's compiler has refused it by now, a GPU's does not.
+  if peak > chip.memory:  # The compiler for TPUs refuses this itself, the one for GPUs does not.
     raise _does_not_fit(name, f"it takes {peak / 2**30:.2f} GiB of {chip.memory / 2**30:.0f}.")
   return peak, collectives(compiled.as_text(), mesh), compiled.output_shardings
 
@@ -198,62 +247,10 @@ def _batch(config: Config, mesh: Mesh | AbstractMesh) -> data.Batch:
 
 
 def _bytes(tree: Any) -> int:
-  """Of a chip's part of all leaves; whole where a leaf has no sharding."""
+  """Bytes of a chip's part of all leaves; a leaf without a sharding counts as a whole."""
 
   def size(leaf):
     part = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     return math.prod(part) * leaf.dtype.itemsize
 
   return sum(map(size, jax.tree.leaves(tree)))
-
-
-def report(config: Config, topology: str, checks: list[Check]) -> str:
-  """What the checks say, in lines to read."""
-  model = config.model
-  sizes = mesh_sizes(config.mesh, math.prod(parse_topology(topology)[1]))
-  mesh = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes) if size > 1) or "one chip"
-  lines = [
-    f"{model.num_parameters:,} parameters, {config.data.batch_size} rows of {model.seq_length}, "
-    f"remat={model.remat}, {model.compute_dtype}, on {topology}, mesh {mesh}; each of its chips:"
-  ]
-  for one in checks:
-    lines += [one.name, *_memory_lines(one), *_time_lines(one)]
-  return "\n".join(lines)
-
-
-def _memory_lines(one: Check) -> list[str]:
-  sizes = {**one.held}
-  if one.peak is not None:
-    sizes["activations and the rest"] = one.peak - sum(one.held.values())
-  lines = [f"  {name:26} {size / 2**30:10.4f} GiB" for name, size in sizes.items()]
-  if one.peak is not None:
-    lines.append(f"  {'peak':26} {one.peak / 2**30:10.4f} GiB of {one.chip.memory / 2**30:.0f}")
-  return lines
-
-
-def _time_lines(one: Check) -> list[str]:
-  lines = [
-    f"  {'products':26} {one.flops / 1e12:10.4f} TFLOP, the model's own {one.model_flops / 1e12:.4f}: "
-    f"{1e3 * one.compute_seconds:.3f} ms",
-    f"  {'arguments read once':26} {sum(one.held.values()) / 1e9:10.4f} GB: {1e3 * one.memory_seconds:.3f} ms",
-  ]
-  for axes, seconds in sorted(one.sent_seconds.items()):
-    along = [collective for collective in one.sent if collective.axes == axes]
-    kinds = Counter()
-    for collective in along:
-      kinds[collective.kind] += collective.trips
-    times = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    size = sum(collective.bytes_sent for collective in along)
-    lines.append(f"  {'sent along ' + ' × '.join(axes):26} {size / 1e9:10.4f} GB in {times}: {1e3 * seconds:.3f} ms")
-  steps = [
-    f"{1e3 * seconds:.3f} ms, {one.tokens / seconds:,.0f} tokens/s, utilisation "
-    f"{one.model_flops / one.chip.peak_flops / seconds:.1%}"
-    for seconds in one.step_seconds
-  ]
-  if one.sent is None:
-    return [*lines, f"  predicted step, were nothing sent: {steps[0]}"]
-  return [
-    *lines,
-    f"  predicted step, all that is sent hidden: {steps[0]}",
-    f"  predicted step, nothing hidden: {steps[1]}",
-  ]
