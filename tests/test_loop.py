@@ -1,13 +1,9 @@
-"""Whole runs: what they leave behind, growth on the way, and that a stopped run is the run that was never stopped."""
+"""Whole runs: what they write, growth inside them, and that a stopped run gives what the run without a stop gives."""
 
 import dataclasses
-import json
 import math
-import os
-import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -18,15 +14,16 @@ import tokenizers
 
 import tokenformer_jax as tf
 from tests import small_run
+from tests.commands import CONTEXT
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax import data
 from tokenformer_jax.nn.parameters import split
+from tokenformer_jax.training import held_out, loop
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.loop import train
 from tokenformer_jax.training.program import make_program
-from tokenformer_jax.training.run_log import read_metrics
+from tokenformer_jax.training.run_log import read_metrics, read_samples
 
-ROOT = pathlib.Path(__file__).parent.parent
 GROWTH_STEP, STEPS = 6, 12
 
 
@@ -55,7 +52,7 @@ def run(text, tmp_path_factory):
 
 @pytest.fixture
 def workdir(run, tmp_path):
-  """The same folder, to go on in."""
+  """A copy of the same folder, to resume in."""
   return shutil.copytree(run[0], tmp_path / "run")
 
 
@@ -68,7 +65,7 @@ def last_state(workdir):
 
 
 def losses(workdir):
-  """What a run measured, less its speed."""
+  """What a run measured, without its speed."""
   rows = read_metrics(str(workdir))
   return [
     {name: value for name, value in row.items() if name not in ("train/tokens_per_second", "train/utilisation")}
@@ -76,7 +73,7 @@ def losses(workdir):
   ]
 
 
-def test_a_run_learns_and_leaves_all_that_it_says(run):
+def test_a_run_learns_and_writes_every_file_that_train_names(run):
   workdir, loss = run
   assert {path.name for path in workdir.iterdir()} == {
     "checkpoints",
@@ -107,7 +104,7 @@ def test_held_out_loss_is_that_of_the_saved_model(run, text):
   np.testing.assert_allclose(np.mean(nats), loss, rtol=1e-5)
 
 
-def test_growth_on_the_way_leaves_the_held_out_loss(run):
+def test_growth_inside_a_run_keeps_the_held_out_loss(run):
   workdir, _ = run
   rows = read_metrics(str(workdir))
   (seam,) = [row for row in rows if "growth/parameters" in row]
@@ -121,7 +118,7 @@ def test_growth_on_the_way_leaves_the_held_out_loss(run):
   assert born.tolist() == [0] * MODEL.ffn_tokens + [GROWTH_STEP] * (GROWN.ffn_tokens - MODEL.ffn_tokens)
 
 
-def test_the_same_command_again_has_nothing_to_do_and_a_longer_run_goes_on(run, workdir, text):
+def test_the_same_command_again_changes_nothing_and_a_longer_run_continues(run, workdir, text):
   before = losses(workdir)
   assert train(config(text), str(workdir)) == run[1]
   assert losses(workdir) == before
@@ -133,29 +130,119 @@ def test_the_same_command_again_has_nothing_to_do_and_a_longer_run_goes_on(run, 
   assert list((workdir / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_run_from_anothers_weights_has_a_fresh_optimizer(run, text, tmp_path):
-  source, _ = run
-  new = dataclasses.replace(
-    small_run.config(f"text:{text}", num_steps=1, sample_tokens=4),
+# A second run, of one update, with all that is optional.
+
+
+class Wandb:
+  """In the place of the package: keeps what it is given."""
+
+  def __init__(self):
+    self.opened, self.rows, self.metrics, self.finished = [], [], [], 0
+
+  def init(self, **options):
+    self.opened.append(options)
+    return self
+
+  def define_metric(self, *names, **options):
+    self.metrics.append((names, options))
+
+  def log(self, row):
+    self.rows.append(row)
+
+  def finish(self):
+    self.finished += 1
+
+  Html = staticmethod(lambda text: text)
+
+
+@pytest.fixture(scope="module")
+def second(run, text, tmp_path_factory):
+  """(config, work folder, what Weights & Biases was given, bytes on the devices before and after the sample)."""
+  workdir = tmp_path_factory.mktemp("second") / "run"
+  other = text.with_name("other.txt")
+  other.write_text(small_run.TEXT.replace("return", "yields"))
+  config = dataclasses.replace(
+    small_run.replace(
+      small_run.config(f"text:{text}", num_steps=1, sample_tokens=4, seed=2**32 - 1, wandb_project="project"),
+      data=dict(held_out_sets=f"other=text:{other}"),
+      optimizer=dict(ema_decay=0.9),
+    ),
     model=GROWN,
-    init_from=str(source),
+    init_from=str(run[0]),
   )
-  train(new, str(tmp_path))
-  (first,) = [row for row in losses(tmp_path) if "train/loss" in row]
-  program = make_program(new, GROWN, small_run.mesh(data=8))
-  _, params, tau = split(tf.load(str(source), mesh=small_run.mesh(data=8)))
-  batch = next(data.open_data(new.data, seq_length=MODEL.seq_length).train_batches())
+  held = []
+
+  def measured(*args):
+    held.append(sum(array.nbytes for array in jax.live_arrays()))
+    text = held_out.write_sample(*args)
+    held.append(sum(array.nbytes for array in jax.live_arrays()))
+    return text
+
+  with pytest.MonkeyPatch.context() as patch:
+    fake = Wandb()
+    patch.setitem(sys.modules, "wandb", fake)
+    patch.setattr(loop, "write_sample", measured)
+    train(config, str(workdir))
+    train(config, str(workdir))  # There is nothing left to do, but the record is opened again.
+  return config, workdir, fake, held
+
+
+def test_a_run_from_anothers_weights_has_a_fresh_optimizer(run, second):
+  config, workdir, *_ = second
+  (first,) = [row for row in losses(workdir) if "train/loss" in row]
+  program = make_program(config, GROWN, small_run.mesh(data=8))
+  _, params, tau = split(tf.load(str(run[0]), mesh=small_run.mesh(data=8)))
+  batch = next(data.open_data(config.data, seq_length=MODEL.seq_length).train_batches())
   sums = program.eval_step(params, tau, small_run.placed(batch, small_run.mesh(data=8)))
   np.testing.assert_allclose(first["train/loss"], sums.nats / sums.weight, rtol=1e-5)
-  state = Checkpoints(str(tmp_path)).restore(1, program.shapes)
+  state = Checkpoints(str(workdir)).restore(1, program.shapes)
   small_run.assert_same(state.tau, tau)
   assert int(state.step) == int(state.opt_state[1].count) == 1
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.born))
   # Adam's first moment after one update is a tenth of the clipped gradient, and no more.
   moment = math.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(state.opt_state[1].mu)))
   np.testing.assert_allclose(moment, 0.1 * min(first["train/grad_norm"], 1.0), rtol=1e-5)
-  heading, *sample = (tmp_path / "samples.txt").read_text().split("\n", 1)
-  assert heading == "--- step 1" and sample[0].startswith("def ")
+
+
+def test_held_out_losses_are_those_of_the_averaged_weights_on_every_set(second):
+  config, workdir, *_ = second
+  (row,) = [row for row in losses(workdir) if "held_out/loss" in row]
+  program = make_program(config, GROWN, small_run.mesh(data=8))
+  state = Checkpoints(str(workdir)).restore(1, program.shapes)
+  averaged = jax.tree.map(lambda weight, lag: weight - lag, state.params, state.opt_state[-1].lag)
+  for name, batches in data.open_data(config.data, seq_length=MODEL.seq_length).named_held_out_batches(2).items():
+    nats, plain = (
+      np.mean([sums.nats / sums.weight for sums in of_all])
+      for of_all in zip(
+        *(
+          [
+            program.eval_step(params, state.tau, small_run.placed(b, small_run.mesh(data=8)))
+            for params in (averaged, state.params)
+          ]
+          for b in batches
+        )
+      )
+    )
+    logged = row["held_out/loss" if name == "held_out" else f"held_out/{name}/loss"]
+    np.testing.assert_allclose(logged, nats, rtol=1e-6)
+    assert abs(logged - plain) > 1e-4
+
+
+def test_a_sample_begins_with_its_prompt_and_leaves_nothing_on_the_devices(second):
+  _, workdir, _, held = second
+  ((step, sample),) = read_samples(str(workdir))
+  assert step == 1 and sample.startswith("def ")
+  assert held[0] == held[1]
+
+
+def test_weights_and_biases_gets_every_row_and_a_record_that_is_opened_again(second):
+  config, workdir, fake, _ = second
+  assert fake.finished == 2 and fake.metrics == [(("*",), {"step_metric": "step"})] * 2
+  first, again = fake.opened
+  assert first == again and first["id"] == (workdir / "wandb_run_id.txt").read_text() and first["resume"] == "allow"
+  assert (first["project"], first["name"], first["config"]) == ("project", "run", config.to_dict())
+  assert [row for row in fake.rows if "sample" not in row] == read_metrics(str(workdir))
+  assert [row["step"] for row in fake.rows if "sample" in row] == [1]
 
 
 # Refusals.
@@ -176,9 +263,11 @@ def test_a_run_from_anothers_weights_has_a_fresh_optimizer(run, text, tmp_path):
     (lambda c: small_run.replace(c, training=dict(sample_tokens=13)), "training.sample_tokens=13: with the prompt's 4"),
     (lambda c: small_run.replace(c, data=dict(batch_size=4096)), "less than one batch of 4096"),
     (lambda c: dataclasses.replace(c, init_from="nowhere"), "nowhere: no checkpoint there"),
+    (lambda c: small_run.replace(c, training=dict(wandb_project="x")), "wandb_project='x': the package wandb is not"),
   ],
 )
-def test_a_run_that_cannot_be_is_refused_before_anything_is_written(text, tmp_path, change, message):
+def test_an_impossible_run_is_refused_before_anything_is_written(text, tmp_path, monkeypatch, change, message):
+  monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ValueError, match=message):
     train(change(config(text)), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
@@ -222,7 +311,7 @@ def test_another_text_of_the_same_name_is_refused_unless_allowed(workdir, text, 
     train(small_run.replace(longer, data=dict(tokenizer=str(words))), str(workdir), allow_data_change=True)
 
 
-# Stopped and gone on with.
+# Stopped and resumed.
 
 
 class Stopped(Exception):
@@ -242,73 +331,56 @@ def stop_before_batch(monkeypatch, number):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_before_at_and_after_its_growth_goes_on_to_the_bit(run, text, tmp_path, monkeypatch):
+def test_a_run_stopped_at_and_after_its_growth_resumes_bit_by_bit(run, text, tmp_path, monkeypatch):
   workdir, loss = run
-  for step in (GROWTH_STEP - 1, GROWTH_STEP, GROWTH_STEP + 1):
+  for step in (GROWTH_STEP, GROWTH_STEP + 1):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
       stop_before_batch(patch, step)
       train(config(text, checkpoint_every=step), str(tmp_path))
-    # What was being saved when the run failed is there.
+    # The save that was pending when the run failed is complete.
     assert Checkpoints(str(tmp_path)).latest_step() == step
   assert train(config(text), str(tmp_path)) == loss
   assert losses(tmp_path) == losses(workdir)
   assert small_run.digest(last_state(tmp_path)) == small_run.digest(last_state(workdir))
 
 
-def door(config, workdir, tmp_path, *flags):
-  """`python -m tokenformer_jax.cli.train` on as many devices as here, so that programs are compiled once."""
-  file = tmp_path / "config.py"
-  file.write_text(
-    f"import json\nimport ml_collections\n\ndef get_config():\n"
-    f"  return ml_collections.ConfigDict(json.loads({json.dumps(config.to_dict())!r}))\n"
-  )
-  env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-  return subprocess.Popen(
-    [sys.executable, "-m", "tokenformer_jax.cli.train", f"--config={file}", f"--workdir={workdir}", *flags],
-    cwd=ROOT,
-    env=env,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-  )
+def train_elsewhere(config, workdir):
+  """`train` in a process of its own, under the settings of `conftest`."""
+  from tests import conftest  # noqa: F401
+
+  train(config, workdir)
 
 
-def kill_when(process, condition):
-  """Ends the process with SIGKILL as soon as `condition()` holds."""
+def kill_when(config, workdir, condition):
+  """Begins or resumes a run in another process, and ends that with SIGKILL as soon as `condition()` holds."""
+  process = CONTEXT.Process(target=train_elsewhere, args=(config, str(workdir)))
+  process.start()
   while not condition():
-    assert process.poll() is None, process.communicate()[1]
+    assert process.exitcode is None
     time.sleep(0.002)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
+  process.kill()
+  process.join()
+  assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_goes_on_to_the_bit(text, tmp_path):
-  # Through the door, like the killed one: there collectives are those of several processes, and add in another order.
-  whole, workdir = tmp_path / "whole", tmp_path / "run"
-  first = door(config(text), whole, tmp_path)
-  _, errors = first.communicate()
-  assert first.returncode == 0, errors
-  checkpoints = workdir / "checkpoints"
+def test_a_run_killed_before_its_growth_and_while_saving_after_it_resumes_bit_by_bit(run, text, tmp_path):
+  workdir = tmp_path / "run"
 
   def at_step(step):
     return any(row["step"] >= step for row in losses(workdir))
 
   def saving():
-    return at_step(GROWTH_STEP + 1) and any("tmp" in path.name for path in checkpoints.iterdir())
+    return at_step(GROWTH_STEP + 1) and any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
 
-  kill_when(door(config(text), workdir, tmp_path), lambda: at_step(GROWTH_STEP - 3))
-  kill_when(door(config(text), workdir, tmp_path), saving)
+  kill_when(config(text), workdir, lambda: at_step(GROWTH_STEP - 3))
+  kill_when(config(text), workdir, saving)
   assert 0 < Checkpoints(str(workdir)).latest_step() < STEPS
-  last = door(config(text), workdir, tmp_path)
-  _, errors = last.communicate()
-  assert last.returncode == 0, errors
-  assert losses(workdir) == losses(whole)
-  assert small_run.digest(last_state(workdir)) == small_run.digest(last_state(whole))
+  train(config(text), str(workdir))
+  assert losses(workdir) == losses(run[0])
+  assert small_run.digest(last_state(workdir)) == small_run.digest(last_state(run[0]))
 
 
-@pytest.mark.slow
 def test_a_run_that_is_no_longer_finite_ends_and_saves_nothing_of_it(run, text, tmp_path):
   source = shutil.copytree(run[0], tmp_path / "source")
   state = last_state(source)
@@ -317,9 +389,6 @@ def test_a_run_that_is_no_longer_finite_ends_and_saves_nothing_of_it(run, text, 
   checkpoints.save(STEPS + 1, state, checkpoints.record(STEPS))
   checkpoints.close()
   new = dataclasses.replace(small_run.replace(config(text), growth=dict(stages=())), model=GROWN, init_from=str(source))
-  process = door(new, tmp_path / "run", tmp_path)
-  _, errors = process.communicate()
-  assert process.returncode == 1
-  assert errors.splitlines()[-1].startswith("error: loss is nan at step 1; the newest checkpoint is from before.")
-  assert "Traceback" not in errors
+  with pytest.raises(FloatingPointError, match="^loss is nan at step 1; the newest checkpoint is from before."):
+    train(new, str(tmp_path / "run"))
   assert Checkpoints(str(tmp_path / "run")).latest_step() is None and losses(tmp_path / "run") == []
