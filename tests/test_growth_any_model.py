@@ -117,3 +117,12 @@ def test_a_language_model_has_one_number_for_each_count():
   assert bigger.config == config.grown(proj_tokens=80)
   with pytest.raises(ValueError, match="blocks/attention/.*one number for all of them; give qkv_tokens=…"):
     tf.grow(model, {"blocks/attention/query": 80})
+
+
+def test_forms_for_inference_are_neither_grown_nor_shrunk():
+  model = tf.LanguageModel(tf.ModelConfig.named("tiny", vocab_size=16, num_layers=1), rngs=nnx.Rngs(0))
+  for form, message in ((tf.int8_tokens(model), "int8"), (model.for_decoding(), "only decodes")):
+    with pytest.raises(ValueError, match=f"{message}.* cannot be grown"):
+      tf.grow(form, ffn_tokens=512)
+    with pytest.raises(ValueError, match=f"{message}.* cannot be shrunk"):
+      tf.shrink(form, [np.zeros((1, 4), int)], ffn_tokens=128)

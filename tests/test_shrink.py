@@ -65,6 +65,15 @@ def test_use_is_the_mean_over_positions_however_they_are_batched(model, usage):
     np.testing.assert_allclose(together[path].mass, usage[path].mass, rtol=1e-5)
 
 
+def test_padding_is_no_use(model, usage):
+  ids = np.concatenate([np.stack([batch[:, :-1] for batch in BATCHES]).reshape(4, 12), np.full((4, 4), 7)], axis=1)
+  segments = np.repeat(np.array([[1] * 12 + [0] * 4]), 4, axis=0)
+  positions = np.repeat(np.array([[*range(12), 0, 0, 0, 0]]), 4, axis=0)
+  padded = data.Batch(ids, ids, positions, segments, (segments > 0).astype(np.float32))
+  for path, one in token_usage(model, [padded]).items():
+    np.testing.assert_allclose(one.use, usage[path].use, rtol=1e-5)
+
+
 def test_the_least_used_of_each_layer_go_and_the_others_keep_their_order(model, usage):
   smaller, report = tf.shrink(model, BATCHES, qkv_tokens=5, ffn_tokens=9)
   assert smaller.config == MODEL.grown(qkv_tokens=5, ffn_tokens=9)

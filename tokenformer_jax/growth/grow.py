@@ -26,6 +26,7 @@ from tokenformer_jax.growth.layers import new_counts, path_name, token_layers, w
 from tokenformer_jax.growth.plan import LeafPlan, NewRows, plan_growth, plan_leaves
 from tokenformer_jax.growth.report import GrowthReport
 from tokenformer_jax.nn.parameters import Tau
+from tokenformer_jax.nn.pattention import require_float_tokens
 
 
 def grow_state(
@@ -91,6 +92,7 @@ def grow(
   """
   if not isinstance(model, nnx.Module):
     raise TypeError(f"model is a {type(model).__name__}: expected an NNX module, e.g. tf.LanguageModel.")
+  require_float_tokens(model, "grown")
   layers = token_layers(model)
   target = new_counts(layers, counts, named_counts)
   graphdef, params, tau, rest = nnx.split(model, nnx.Param, Tau, ...)

@@ -5,7 +5,6 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from tokenformer_jax.config import GrowthConfig, ModelConfig
@@ -101,8 +100,6 @@ def plan_leaves(
     axis = 0 if root == "born" else token_axis(layer.axes[name], leaf.shape)
     if leaf.shape[axis] != layer.num_tokens:
       raise ValueError(f"{path} {leaf.shape}: axis {axis} should have the model's {layer.num_tokens} tokens.")
-    if root == "params" and not np.issubdtype(leaf.dtype, np.floating) and leaf.dtype.name != "bfloat16":
-      raise ValueError(f"{path} is {leaf.dtype}: only floating-point parameter tokens can grow; grow the model first.")
     shape = (*leaf.shape[:axis], counts[layer.path], *leaf.shape[axis + 1 :])
     plan[path] = LeafPlan(path, leaf.shape, shape, axis, *_new_rows(path, layer, name, counts[layer.path], growth))
   return plan

@@ -22,6 +22,7 @@ from tokenformer_jax.growth.plan import counts_of, layers_of
 from tokenformer_jax.growth.usage import Usage, batch_parts, tau_factor, token_usage
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tau, split
+from tokenformer_jax.nn.pattention import require_float_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ def shrink(
   """
   if not isinstance(model, nnx.Module):
     raise TypeError(f"model is a {type(model).__name__}: expected an NNX module, e.g. tf.LanguageModel.")
+  require_float_tokens(model, "shrunk")
   layers = token_layers(model)
   target = new_counts(layers, counts, named_counts)
   _check_counts(layers, target)
