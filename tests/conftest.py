@@ -1,4 +1,4 @@
-"""Eight simulated devices and strict numerics for every test."""
+"""Eight simulated devices, strict numerics and checked shapes for every test."""
 
 import os
 import pathlib
@@ -14,7 +14,14 @@ if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+from tests import shapes  # noqa: E402, F401
+
+# Annotated shapes and dtypes are checked at every call of these modules, which nothing may have imported before.
+_CHECKED = ("inference.sampling", "kernels", "models", "nn", "parameter_tokens", "training.loss")
+jaxtyping.install_import_hook([f"tokenformer_jax.{module}" for module in _CHECKED], "tests.shapes.check")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -23,21 +30,29 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def strict_dtypes():
-  """No implicit dtype promotion. Not for all tests: `jax.nn.dot_product_attention` promotes bfloat16."""
+  """Forbids implicit dtype promotion. Not for all tests, because `jax.nn.dot_product_attention` promotes bfloat16."""
   with jax.numpy_dtype_promotion("strict"):
     yield
 
 
 @pytest.fixture
+def unchecked_shapes():
+  """Annotated shapes are not checked, as they are not for users: for tests of the package's own error messages."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def users_precision():
-  """The precision of products that users have; at the tests' own, splash attention takes no bfloat16."""
+  """JAX's default matrix-product precision; at the tests' highest precision splash attention refuses bfloat16."""
   with jax.default_matmul_precision("default"):
     yield
 
 
 @pytest.fixture
 def data_folder() -> pathlib.Path:
-  """The folder of real data that TOKENFORMER_DATA names; without it the test is skipped."""
+  """The folder of real data that TOKENFORMER_DATA names. Without it the test is skipped."""
   folder = os.environ.get("TOKENFORMER_DATA", "")
   if not pathlib.Path(folder or "/nonexistent").is_dir():
     pytest.skip(f"TOKENFORMER_DATA={folder!r} names no folder of real data.")

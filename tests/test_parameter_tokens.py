@@ -341,6 +341,7 @@ def test_tau_is_any_scalar(tau):
     ({"values": jnp.ones((11, 6))}, r"keys \(12, 8\) and values \(11, 6\): expected \[N, d_in\] and "),
   ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_does_not_fit_is_named(change, message):
   x, tokens = random_layer()
   tokens = ParameterTokens(tokens.keys, change.pop("values", tokens.values), tokens.tau)

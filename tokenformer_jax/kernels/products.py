@@ -38,7 +38,7 @@ def weighted_sums(weights: Float[Array, "m n"], table: Float[Array, "n e"]) -> F
   )
 
 
-def with_fast_gradient(table: Float[Array, "n d"], x: Float[Array, "*batch d"]) -> Float[Array, "n d"]:
+def with_fast_gradient(table: Float[Array, "n d"], x: Float[Array, "*batch channels"]) -> Float[Array, "n d"]:
   """The table itself, in a form whose gradient from products with the rows of `x` is computed the fastest."""
   num_tokens, channels = table.shape
   # The lower bound is far from small: XLA:CPU of jax 0.10 aborts where such products have a side of 3 or less and
