@@ -7,7 +7,9 @@ import pytest
 import tokenformer_jax as tf
 from tests import small_run
 from tests.object_store import bucket  # noqa: F401
+from tokenformer_jax.paths import replace_text, user_path
 from tokenformer_jax.training.checkpoints import Checkpoints
+from tokenformer_jax.training.log_file import LogFile
 from tokenformer_jax.training.loop import train
 from tokenformer_jax.training.run_log import read_metrics, read_samples
 
@@ -46,3 +48,55 @@ def test_a_run_is_written_to_a_bucket_and_resumes_from_it(bucket_run, tmp_path):
   assert os.listdir(tmp_path / "here") == []
   model, tokenizer = tf.load(RUN), tf.load_tokenizer(RUN)
   assert model.config == small_run.MODEL and tokenizer.vocab_size == 257
+
+
+def test_a_log_in_a_bucket_is_visible_at_intervals_and_at_a_flush(bucket):  # noqa: F811
+  path, file = user_path("gs://bucket/log"), bucket.folder / "log"
+  rare = LogFile(path, b"a", upload_seconds=1e9)
+  rare.write(b"b")
+  assert not file.exists()
+  rare.flush()
+  assert file.read_bytes() == b"ab"
+  often = LogFile(path, b"ab", upload_seconds=0)
+  often.write(b"c")
+  assert file.read_bytes() == b"abc"
+  often.write(b"d")
+  often.close()
+  assert file.read_bytes() == b"abcd"
+
+
+def test_a_text_in_a_bucket_is_replaced_without_renaming(bucket):  # noqa: F811
+  for text in ("one", "two"):
+    replace_text(user_path("gs://bucket/text"), text)
+    assert (bucket.folder / "text").read_text() == text
+
+
+@pytest.mark.parametrize(
+  "path, message",
+  [
+    ("", "workdir='': the path is empty"),
+    (" ", "workdir=' ': the path is empty"),
+    ("gss://bucket/run", "workdir='gss://bucket/run': the scheme gss:// is unknown; give a local path, or .* gs://"),
+    ("gs://bucket/run", "workdir='gs://bucket/run': gs:// needs .* pip install 'tokenformer_jax.gcs.'"),
+  ],
+)
+def test_a_path_that_cannot_be_used_is_refused_by_its_name(monkeypatch, path, message):
+  def not_installed(scheme):
+    raise ImportError(scheme)
+
+  monkeypatch.setattr("fsspec.get_filesystem_class", not_installed)
+  with pytest.raises(ValueError, match=message):
+    user_path(path, "workdir")
+
+
+def test_a_home_folder_is_expanded_and_a_relative_path_is_made_absolute(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", "/home/user")
+  monkeypatch.chdir(tmp_path)
+  assert str(user_path("~/runs/a")) == "/home/user/runs/a"
+  assert str(user_path("runs/../b")) == str(tmp_path / "b")
+
+
+def test_checkpoints_in_other_stores_are_refused(monkeypatch):
+  monkeypatch.setattr("fsspec.get_filesystem_class", lambda scheme: None)
+  with pytest.raises(ValueError, match="workdir='s3://bucket/run': checkpoints are kept in local folders and gs://"):
+    Checkpoints("s3://bucket/run")

@@ -1,4 +1,4 @@
-"""Whether a work folder may be gone on with: what may change, what may not, and what is said."""
+"""Whether a run may resume in a work folder: what may change, what may not, and the messages."""
 
 import dataclasses
 import json
@@ -9,7 +9,15 @@ from tests import small_run
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax import data
 from tokenformer_jax.config import MeshConfig
-from tokenformer_jax.training.resume import check_same_model, check_same_run, check_same_tokenizer, check_same_weights
+from tokenformer_jax.training.resume import (
+  changed_rate,
+  check_same_model,
+  check_same_run,
+  check_same_tokenizer,
+  check_same_weights,
+  check_tokenizer_file,
+  stored_config,
+)
 
 CONFIG = small_run.config(stages=[small_run.stage(10)])
 
@@ -51,6 +59,16 @@ def test_growth_to_come_may_change():
 def test_another_model_is_refused_by_its_field(field, value):
   with pytest.raises(ValueError, match=f"has {field}={getattr(MODEL, field)!r}, this run's would have {value!r}"):
     check_same_model(stored(), small_run.replace(CONFIG, model={field: value}), 3, "runs/a")
+
+
+def test_a_record_without_a_field_had_its_default(tmp_path):
+  model, config = stored(), CONFIG.to_dict()
+  del model["qk_norm" if "qk_norm" in model else "gelu"], config["data"]["held_out_sets"]
+  assert check_same_model(model, CONFIG, 0, "runs/a") == MODEL
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  check_same_run(CONFIG, str(tmp_path), allow_data_change=False)
+  with pytest.raises(ValueError, match="reads data.held_out_sets='', this one 'a=text:b'"):
+    check_same_run(small_run.replace(CONFIG, data=dict(held_out_sets="a=text:b")), str(tmp_path), False)
 
 
 def test_remat_is_the_new_runs():
@@ -128,3 +146,44 @@ def test_weights_fit_another_length_precision_and_remat_and_no_other_model():
       f"run's {value!r}; set model.{field}={getattr(MODEL, field)!r}",
     ):
       check_same_weights(MODEL, dataclasses.replace(MODEL, **{field: value}), "runs/a")
+
+
+def test_a_tokenizer_file_of_something_else_is_refused(tmp_path):
+  tokenizer = data.open_tokenizer("bytes")
+  check_tokenizer_file(str(tmp_path), tokenizer)
+  data.save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+  check_tokenizer_file(str(tmp_path), tokenizer)
+  (tmp_path / "tokenizer_config.json").unlink()
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match="tokenizer.json: is not the tokenizer of this run and is not overwritten"):
+    check_tokenizer_file(str(tmp_path), tokenizer)
+
+
+def test_a_stored_configuration_is_read_under_the_earlier_name_of_a_field(tmp_path):
+  config = small_run.replace(CONFIG, growth=dict(method="duplicate")).to_dict()
+  config["growth"]["how"] = config["growth"].pop("method")
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.warns(FutureWarning, match="config.growth.how is now called config.growth.method"):
+    assert stored_config(str(tmp_path)).growth.method == "duplicate"
+  config["growth"]["method"] = "exact"
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="config.json: config.growth.how='duplicate': .* config.growth.method, .* too"):
+    stored_config(str(tmp_path))
+
+
+def test_a_rate_that_jumps_because_the_run_is_longer_now_is_told_with_both_values():
+  decaying = small_run.replace(
+    small_run.config(num_steps=100),
+    optimizer=dict(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=10, decay_steps=20),
+  )
+  stored = decaying.to_dict()
+  longer = small_run.replace(decaying, training=dict(num_steps=200))
+  assert changed_rate(stored, longer, 100) == (
+    "The learning rate changes from 0.001 (the update before, of a run with training.num_steps=100) to 0.01 (the next "
+    "one, with training.num_steps=200)."
+  )
+  # Before the decay both schedules agree; a run that is complete has no next update.
+  assert (
+    changed_rate(stored, longer, 50) == changed_rate(stored, decaying, 90) == changed_rate(stored, decaying, 100) == ""
+  )
+  assert changed_rate({}, longer, 100) == ""
