@@ -4,6 +4,7 @@ import dataclasses
 import json
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -34,6 +35,7 @@ from tokenformer_jax.evaluation.harness_model import HarnessModel  # noqa: E402
 from tokenformer_jax.evaluation.log_likelihood import encode_pair  # noqa: E402
 from tokenformer_jax.evaluation.perplexity import perplexity  # noqa: E402
 from tokenformer_jax.models.language_model import LanguageModel  # noqa: E402
+from tokenformer_jax.nn.kv_cache import KVCache  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # The harness and its dependencies warn.
 LENGTH = CONFIG.seq_length
@@ -179,10 +181,10 @@ def test_generated_text_ends_at_a_stop_string_or_the_number_of_new_tokens(model,
 
 
 def test_batched_generation_equals_generation_one_by_one(model, harness, monkeypatch):  # noqa: F811
-  sizes = []
+  lengths = []
 
   def counted(model, tokenizer, prompts, **settings):
-    sizes.append(len(prompts))
+    lengths.append([len(prompt) for prompt in prompts])
     return generate(model, tokenizer, prompts, **settings)
 
   generate = harness_model.generate
@@ -191,10 +193,19 @@ def test_batched_generation_equals_generation_one_by_one(model, harness, monkeyp
   # An empty context, and one that loses its beginning.
   contexts = ["abc", "", "the beginning is forgotten, the end is read", "x", "abc", "some more", "of it"]
   texts = written(harness, *contexts, max_gen_toks=8)
-  assert sizes == [4, 4]  # Seven rows, filled up to a power of two.
+  assert lengths == [[16, 9, 5, 3], [3, 1, 1, 1]]  # Longest first; the seven rows are filled up to two batches of four.
   prompts = [context.encode()[-(LENGTH - 8) :] or [TOKENIZER.end_of_document] for context in contexts]
   assert texts == [greedy_text(model, prompt, 8) for prompt in prompts]
   assert len(set(texts)) > 3
+
+
+def test_the_rows_of_a_batch_are_a_power_of_two_whose_cache_is_within_the_limit(harness, monkeypatch):
+  cache = KVCache.empty(CONFIG, jnp.zeros(1, jnp.int32), num_slots=32)  # 3 + 8 tokens, rounded up.
+  row_bytes = sum(leaf.nbytes for leaf in (*cache.keys, *cache.values))
+  monkeypatch.setattr(harness_model, "_CACHE_BYTES", 3 * row_bytes)
+  assert harness._max_rows(3, 8) == 2
+  monkeypatch.setattr(harness_model, "_CACHE_BYTES", 2 * row_bytes - 1)
+  assert harness._max_rows(3, 8) == 1
 
 
 def test_requests_with_different_settings_are_generated_in_batches_of_their_own(harness):
@@ -207,7 +218,7 @@ def test_a_sampled_text_depends_on_the_number_of_its_request_and_on_no_other_req
   settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
   first, second = written(harness, "abc", "abc", **settings)
   assert first != second
-  assert written(harness, "another", "abc", "x", **settings)[1] == second
+  assert written(harness, "another", "abc", "a longer one", **settings)[1] == second
 
 
 @pytest.mark.parametrize(
