@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from tests import oracle
+from tests.object_store import bucket  # noqa: F401
 from tokenformer_jax import data
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.data.corpus import tokenize
@@ -327,6 +328,13 @@ def test_results_of_finished_tasks_survive_a_later_failure(model, small_set, mon
   assert json.loads((small_set / "new" / "scores.json").read_text())["piqa"]["questions"] == 1
   assert "piqa  questions  1" in capsys.readouterr().out
   assert [path.name for path in (small_set / "new").iterdir()] == ["scores.json"]
+
+
+def test_tasks_are_read_from_a_bucket_and_results_are_written_to_it(bucket):  # noqa: F811
+  rows_of(bucket.folder, "piqa.jsonl", PIQA)
+  assert read_task("piqa", "gs://bucket")[0].where == "gs://bucket/eval_zero_shot/piqa.jsonl, line 1"
+  Report("gs://bucket/new/scores.json").add("piqa", {"acc": 1.0})
+  assert json.loads((bucket.folder / "new" / "scores.json").read_text()) == {"piqa": {"acc": 1.0}}
 
 
 @pytest.mark.parametrize("path, message", [("", "output='': the path is empty"), ("~", "is a folder; name a file")])
