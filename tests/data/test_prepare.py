@@ -342,6 +342,8 @@ def test_parts_that_do_not_belong_together_are_not_merged(texts, tmp_path):
   prepare(texts, ByteTokenizer(), out, part=(1, 2))
   with pytest.raises(ValueError, match="is one part of a corpus: merge"):
     open_tokens(f"{out}/part-00001-of-00002", ByteTokenizer())
+  with pytest.raises(ValueError, match="holds part 1/2, not all"):
+    prepare(texts, ByteTokenizer(), out / "part-00001-of-00002")
   rewrite_a_file(tmp_path)  # Document 6, which is tokenized by the second part alone.
   prepare(texts, ByteTokenizer(), out, part=(2, 2))
   with pytest.raises(ValueError, match="00002 was prepared with a source that held .*, and .*00001-of-00002 with"):

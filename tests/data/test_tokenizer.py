@@ -103,7 +103,21 @@ def test_a_continuation_completes_the_character_that_its_prompt_began():
   assert tokenizer.decode_after(ids[:4], ids[4:]) == "b"
 
 
-def test_a_bpe_without_room_for_bytes_is_refused():
+def test_a_character_in_byte_tokens_leaves_the_characters_before_it_as_they_are():
+  vocab = {"<unk>": 0, "</s>": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
+  model = tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True)
+  llama = tokenizers.Tokenizer(model)
+  llama.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+  tokenizer = HuggingFaceTokenizer(json.loads(llama.to_str()), "</s>")
+  ids = tokenizer.encode("東京都")
+  assert len(ids) == 9
+  texts = [tokenizer.decode_after(ids[:3], ids[3 : 3 + count]) for count in range(7)]
+  assert texts == ["", "\ufffd", "\ufffd", "京", "京\ufffd", "京\ufffd", "京都"]
+  assert tokenizer.decode_after(ids[:4], ids[4:6]) == "京"
+  assert tokenizer.decode(ids[1:]) == "\ufffd\ufffd京都"
+
+
+def test_a_bpe_that_is_too_small_for_all_bytes_is_refused():
   with pytest.raises(ValueError, match="BPE of 256 ids"):
     byte_level_bpe.train([TEXT], 256)
 

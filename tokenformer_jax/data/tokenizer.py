@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -176,6 +177,7 @@ class HuggingFaceTokenizer(Tokenizer):
       )
     self.end_of_document = end
     self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+    self._byte_ids = self._find_byte_ids()
     self._tokenizer.encode_special_tokens = special_tokens == "text"
     if special_tokens == "text" and end in self.encode(end_of_document):
       raise ValueError(
@@ -220,7 +222,31 @@ class HuggingFaceTokenizer(Tokenizer):
     return both == first + second
 
   def _decode(self, ids):
-    return self._tokenizer.decode([i for i in ids if i != self.end_of_document], skip_special_tokens=False)
+    ids = self._with_valid_bytes([i for i in ids if i != self.end_of_document])
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+  def _find_byte_ids(self) -> list[int]:
+    """[256] the ids of the tokens <0x00> to <0xFF>, if the decoder joins them to characters; otherwise empty."""
+    ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    joins = "ByteFallback" in json.dumps(self._description.get("decoder"))
+    return ids if joins and None not in ids else []
+
+  def _with_valid_bytes(self, ids: list[int]) -> list[int]:
+    """The ids with U+FFFD in the place of bytes that are not UTF-8.
+
+    The package's decoder writes U+FFFD for every byte of a run of byte tokens if one of them is wrong, or if the last
+    character is not complete yet; all characters before it would be lost.
+    """
+    if not self._byte_ids:
+      return ids
+    bytes_of = {i: byte for byte, i in enumerate(self._byte_ids)}
+    result = []
+    for is_byte, run in itertools.groupby(ids, bytes_of.__contains__):
+      if is_byte:
+        text = bytes(bytes_of[i] for i in run).decode("utf-8", errors="replace")
+        run = [self._byte_ids[byte] for byte in text.encode("utf-8")]
+      result += run
+    return result
 
   def huggingface(self):
     return self._description
