@@ -28,6 +28,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# The files that take longest begin first, so that all processes of pytest-xdist end at about the same time.
+_LONGEST = ("test_processes", "test_loop", "test_meshes", "test_stream", "test_documents", "test_real_text")
+
+
+def pytest_collection_modifyitems(items):
+  order = {name: index for index, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(_LONGEST)))
+
+
 @pytest.fixture
 def strict_dtypes():
   """Forbids implicit dtype promotion. Not for all tests, because `jax.nn.dot_product_attention` promotes bfloat16."""
