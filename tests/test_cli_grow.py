@@ -1,4 +1,4 @@
-"""`python -m tokenformer_jax.cli.grow` and `.shrink`, as a user calls them: what is said, and each mistake in one line."""
+"""`python -m tokenformer_jax.cli.grow` and `.shrink` as a user calls them: what they print, and each mistake in one line."""
 
 import pytest
 
@@ -44,7 +44,7 @@ MISTAKES = {
     ["'ffn_token'", "ffn_tokens ?"],
   ),
   "wrong type": ("grow", ["--workdir={0}/run", "--output={0}/new", "--ffn_tokens=many"], ["--ffn_tokens=many"]),
-  "unknown way": (
+  "unknown method": (
     "grow",
     ["--workdir={0}/run", "--output={0}/new", "--method=magic"],
     ["--method=magic", "exact|live|released|duplicate"],
@@ -101,3 +101,9 @@ def test_help_says_what_the_flags_are(name, begins):
   assert out.startswith(begins) and all(
     flag in out for flag in ("--workdir", "--output", "--mesh.token", "--ffn_tokens")
   )
+
+
+def test_the_method_is_read_under_its_earlier_name_with_a_warning(folder):
+  code, _, (warning, error) = call("grow", f"--workdir={folder}/run", f"--output={folder}/new", "--how", "magic")
+  assert warning == "warning: --how is now called --method; the earlier name is still read."
+  assert code == 2 and "--method=magic" in error

@@ -125,3 +125,10 @@ def test_help_says_what_the_flags_are():
   assert out.startswith("Trains a TokenFormer") and all(
     flag in out for flag in ("--config", "--workdir", "--[no]profile")
   )
+
+
+def test_a_field_is_read_under_its_earlier_name_with_a_warning(folder):
+  flags = [f"--config={folder}/good.py", f"--workdir={folder}/new", "--config.growth.how=magic"]
+  code, _, (warning, error) = call("train", *flags)
+  assert warning == "warning: --config.growth.how is now called --config.growth.method; the earlier name is still read."
+  assert code == 2 and "method='magic': choose one of exact, " in error

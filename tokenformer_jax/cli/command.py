@@ -49,7 +49,8 @@ def run(main, renamed: Mapping[str, str] | None = None) -> None:
     # A terminal in latin-1 cannot show every character of a text: the rest is shown by its number.
     sys.stdout.reconfigure(errors="backslashreplace")
   logging.set_verbosity(logging.WARNING)  # Orbax writes some twenty lines for each save; --verbosity=0 shows them.
-  arguments = sys.argv[:1] + [_current_name(argument, {**_RENAMED, **(renamed or {})}) for argument in sys.argv[1:]]
+  # ml_collections looks for a configuration's fields in sys.argv itself.
+  sys.argv[1:] = [_current_name(argument, {**_RENAMED, **(renamed or {})}) for argument in sys.argv[1:]]
 
   def parse(argv):
     if error := next(_unknown_fields(argv[1:]), None):
@@ -70,12 +71,12 @@ def run(main, renamed: Mapping[str, str] | None = None) -> None:
       sys.stdout.flush()  # A closed pipe or a full device may show only here.
       return result
 
-  if any(re.fullmatch(r"--?(help|helpshort|helpfull)", argument) for argument in arguments[1:]):
+  if any(re.fullmatch(r"--?(help|helpshort|helpfull)", argument) for argument in sys.argv[1:]):
     with _Reporting():
       print(sys.modules[main.__module__].__doc__.strip(), end="\n\n")
       print(flags.FLAGS.module_help(sys.modules[main.__module__]), flush=True)
     sys.exit(0)
-  app.run(guarded, argv=arguments, flags_parser=parse)
+  app.run(guarded, flags_parser=parse)
 
 
 def read_config(flag: flags.FlagHolder) -> Config:
