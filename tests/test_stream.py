@@ -96,7 +96,7 @@ def test_slices_are_all_rows_in_order_and_small(shape, rows):
 # What is grown.
 
 
-@pytest.mark.parametrize("method", ["exact", "released", "duplicate"])
+@pytest.mark.parametrize("method", ["exact", "live", "released", "duplicate"])
 def test_the_grown_checkpoint_is_that_of_growth_in_memory(source, tmp_path, method):
   before = small_run.folder_digest(source)
   report = grow_run(str(source), str(tmp_path / "grown"), method=method, **TOKENS)
