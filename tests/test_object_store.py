@@ -11,7 +11,7 @@ from tokenformer_jax.paths import replace_text, user_path
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.log_file import LogFile
 from tokenformer_jax.training.loop import train
-from tokenformer_jax.training.run_log import read_metrics, read_samples
+from tokenformer_jax.training.run_log import RunLog, read_metrics, read_samples
 
 RUN = "gs://bucket/runs/a"
 
@@ -100,3 +100,13 @@ def test_checkpoints_in_other_stores_are_refused(monkeypatch):
   monkeypatch.setattr("fsspec.get_filesystem_class", lambda scheme: None)
   with pytest.raises(ValueError, match="workdir='s3://bucket/run': checkpoints are kept in local folders and gs://"):
     Checkpoints("s3://bucket/run")
+
+
+def test_metrics_and_samples_in_a_bucket_are_visible_at_each_checkpoint(bucket):  # noqa: F811
+  log = RunLog(RUN, 0)
+  log.write(1, **{"train/loss": 2.0})
+  log.write_sample(1, "text")
+  assert read_metrics(RUN) == read_samples(RUN) == []
+  log.flush()
+  assert read_metrics(RUN) == [{"step": 1, "train/loss": 2.0}] and read_samples(RUN) == [(1, "text")]
+  log.close()
