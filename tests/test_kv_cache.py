@@ -1,4 +1,4 @@
-"""Decoding with the cache is the full forward, however the tokens arrive."""
+"""Decoding with the cache gives the numbers of the full forward pass, however the tokens arrive."""
 
 import dataclasses
 
@@ -9,12 +9,15 @@ import pytest
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.inference.int8 import int8_tokens
+from tokenformer_jax.interop.export import export
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
+from tokenformer_jax.nn.pattention import require_float_tokens
 
 LENGTHS = (9, 4, 1)
-# One row goes its own way.
+# A batch of one row has a path of its own through the cache.
 rows = pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[:1]], ids=["three rows", "one row"])
 
 
@@ -32,7 +35,7 @@ def model():
     rotary_fraction=0.5,
   )
   model = LanguageModel(config, rngs=nnx.Rngs(0))
-  # At their initial size the blocks hardly change x; make them count.
+  # At their initial size the values hardly change the residual stream.
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     if "values" in path:
       variable[...] = 10.0 * variable[...]
@@ -40,15 +43,20 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def extend(model):
-  return jax.jit(lambda tokens, cache: model.extend(tokens, cache))
+def decoding(model):
+  return model.for_decoding()
+
+
+@pytest.fixture(scope="module")
+def extend(decoding):
+  return jax.jit(lambda tokens, cache: decoding.extend(tokens, cache))
 
 
 @pytest.fixture(scope="module", params=["prefill", "extend"])
-def read(request, model, extend):
-  """`(tokens, start) -> (hidden, cache)` of 20 slots, both ways."""
+def read(request, model, decoding, extend):
+  """`(tokens, start) -> (hidden, cache)` with 20 slots, by either method."""
   if request.param == "prefill":
-    return jax.jit(lambda tokens, start: model.prefill(tokens, start, 20))
+    return jax.jit(lambda tokens, start: decoding.prefill(tokens, start, 20))
   return lambda tokens, start: extend(tokens, KVCache.empty(model.config, start, 20))
 
 
@@ -66,17 +74,17 @@ def left_padded(sequences, lengths):
 
 
 @rows
-def test_prompts_and_steps_equal_the_full_forward(model, read, extend, sequences, lengths):
+def test_prompts_and_steps_equal_the_full_forward(model, decoding, read, extend, sequences, lengths):
   tokens, start = left_padded(sequences, lengths)
   hidden, cache = read(tokens, start)
-  logits = [model.logits(hidden)]
+  logits = [decoding.logits(hidden)]
   for index in range(6):
     step = jnp.asarray([ids[length + index] for ids, length in zip(sequences, lengths)])[:, None]
     hidden, cache = extend(step, cache)
-    logits.append(model.logits(hidden))
+    logits.append(decoding.logits(hidden))
   logits = np.concatenate(logits, axis=1)
   assert int(cache.length) == max(lengths) + 6
-  # Padded on the right, where no token before it looks.
+  # Padding on the right is seen by no token before it.
   whole = np.asarray(jax.jit(model)(jnp.asarray([np.resize(ids, 15) for ids in sequences])))
   for row, ids in enumerate(sequences[: len(lengths)]):
     expected = whole[row, : len(ids)]
@@ -113,23 +121,30 @@ def test_neither_padding_nor_empty_slots_are_seen(model, read, extend, sequences
   np.testing.assert_array_equal(seen, expected)
 
 
-def test_for_decoding_the_model_is_the_same_and_left_as_it_was(model, sequences):
+def test_a_decoding_model_has_the_dtype_of_products_and_leaves_the_model_as_it_was(model):
   config = dataclasses.replace(model.config, compute_dtype="bfloat16")
-  graphdef, *leaves = split(LanguageModel(config, rngs=nnx.Rngs(0)))
-  model = nnx.merge(graphdef, *leaves)
+  model = LanguageModel(config, rngs=nnx.Rngs(0))
   decoding = model.for_decoding()
-  assert decoding.for_decoding() is decoding
+  assert decoding.for_decoding() is decoding and decoding.config is config
   assert {leaf.dtype for leaf in jax.tree.leaves(split(model))} == {jnp.dtype("float32")}
-  # The final norm alone is computed in float32.
+  # Only the final norm stays in float32.
   wide = [leaf.shape for leaf in jax.tree.leaves(split(decoding)[1]) if leaf.dtype != jnp.bfloat16]
   assert wide == [(config.hidden_size,)] * 2
 
-  run = jax.jit(
-    lambda graphdef, leaves, tokens, cache: nnx.merge(graphdef, *leaves).extend(tokens, cache), static_argnums=0
-  )
-  given = jnp.asarray(sequences[0])[None], KVCache.empty(config, jnp.zeros(1, jnp.int32), 20)
-  (expected, _), (hidden, _) = (run(graphdef, leaves, *given) for graphdef, *leaves in map(split, (model, decoding)))
-  np.testing.assert_array_equal(hidden, expected)
+
+@pytest.mark.parametrize(
+  "use, error",
+  [
+    (lambda decoding, folder: decoding(jnp.ones((1, 2), jnp.int32)), TypeError),
+    (lambda decoding, folder: require_float_tokens(decoding, "grown"), ValueError),
+    (lambda decoding, folder: export(decoding, folder), ValueError),
+    (lambda decoding, folder: int8_tokens(decoding), ValueError),
+  ],
+  ids=["called", "grown", "exported", "rounded"],
+)
+def test_a_decoding_model_only_decodes_and_says_so(decoding, tmp_path, use, error):
+  with pytest.raises(error, match="DecodingModel .*the LanguageModel (whose for_decoding|that it was made from)"):
+    use(decoding, tmp_path)
 
 
 def test_positions_count_from_the_first_real_token():
@@ -141,22 +156,22 @@ def test_positions_count_from_the_first_real_token():
 
 def test_the_cache_has_the_compute_dtype():
   config = ModelConfig.named("tiny", vocab_size=32, compute_dtype="bfloat16")
-  model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+  decoding = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)).for_decoding())
   cache = jax.eval_shape(lambda: KVCache.empty(config, jnp.zeros(2, jnp.int32), 8))
-  graphdef, *leaves = split(model)
+  graphdef, *leaves = split(decoding)
   hidden, cache = jax.eval_shape(
     lambda leaves, cache: nnx.merge(graphdef, *leaves).extend(jnp.ones((2, 3), jnp.int32), cache), leaves, cache
   )
   assert hidden.dtype == jnp.bfloat16 and {a.dtype for a in (*cache.keys, *cache.values)} == {jnp.dtype("bfloat16")}
 
 
-def test_a_full_cache_is_refused_and_left_as_it_was(model):
+def test_a_full_cache_is_refused_and_left_as_it_was(model, decoding):
   cache = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), 4).advanced(3)
   before = np.asarray(cache.keys[0])
-  with pytest.raises(ValueError, match="cache of 4 slots, 3 of them filled: no room for 2 more"):
-    model.extend(jnp.ones((1, 2), jnp.int32), cache)
+  with pytest.raises(ValueError, match="cache has 4 slots, of which 3 are filled, and 2 more tokens do not fit"):
+    decoding.extend(jnp.ones((1, 2), jnp.int32), cache)
   np.testing.assert_array_equal(cache.keys[0], before)
-  with pytest.raises(ValueError, match="no room for 5 more"):
-    jax.eval_shape(lambda cache: model.extend(jnp.ones((1, 5), jnp.int32), cache), cache)
-  with pytest.raises(ValueError, match="no room for 5 more"):
-    model.prefill(jnp.ones((1, 5), jnp.int32), jnp.zeros(1, jnp.int32), 4)
+  with pytest.raises(ValueError, match="5 more tokens do not fit"):
+    jax.eval_shape(lambda cache: decoding.extend(jnp.ones((1, 5), jnp.int32), cache), cache)
+  with pytest.raises(ValueError, match="5 more tokens do not fit"):
+    decoding.prefill(jnp.ones((1, 5), jnp.int32), jnp.zeros(1, jnp.int32), 4)

@@ -1,4 +1,4 @@
-"""The language model: what it sees, how it is stacked, and the oracle for every choice of its parts."""
+"""The language model: which tokens see which, scan and remat, and the float64 oracle for every choice of its parts."""
 
 import dataclasses
 import functools
@@ -74,18 +74,18 @@ def loss_and_logits(parameters, tokens, labels, **changes):
 @pytest.fixture(scope="module")
 def logits():
   """Logits of one lively model."""
-  lively_parameters()  # Made here, and not while something is traced.
+  lively_parameters()  # The cache is filled here, because it must not be filled inside a trace.
   return jax.jit(lambda tokens, positions, segments=None: lively_model()(tokens, positions, segments))
 
 
-# What the model sees.
+# Which tokens see which.
 
 
 def test_causality():
-  """The gradient of hidden state t in input s is zero exactly where s > t.
+  """The gradient of hidden state t with respect to input s is zero exactly where s > t.
 
-  With random weights a dependence would show in the gradient; that there is none says that no token
-  sees a later one. The inputs are told apart by giving every position a token of its own.
+  With random weights every dependence shows in the gradient. Every position gets a token of its own, so that the
+  gradient with respect to the embedding tells the inputs apart.
   """
   time = 10
   readout = np.random.default_rng(0).normal(size=CONFIG.hidden_size).astype(np.float32)
@@ -112,19 +112,19 @@ def test_only_distances_between_positions_matter(logits):
 
 @pytest.mark.parametrize("restart", [True, False])
 def test_segments_isolate_documents(logits, restart):
-  """Packed documents are each the document alone, whether or not positions begin anew."""
+  """A packed document gives the logits of the document alone, whether or not positions restart."""
   tokens = random_tokens((2, 12))
   segments = np.tile([1] * 5 + [2] * 4 + [0] * 3, (2, 1)).astype(np.int32)
   counting = np.tile(np.arange(12, dtype=np.int32), (2, 1))
   positions = np.tile([*range(5), *range(4), *range(3)], (2, 1)).astype(np.int32) if restart else counting
   packed = logits(tokens, positions, segments)
   for start, stop in ((0, 5), (5, 9), (9, 12)):
-    # Alone: at the beginning, where nothing that follows is seen.
+    # The document alone stands at the beginning, where it sees nothing that follows.
     alone = logits(np.roll(tokens, -start, axis=1), counting)[:, : stop - start]
     np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-4)
 
 
-# The oracle, for the parts that no golden file has.
+# The oracle, for the choices that no golden file covers.
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_segments_isolate_documents(logits, restart):
   ],
   ids=lambda changes: next(iter(changes.values())),
 )
-def test_model_is_the_oracle_s(changes):
+def test_the_model_equals_the_oracle(changes):
   """Logits, and the loss's slope along a random direction in each parameter."""
   config = dataclasses.replace(CONFIG, **changes)
   tokens, labels = random_tokens((2, 8)), random_tokens((2, 8), seed=1)
@@ -161,7 +161,7 @@ def test_model_is_the_oracle_s(changes):
 
 
 def test_float64():
-  """Float64 but for the rotary table, as in the released code, τ, and the softmax of JAX's attention."""
+  """Everything is float64 except the rotary table, as in the released code, and τ."""
   changes = {"compute_dtype": "float64"}
   with pytest.raises(ValueError, match="compute_dtype='float64': JAX has it switched off"):
     LanguageModel(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
@@ -184,7 +184,7 @@ def test_bfloat16_is_close_to_float32():
   assert 1e-4 < error < 0.03
 
 
-# Stacked, scanned, saved and recomputed.
+# Scan and rematerialisation.
 
 
 def test_scan_is_the_loop_over_layers():
@@ -195,18 +195,18 @@ def test_scan_is_the_loop_over_layers():
 
   def unrolled(tokens):
     x_BxTxD = parameters["embedding"][tokens]
-    by = rotation(jnp.arange(12)[None], CONFIG.rotary_dims, CONFIG.rotary_base)
+    cos_sin = rotation(jnp.arange(12)[None], CONFIG.rotary_dims, CONFIG.rotary_base)
     for i in range(CONFIG.num_layers):
       layer = jax.tree.map(lambda leaf: leaf[i], (parameters["blocks"], tau["blocks"]))
-      x_BxTxD = nnx.merge(block, *layer)(x_BxTxD, by)
+      x_BxTxD = nnx.merge(block, *layer)(x_BxTxD, cos_sin)
     return layer_norm(x_BxTxD)
 
   np.testing.assert_allclose(jax.jit(model.hidden)(tokens), jax.jit(unrolled)(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_remat_changes_what_is_kept_and_nothing_else(dtype):
-  # More rows than the few whose products stand the other way about on a CPU.
+def test_remat_changes_only_what_is_kept(dtype):
+  # More rows than those for which a CPU multiplies with the table on the left.
   tokens, labels = random_tokens((6, 12)), random_tokens((6, 12), seed=1)
   results, kept = {}, {}
   for remat in REMAT_POLICIES:
@@ -222,7 +222,7 @@ def test_remat_changes_what_is_kept_and_nothing_else(dtype):
 
 
 def test_a_layer_keeps_neither_norms_nor_narrowed_parameters():
-  """But its input and middle, q, k and v, what proj reads, and the five pattentions' scores."""
+  """It keeps its input and the middle of its residual stream, q, k and v, the input of proj, and the five arrays of scores."""
   tokens = random_tokens((6, 12))
   loss = functools.partial(loss_and_logits, tokens=tokens, labels=tokens, compute_dtype="bfloat16")
   residuals = jax.eval_shape(lambda p: jax.vjp(loss, p, has_aux=True)[1], lively_parameters())
@@ -230,7 +230,7 @@ def test_a_layer_keeps_neither_norms_nor_narrowed_parameters():
   kept = [leaf for leaf in jax.tree.leaves(residuals) if leaf.shape[:1] == (layers,)]
   sizes = sorted(leaf.size // (layers * tokens.size) for leaf in kept if leaf.dtype == jnp.bfloat16)
   assert sizes == [16, 25, 25, 25, *[32] * 6, 49]
-  # In float32 numbers for each row, and the parameters themselves.
+  # In float32 it keeps numbers for each row, and the parameters themselves.
   parameters = {leaf.shape for leaf in jax.tree.leaves(lively_parameters())}
   assert all(
     leaf.size <= layers * tokens.size for leaf in kept if leaf.dtype == jnp.float32 and leaf.shape not in parameters
@@ -241,7 +241,7 @@ def test_a_layer_keeps_neither_norms_nor_narrowed_parameters():
 
 
 @pytest.mark.parametrize("name", NAMED_SIZES)
-def test_declared_parameters_are_the_counted_ones(name):
+def test_the_config_counts_the_declared_parameters(name):
   config = ModelConfig.named(name)
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
   leaves = jax.tree.leaves(parameters)
@@ -277,14 +277,14 @@ def test_initialisation():
       assert abs(array.mean()) < 4 * entry["init_std"] / math.sqrt(array.size), entry["key"]
 
 
-def test_no_two_arrays_are_born_alike():
+def test_no_two_arrays_have_the_same_initial_numbers():
   _, parameters, _ = split(LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
   released = to_released(parameters)
   firsts = [np.asarray(released[name]).ravel()[:8].tobytes() for name in released_names(3) if "norm" not in name]
   assert len(set(firsts)) == len(firsts)
 
 
-def test_a_seed_gives_one_model():
+def test_a_seed_determines_the_model():
   make = lambda seed: split(LanguageModel(CONFIG, rngs=nnx.Rngs(seed)))[1]  # noqa: E731
   first, second, other = make(7), make(7), make(8)
   jax.tree.map(np.testing.assert_array_equal, first, second)

@@ -1,4 +1,4 @@
-"""Layer norm against the oracle, and in bfloat16."""
+"""Layer norm equals the oracle, and rounds once in bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ def random_inputs(dtype=np.float32):
   return jnp.asarray(rng.normal(size=(4, 3, 32)) * sizes + 2.0 * sizes + (sizes == 0.0), dtype)
 
 
-def test_norm_is_the_oracle_s():
+def test_norm_equals_the_oracle():
   x = random_inputs()
   np.testing.assert_allclose(layer_norm(x), oracle.layer_norm(np.asarray(x, np.float64)), atol=2e-5)
 
 
 def test_bfloat16_is_rounded_once():
-  """Mean, variance, scale and bias in float32."""
+  """Mean, variance, scale and bias are computed in float32."""
   x = random_inputs(jnp.bfloat16)
   np.testing.assert_array_equal(layer_norm(x), layer_norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
   norm = LayerNorm(32, rngs=nnx.Rngs(0))
@@ -33,7 +33,7 @@ def test_bfloat16_is_rounded_once():
   np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
-def test_for_the_gradient_only_the_input_is_kept():
+def test_the_backward_pass_keeps_only_the_input():
   _, pull = jax.vjp(layer_norm, random_inputs(jnp.bfloat16))
   assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(pull)] == [((4, 3, 32), jnp.bfloat16)]
 

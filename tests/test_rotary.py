@@ -1,4 +1,4 @@
-"""Rotary embedding against the oracle, and its group law."""
+"""The rotary embedding equals the oracle, and rotations compose."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,23 +17,23 @@ def random_heads(dtype=np.float32):
 @pytest.mark.usefixtures("strict_dtypes")
 @pytest.mark.parametrize("dims", [0, 2, 6, 8])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 5e-4), (jnp.bfloat16, 0.02)])
-def test_rotation_is_the_oracle_s(dims, dtype, tolerance):
-  """The float32 table is 1e-7 off per unit of the angle, up to 2047 here."""
+def test_rotation_equals_the_oracle(dims, dtype, tolerance):
+  """The float32 table has an error of 1e-7 for each radian of the angle, which goes up to 2047 here."""
   x = random_heads(dtype)
-  turned = rotate(x, rotation(POSITIONS, dims, 10_000.0))
-  assert turned.dtype == dtype
+  rotated = rotate(x, rotation(POSITIONS, dims, 10_000.0))
+  assert rotated.dtype == dtype
   expected = oracle.rotary(np.asarray(x, np.float64), POSITIONS, dims, 10_000.0)
-  np.testing.assert_allclose(np.asarray(turned, np.float64), expected, atol=tolerance)
-  np.testing.assert_array_equal(turned[..., dims:], x[..., dims:])
+  np.testing.assert_allclose(np.asarray(rotated, np.float64), expected, atol=tolerance)
+  np.testing.assert_array_equal(rotated[..., dims:], x[..., dims:])
 
 
 def test_bfloat16_is_rounded_once():
-  """The turn itself is in float32: turning a bfloat16 array is turning it in float32 and rounding."""
-  x, by = random_heads(jnp.bfloat16), rotation(POSITIONS, 8, 10_000.0)
-  np.testing.assert_array_equal(rotate(x, by), rotate(x.astype(jnp.float32), by).astype(jnp.bfloat16))
+  """A bfloat16 array is rotated in float32, and the result is rounded to bfloat16."""
+  x, cos_sin = random_heads(jnp.bfloat16), rotation(POSITIONS, 8, 10_000.0)
+  np.testing.assert_array_equal(rotate(x, cos_sin), rotate(x.astype(jnp.float32), cos_sin).astype(jnp.bfloat16))
 
 
-def test_turns_add_up_and_keep_lengths():
+def test_rotations_add_up_and_keep_lengths():
   x = random_heads()
   first, then, both = (
     rotation(positions, 8, 100.0) for positions in (POSITIONS, POSITIONS[:, ::-1], POSITIONS + POSITIONS[:, ::-1])

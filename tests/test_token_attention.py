@@ -1,4 +1,6 @@
-"""Attention by kernel gives the same numbers."""
+"""All implementations of causal attention give the same numbers."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,7 @@ import pytest
 
 from tests import small_run
 from tokenformer_jax.distributed.axes import replicated, traced_on
-from tokenformer_jax.nn import token_attention
-from tokenformer_jax.nn.token_attention import causal_attention, kernel_for
+from tokenformer_jax.nn.token_attention import _splash, causal_attention, default_implementation
 
 SHAPE = (2, 256, 2, 8)  # Two tiles of 128.
 SEGMENTS = np.stack([np.sort(np.random.default_rng(i).integers(0, 4, 256)) for i in range(2)]).astype(np.int32)
@@ -17,39 +18,33 @@ SEGMENTS = np.stack([np.sort(np.random.default_rng(i).integers(0, 4, 256)) for i
 def in_float64(q, k, v, segments):
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
   scores = np.einsum("bthc,bshc->bhts", q, k) / np.sqrt(SHAPE[-1])
-  seen = np.tril(np.ones(scores.shape[-2:], bool))[None] & (segments[:, :, None] == segments[:, None, :])
-  weights = np.where(seen[:, None], np.exp(scores), 0.0)
+  visible = np.tril(np.ones(scores.shape[-2:], bool))[None] & (segments[:, :, None] == segments[:, None, :])
+  weights = np.where(visible[:, None], np.exp(scores), 0.0)
   return np.einsum("bhts,bshc->bthc", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.fixture
-def splash(monkeypatch):
-  kernel = token_attention._splash
-  monkeypatch.setattr(token_attention, "_splash", lambda *args: kernel(*args, interpret=True))
-
-
 @pytest.mark.parametrize("mesh", [{}, dict(data=2, token=2)], ids=str)
-def test_splash_is_xla_is_float64(splash, mesh):
+def test_splash_equals_xla_and_float64(mesh):
   mesh = small_run.mesh(**mesh)
   arrays = tuple(np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32))
-  q, k, v, by_output = jax.device_put(arrays, replicated(mesh))
+  q, k, v, d_output = jax.device_put(arrays, replicated(mesh))
 
-  def both(implementation):
+  def value_and_gradients(attention):
     def run(q, k, v, segments):
-      y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, segments, implementation), q, k, v)
-      return y, *pull(by_output)
+      y, pull = jax.vjp(lambda *qkv: attention(*qkv, segments), q, k, v)
+      return y, *pull(d_output)
 
-    return run
+    return jax.jit(traced_on(mesh, run))(q, k, v, SEGMENTS)
 
-  xla = jax.jit(traced_on(mesh, both("xla")))(q, k, v, SEGMENTS)
-  ours = jax.jit(traced_on(mesh, both("splash")))(q, k, v, SEGMENTS)
-  np.testing.assert_allclose(ours[0], in_float64(q, k, v, SEGMENTS), atol=1e-6)
-  small_run.assert_close(dict(enumerate(ours)), dict(enumerate(xla)), 1e-5)
+  xla = value_and_gradients(functools.partial(causal_attention, implementation="xla"))
+  splash = value_and_gradients(functools.partial(_splash, interpret=True))
+  np.testing.assert_allclose(splash[0], in_float64(q, k, v, SEGMENTS), atol=1e-6)
+  small_run.assert_close(dict(enumerate(splash)), dict(enumerate(xla)), 1e-5)
 
 
 @pytest.mark.parametrize("time", [1, 66, 128, 200, 256])
-def test_blocks_of_queries_are_the_whole(time):
-  """Also where the queries cannot be split; and for the gradient no scores are kept."""
+def test_blocks_of_queries_equal_the_whole(time):
+  """This holds also where the queries cannot be split, and the backward pass keeps no scores."""
   rng = np.random.default_rng(1)
   q, k, v = rng.normal(size=(3, 2, time, 2, 8)).astype(np.float32)
   y, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, implementation="xla"), q, k, v)
@@ -57,11 +52,33 @@ def test_blocks_of_queries_are_the_whole(time):
   assert {leaf.shape for leaf in jax.tree.leaves(pull)} == {q.shape}
 
 
-def test_each_device_has_its_kernel():
+def test_each_device_has_its_implementation():
   train, bf16 = (8, 2048, 12, 64), jnp.bfloat16
-  assert [kernel_for(platform, bf16, train) for platform in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
-  # What they cannot: float32 and wide heads; rows that are no tiles; positions on several devices.
-  assert kernel_for("gpu", jnp.float32, train) == kernel_for("gpu", bf16, (8, 2048, 2, 256)) == "xla"
-  assert kernel_for("tpu", bf16, (8, 100, 12, 64)) == "xla"
+  assert [default_implementation(platform, bf16, train) for platform in ("cpu", "gpu", "tpu")] == [
+    "xla",
+    "cudnn",
+    "splash",
+  ]
+  # cuDNN supports neither float32 nor wide heads; splash needs whole tiles of positions that devices do not split.
+  assert (
+    default_implementation("gpu", jnp.float32, train) == default_implementation("gpu", bf16, (8, 2048, 2, 256)) == "xla"
+  )
+  assert default_implementation("tpu", bf16, (8, 100, 12, 64)) == "xla"
   with jax.sharding.use_abstract_mesh(small_run.mesh(sequence=2).abstract_mesh):
-    assert kernel_for("tpu", bf16, train) == "xla"
+    assert default_implementation("tpu", bf16, train) == "xla"
+
+
+@pytest.mark.parametrize(
+  "implementation, platform, time, message",
+  [
+    ("cudnnn", "cpu", 128, "implementation='cudnnn': choose one of xla, cudnn, splash. Did you mean 'cudnn'?"),
+    ("cudnn", "cpu", 128, "implementation='cudnn' runs on a GPU, and this is cpu; choose 'xla'"),
+    ("splash", "cpu", 128, "implementation='splash' runs on a TPU, and this is cpu; choose 'xla'"),
+    ("splash", "tpu", 100, "implementation='splash' takes a multiple of 128 positions .* there are 100; choose 'xla'"),
+  ],
+)
+def test_an_implementation_that_does_not_apply_is_refused(monkeypatch, implementation, platform, time, message):
+  monkeypatch.setattr("tokenformer_jax.nn.token_attention.platform", lambda: platform)
+  q = jnp.ones((1, time, 1, 8))
+  with pytest.raises(ValueError, match=message):
+    causal_attention(q, q, q, implementation=implementation)

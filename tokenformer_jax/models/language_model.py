@@ -1,5 +1,6 @@
 """The TokenFormer language model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,12 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.distributed.axes import constrain, is_split
-from tokenformer_jax.kernels.products import row_products
+from tokenformer_jax.distributed.axes import constrain
+from tokenformer_jax.models.decoding_model import DecodingModel
+from tokenformer_jax.models.vocabulary import embed, logits, whole_channels
 from tokenformer_jax.nn.block import Block
-from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import LayerNorm
-from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers, unstack_layers
+from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers
 from tokenformer_jax.nn.remat import LAYER_REMAT, gathered
 from tokenformer_jax.nn.rotary import rotation
 
@@ -22,6 +23,13 @@ class LanguageModel(nnx.Module):
   """Embedding, `num_layers` blocks under one scan, a final norm, and logits from the same embedding.
 
   Parameters are float32; products run in `config.compute_dtype`, sums in float32 or wider.
+
+  Args:
+    config: sizes and choices, which the model keeps as `model.config`.
+    rngs: parameters are drawn from `rngs.params()`.
+
+  Raises:
+    ValueError: `compute_dtype` is float64 and JAX has 64-bit types switched off.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -43,7 +51,7 @@ class LanguageModel(nnx.Module):
     """Float32 logits [B, T, V] of the next token after each of `tokens` [B, T].
 
     Args:
-      tokens: ids in [0, vocab_size). Ids are not checked here; the doors check them on the host.
+      tokens: ids in [0, vocab_size). They are not checked here; the CLI and `generate` check them on the host.
       positions: position of each token, for the rotary embedding; by default 0 … T − 1.
       segments: document of each token; attention stays inside a document. By default one document.
     """
@@ -55,105 +63,58 @@ class LanguageModel(nnx.Module):
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
   ) -> Float[Array, "batch time embed"]:
-    """Outputs of the final norm, [B, T, d]."""
+    """Outputs of the final norm, [B, T, d], for the same arguments as a call of the model."""
     hidden, _ = self.through_layers(lambda block, *inputs: (block(*inputs), None), tokens, positions, segments)
     return hidden
 
   def through_layers(
     self,
-    apply,
+    apply: Callable[..., tuple[Array, Any]],
     tokens: Int[Array, "batch time"],
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
   ) -> tuple[Float[Array, "batch time embed"], Any]:
-    """`hidden` with `apply(block, x, by, segments) -> (x, seen)` in the place of each block; and `seen`, [layer, …]."""
+    """Scans a function over the layers, by default what `hidden` does, and collects what it observes.
+
+    Args:
+      apply: `(block, x [B, T, d], cos_sin, segments) -> (x, observed)`, called in the place of each block.
+      tokens, positions, segments: as for a call of the model.
+
+    Returns:
+      (outputs of the final norm [B, T, d], what `apply` observed, each leaf with a leading layer axis).
+    """
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None]
-    by = rotation(positions, self.config.rotary_dims, self.config.rotary_base)
+    cos_sin = rotation(positions, self.config.rotary_dims, self.config.rotary_base)
     graphdef, *leaves = split(self.blocks)
     axes, _ = logical_axes(self.blocks)
 
     def layer(x_BxTxD, leaves):
-      # Else the partitioner splits fsdp's channels and gathers the batch.
+      # Without this constraint the partitioner splits the channels along fsdp and gathers the batch.
       x_BxTxD = constrain(x_BxTxD, "batch", "time", None)
       parameters, tau = leaves
       if self.config.remat != "none":
-        # Else it may gather them once for what is computed again and once for the gradient. Without remat this would
-        # keep the gathered parameters of all layers for the backward pass.
+        # Gather the fsdp-sharded parameters once per layer; otherwise XLA gathers them again in the rematerialised
+        # forward pass. Without remat this would keep the gathered parameters of all layers for the backward pass.
         parameters = jax.tree.map(
           lambda a, axes: gathered(a.astype(self.config.compute_dtype), axes[1:]) if "embed" in axes else a,
           parameters,
           axes,
         )
-      return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, by, segments)
+      return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, cos_sin, segments)
 
-    x_BxTxD, seen = jax.lax.scan(LAYER_REMAT[self.config.remat](layer), self._embed(tokens), leaves)
-    return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), seen
-
-  def prefill(
-    self, tokens: Int[Array, "batch time"], start: Int[Array, "batch"], num_slots: int
-  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
-    """`hidden` of prompts, and a new cache that holds them, with room for `num_slots` tokens.
-
-    Args:
-      tokens: prompts that end together, padded on their left.
-      start: where each begins.
-
-    Raises:
-      ValueError: they do not fit.
-    """
-    # Padding is a document of its own.
-    segments = (jnp.arange(tokens.shape[1])[None] >= start[:, None]).astype(jnp.int32)
-    return self._into(KVCache.empty(self.config, start, num_slots), tokens, Block.prefill, segments)
-
-  def extend(
-    self, tokens: Int[Array, "batch time"], cache: KVCache
-  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
-    """`hidden` of tokens that follow those in `cache`, and the cache with them in it.
-
-    Raises:
-      ValueError: the cache is full.
-    """
-    return self._into(cache, tokens, Block.extend, cache.mask(tokens.shape[1]))
-
-  def _into(self, cache, tokens, through, seen):
-    cache.check_room(tokens.shape[1])
-    by = rotation(cache.positions(tokens.shape[1]), self.config.rotary_dims, self.config.rotary_base)
-    x_BxTxD = self._embed(tokens)
-    for layer, block in enumerate(self.for_decoding().blocks):
-      x_BxTxD, cache = through(block, x_BxTxD, by, seen, cache, layer)
-    return self.final_norm(x_BxTxD), cache.advanced(tokens.shape[1])
-
-  def for_decoding(self) -> "LanguageModel":
-    """The model for `prefill` and `extend` alone: a copy, each layer with leaves of its own, in the dtype of products.
-
-    Decoding reads each parameter once a token, and a scan would copy every layer's out of the stack before.
-    """
-    if isinstance(self.blocks, nnx.List):
-      return self
-    graphdef, parameters, tau = split(self)
-    axes, _ = logical_axes(self)
-
-    def narrowed(a, axes):
-      return a.astype(self.config.compute_dtype) if "embed" in axes and a.dtype != jnp.int8 else a
-
-    parameters = jax.tree.map(narrowed, parameters, axes)
-    model = nnx.merge(graphdef, parameters, tau)
-    model.blocks = unstack_layers(model.blocks, self.config.num_layers)
-    return model
+    x_BxTxD = embed(self.embedding[...], tokens, self.config.compute_dtype)
+    x_BxTxD, observed = jax.lax.scan(LAYER_REMAT[self.config.remat](layer), x_BxTxD, leaves)
+    return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), observed
 
   def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-    """Float32 scores of every vocabulary entry, hidden · Eᵀ."""
-    if hidden.ndim > 2 and is_split("time"):
-      return jax.vmap(self.logits)(hidden)
-    hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
-    logits_MxV = row_products(hidden_MxD, self.table().astype(hidden.dtype))
-    return logits_MxV.reshape(*hidden.shape[:-1], -1)
+    """Float32 scores of every vocabulary entry, hidden · Eᵀ: [..., d] -> [..., vocab]."""
+    return logits(self.embedding[...], hidden)
 
   def table(self) -> Float[Array, "vocab embed"]:
-    """The embedding, which is also the logits' matrix, with its channels whole."""
-    # One gathering along fsdp serves the lookup and the logits.
-    return constrain(self.embedding[...], "vocab", None)
+    """The embedding, which is also the matrix of the logits, with all its channels on each device."""
+    return whole_channels(self.embedding[...])
 
-  def _embed(self, tokens):
-    return self.table()[tokens].astype(self.config.compute_dtype)
+  def for_decoding(self) -> DecodingModel:
+    """A copy of the model for `prefill` and `extend`, in the form that decodes fastest."""
+    return DecodingModel.of(self)

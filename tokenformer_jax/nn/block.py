@@ -1,21 +1,31 @@
 """One TokenFormer layer (arXiv 2410.23168, eq. 6–8)."""
 
 import math
+from collections.abc import Callable
 
+import jax
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.nn.attention import Attention
+from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.layer_norm import layer_norm
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.nn.remat import keep_scores
+from tokenformer_jax.nn.rotary import Rotation
 
-# Standard deviation of new keys, as released.
+# Standard deviation of new keys in the released code.
 KEY_STD = 0.02
 
 
 class Block(nnx.Module):
-  """x + Attention(LN(x)), then + Pattention(LN(·)); the norms have no parameters."""
+  """y = x + Attention(LN(x)), then y + Pattention(LN(y)); the norms have no parameters.
+
+  Args:
+    config: sizes and choices of the model.
+    rngs: parameters are drawn from `rngs.params()`.
+  """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
 
@@ -36,31 +46,56 @@ class Block(nnx.Module):
     self.attention = Attention(config.num_heads, projection)
     self.ffn = projection("ffn_tokens")
 
-  def __call__(self, x_BxTxD, by, segments=None, remat=keep_scores):
+  def __call__(
+    self,
+    x_BxTxD: Float[Array, "batch time embed"],
+    cos_sin: Rotation,
+    segments: Int[Array, "batch time"] | None = None,
+    remat: Callable[[Callable], Callable] = keep_scores,
+  ) -> Float[Array, "batch time embed"]:
     """[B, T, d] -> [B, T, d].
 
     Args:
-      by, segments: see `Attention`.
-      remat: wraps each norm and what is made of it. Who looks at what happens inside gives the identity.
+      x_BxTxD: the residual stream.
+      cos_sin: the rotary tables of the tokens' positions.
+      segments: document of each token; attention stays inside a document. By default one document.
+      remat: wraps each norm with the projections that read it. Pass `lambda f: f` to disable rematerialisation, so
+        that values from inside can be observed (shrinking records activations in this way).
     """
-    q, k, v = remat(lambda x: self.attention.project(layer_norm(x), by))(x_BxTxD)
-    return self._with(x_BxTxD, self.attention.attend(q, k, v, segments), remat)
+    q, k, v = remat(lambda x: self.attention.project(layer_norm(x), cos_sin))(x_BxTxD)
+    x_BxTxD += self.attention.attend(q, k, v, segments)
+    return x_BxTxD + remat(self._feed_forward)(x_BxTxD)
 
-  def prefill(self, x_BxTxD, by, segments, cache, layer):
-    """`__call__` for the first tokens of an empty `cache`; returns (output, cache)."""
-    attended, cache = self.attention.prefill(layer_norm(x_BxTxD), by, segments, cache, layer)
-    return self._with(x_BxTxD, attended), cache
+  def prefill(
+    self,
+    x_BxTxD: Float[Array, "batch time embed"],
+    cos_sin: Rotation,
+    segments: Int[Array, "batch time"],
+    cache: KVCache,
+    layer: int,
+  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
+    """`__call__` for the first tokens of an empty cache; returns (output, cache)."""
+    attended, cache = self.attention.prefill(layer_norm(x_BxTxD), cos_sin, segments, cache, layer)
+    x_BxTxD += attended
+    return x_BxTxD + self._feed_forward(x_BxTxD), cache
 
-  def extend(self, x_BxTxD, by, mask, cache, layer):
-    """`__call__` for tokens that follow those in `cache`; returns (output, cache)."""
-    attended, cache = self.attention.extend(layer_norm(x_BxTxD), by, mask, cache, layer)
-    return self._with(x_BxTxD, attended), cache
+  def extend(
+    self,
+    x_BxTxD: Float[Array, "batch time embed"],
+    cos_sin: Rotation,
+    mask: Bool[Array, "batch 1 time slot"],
+    cache: KVCache,
+    layer: int,
+  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
+    """`__call__` for tokens that follow those in the cache; returns (output, cache)."""
+    attended, cache = self.attention.extend(layer_norm(x_BxTxD), cos_sin, mask, cache, layer)
+    x_BxTxD += attended
+    return x_BxTxD + self._feed_forward(x_BxTxD), cache
 
-  def _with(self, x_BxTxD, attended_BxTxD, remat=keep_scores):
-    x_BxTxD += attended_BxTxD
-    return x_BxTxD + remat(lambda x: self.ffn(layer_norm(x)))(x_BxTxD)
+  def _feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
+    return self.ffn(layer_norm(x_BxTxD))
 
 
 def value_std(config: ModelConfig) -> float:
-  """Standard deviation of new values, 2 / (L √d): GPT-NeoX's `wang_init`, as released."""
+  """Standard deviation of new values in the released code, 2 / (L √d): GPT-NeoX's `wang_init`."""
   return 2.0 / (config.num_layers * math.sqrt(config.hidden_size))

@@ -1,4 +1,4 @@
-"""The cache of keys and values for decoding: buffers of each layer, written in place."""
+"""The cache of keys and values for decoding: one buffer for each layer, updated in place."""
 
 import dataclasses
 import functools
@@ -7,19 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tokenformer_jax.config import ModelConfig
+
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "start", "length"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
   """Rotated keys and values of the tokens read so far.
 
-  Rows of a batch end together: a shorter prompt is padded on its left, and `start` is its first
-  real slot. All rows write the same slots next, `length` onwards.
+  Rows of a batch end together: a shorter prompt is padded on its left, and `start` is its first real slot. All rows
+  write the same slots next, `length` onwards.
 
   Attributes:
-    keys, values: of each layer, [batch, head, slot, channel].
+    keys: for each layer, [batch, head, slot, channel].
+    values: for each layer, [batch, head, slot, channel].
     start: [batch], the first real slot of each row.
-    length: [], slots filled so far. Inside `jax.jit` the caller keeps it within the number of slots.
+    length: [], the number of slots filled so far. Inside `jax.jit` the caller keeps it within the number of slots.
   """
 
   keys: tuple[Float[Array, "batch head slot channel"], ...]
@@ -28,8 +31,14 @@ class KVCache:
   length: Int[Array, ""]
 
   @classmethod
-  def empty(cls, config, start: Int[Array, "batch"], num_slots: int) -> "KVCache":
-    """A cache for `config` (a ModelConfig) with room for `num_slots` tokens a row."""
+  def empty(cls, config: ModelConfig, start: Int[Array, "batch"], num_slots: int) -> "KVCache":
+    """A cache without tokens, with `num_slots` slots in each row.
+
+    Args:
+      config: the configuration of the model that fills it.
+      start: the first real slot of each row, [batch].
+      num_slots: the number of tokens that fit into each row, padding included.
+    """
     shape = (start.shape[0], config.num_heads, num_slots, config.head_dim)
     keys, values = (tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers)) for _ in range(2))
     return cls(keys, values, start, jnp.int32(0))
@@ -38,16 +47,13 @@ class KVCache:
   def num_slots(self) -> int:
     return self.keys[0].shape[2]
 
-  def check_room(self, num_new: int) -> None:
-    """Raises ValueError if `num_new` more tokens do not fit.
-
-    Inside `jax.jit` `length` is unknown and taken as 0.
-    """
+  def check_free(self, num_new: int) -> None:
+    """Raises ValueError unless `num_new` more tokens fit. Inside `jax.jit` `length` is unknown and taken as 0."""
     filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
     if filled + num_new > self.num_slots:
       raise ValueError(
-        f"cache of {self.num_slots} slots, {filled} of them filled: no room for {num_new} more "
-        "tokens; make it with more slots."
+        f"the cache has {self.num_slots} slots, of which {filled} are filled, and {num_new} more tokens do not fit; "
+        "make a cache with more slots."
       )
 
   def positions(self, num_new: int) -> Int[Array, "batch time"]:
@@ -56,15 +62,20 @@ class KVCache:
     return jnp.maximum(slots[None, :] - self.start[:, None], 0)
 
   def mask(self, num_new: int) -> Bool[Array, "batch 1 time slot"]:
-    """Which slots each of the next `num_new` tokens may see: real ones up to its own."""
+    """Which slots each of the next `num_new` tokens may see: the row's real slots up to the token's own."""
     key_slots = jnp.arange(self.num_slots)
     query_slots = self.length + jnp.arange(num_new)
     causal = key_slots[None, None, :] <= query_slots[None, :, None]
     real = key_slots[None, None, :] >= self.start[:, None, None]
     return (causal & real)[:, None]
 
-  def write(self, layer: int, keys, values) -> "KVCache":
-    """The cache with one layer's new keys and values, [batch, head, time, channel] each."""
+  def write(
+    self,
+    layer: int,
+    keys: Float[Array, "batch head time channel"],
+    values: Float[Array, "batch head time channel"],
+  ) -> "KVCache":
+    """The cache with one layer's new keys and values; `length` stays until every layer has written."""
 
     def written(buffers, new):
       buffer = jax.lax.dynamic_update_slice_in_dim(

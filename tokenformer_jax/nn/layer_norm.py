@@ -14,12 +14,20 @@ EPSILON = 1e-5
 
 
 def layer_norm(x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-  """Zero mean and unit (biased) variance over the last axis; at least float32 inside, x's dtype outside."""
+  """Zero mean and unit (biased) variance over the last axis, [..., d] -> [..., d] in x's dtype.
+
+  Mean and variance are computed in float32 or wider; ε = 1e-5 is added to the variance.
+  """
   return _normalised(x).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-  """`layer_norm(x) · scale + bias`, [..., size] -> [..., size]."""
+  """`layer_norm(x) · scale + bias`, [..., size] -> [..., size] in x's dtype.
+
+  Args:
+    size: the number of channels.
+    rngs: as for every layer; whatever its keys, the initial scale is 1 and the initial bias is 0.
+  """
 
   def __init__(self, size: int, *, rngs: nnx.Rngs):
     self.scale = parameter(rngs, (size,), ("norm",), nnx.initializers.ones)
@@ -33,7 +41,7 @@ class LayerNorm(nnx.Module):
     return (normalised * scale + bias).astype(x.dtype)
 
 
-# Else the gradient keeps its parts in float32 beside x.
+# Without rematerialisation the backward pass would keep float32 intermediate results beside x.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _normalised(x):
   wide = x.astype(sum_dtype(x.dtype))

@@ -1,4 +1,4 @@
-"""Causal softmax attention between tokens, computed as the device does it best."""
+"""Causal softmax attention between tokens, by the implementation that is fastest on the device."""
 
 import functools
 import itertools
@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from tokenformer_jax.config.validation import require_choice
 from tokenformer_jax.distributed.axes import is_split, per_device, platform, splits
 from tokenformer_jax.kernels.products import wide_einsum
 
-# Splash attention's rows come in tiles of 128; tiles of 512 keep a TPU's matrix unit busy.
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+# Splash attention works on tiles of 128 rows; tiles of 512 keep a TPU's matrix unit busy.
 _TILE, _LARGEST_TILE = 128, 512
-# Plain attention takes its queries in this many blocks where each has at least so many.
+# Plain attention splits its queries into this many blocks, if each block gets at least this many queries.
 _BLOCKS, _LEAST_BLOCK = 4, 64
 
 
@@ -25,28 +27,54 @@ def causal_attention(
   segments: Int[Array, "batch time"] | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "batch time head channel"]:
-  """softmax(q kᵀ / √C) v of every token over itself and those before it, in its own segment.
+  """softmax(q kᵀ / √C) v, where every token attends to itself and to the tokens before it in its own segment.
 
   Args:
-    q, k, v: [B, T, H, C].
-    segments: document of each token; by default one.
-    implementation: `cudnn`, `splash` or `xla`; by default `kernel_for` this device, dtype and shape.
+    q: queries [B, T, H, C].
+    k: keys [B, T, H, C].
+    v: values [B, T, H, C].
+    segments: document of each token; by default one document.
+    implementation: `xla`, for every device; `cudnn`, for GPUs; `splash`, for TPUs. By default the one that
+      `default_implementation` gives for this device, dtype and shape.
+
+  Returns:
+    [B, T, H, C] in the dtype of v.
+
+  Raises:
+    ValueError: the implementation is unknown, or it does not support this device or this number of positions.
   """
-  implementation = implementation or kernel_for(platform(), q.dtype, q.shape)
+  if implementation is None:
+    implementation = default_implementation(platform(), q.dtype, q.shape)
+  require_choice("implementation", implementation, IMPLEMENTATIONS)
+  needed = {"cudnn": "gpu", "splash": "tpu"}.get(implementation)
+  if needed is not None and platform() != needed:
+    raise ValueError(
+      f"implementation={implementation!r} runs on a {needed.upper()}, and this is {platform()}; choose 'xla', or None "
+      "for the fastest one of the device."
+    )
   if implementation == "splash":
+    if q.shape[1] % _TILE or is_split("time"):
+      raise ValueError(
+        f"implementation='splash' takes a multiple of {_TILE} positions that devices do not split, and there are "
+        f"{q.shape[1]}{' split ones' if is_split('time') else ''}; choose 'xla'."
+      )
     return _splash(q, k, v, segments)
   if implementation == "xla":
     return _plain(q, k, v, segments)
   mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
 
-def kernel_for(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]) -> str:
-  """`cudnn` on a GPU and `splash` on a TPU, where they take arrays of that dtype and shape [B, T, H, C]; else `xla`."""
+def default_implementation(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]) -> str:
+  """The fastest implementation on a platform for arrays of this dtype and shape [B, T, H, C].
+
+  It is `cudnn` on a GPU and `splash` on a TPU, where they support the dtype and shape, and otherwise `xla`.
+  """
   _, time, _, channels = shape
   if platform == "gpu" and dtype == jnp.bfloat16 and channels % 8 == 0 and channels <= 128:
     return "cudnn"
-  # Where positions are split, which keys a query may see depends on the device, and splash's mask cannot.
+  # Where positions are split over devices, the keys that a query may see depend on the device. The mask of splash
+  # attention cannot express that.
   if platform == "tpu" and time % _TILE == 0 and not is_split("time"):
     return "splash"
   return "xla"
@@ -54,9 +82,9 @@ def kernel_for(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _plain(q, k, v, segments):
-  """Each block of queries has the keys up to its end, so up to three of eight scores are never computed.
+  """Attention in blocks of queries. A block reads only the keys up to its end, which saves up to 3/8 of the scores.
 
-  The gradient computes scores again: kept, they would be the largest arrays of a layer.
+  The backward pass computes the scores again, because they would be the largest arrays that a layer keeps.
   """
   time = q.shape[1]
   size = time // (1 if is_split("time") else math.gcd(time, min(_BLOCKS, max(1, time // _LEAST_BLOCK))))
@@ -64,10 +92,10 @@ def _plain(q, k, v, segments):
 
   def block(first):
     end = first + size
-    seen = (jnp.arange(first, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
+    visible = (jnp.arange(first, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
     if segments is not None:
-      seen &= segments[:, None, first:end, None] == segments[:, None, None, :end]
-    return masked_attention(q[:, :, first:end], (k[:, :, :end],), (v[:, :, :end],), seen)
+      visible &= segments[:, None, first:end, None] == segments[:, None, None, :end]
+    return masked_attention(q[:, :, first:end], (k[:, :, :end],), (v[:, :, :end],), visible)
 
   return jnp.concatenate([block(first) for first in range(0, time, size)], axis=2).swapaxes(1, 2)
 
@@ -76,28 +104,31 @@ def masked_attention(
   q: Float[Array, "batch head time channel"],
   keys: tuple[Array, ...],
   values: tuple[Array, ...],
-  seen: Bool[Array, "#batch 1 time slot"],
+  visible: Bool[Array, "#batch 1 time slot"],
 ) -> Float[Array, "batch head time channel"]:
-  """softmax(q kᵀ / √C) v of each query over the slots that it has `seen`; over all of them equally if it has none.
+  """softmax(q kᵀ / √C) v of each query over its visible slots; over all slots equally if none is visible.
 
   Args:
-    keys, values: [batch, head, slot, channel] each; where they are several, their slots follow one another.
+    q: queries [batch, head, time, channel].
+    keys: one or several arrays [batch, head, slot, channel], whose slots follow one another.
+    values: arrays like `keys`.
+    visible: which slots each query may see.
   """
   scores_BxHxTxS = jnp.concatenate([wide_einsum("bhtc,bhsc->bhts", q, k) for k in keys], axis=-1) * q.shape[-1] ** -0.5
-  seen_BxHxTxS = jnp.where(seen, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
-  weights_BxHxTxS = jax.nn.softmax(seen_BxHxTxS, axis=-1).astype(q.dtype)
+  masked_BxHxTxS = jnp.where(visible, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
+  weights_BxHxTxS = jax.nn.softmax(masked_BxHxTxS, axis=-1).astype(q.dtype)
   ends = list(itertools.accumulate(k.shape[2] for k in keys))
   parts = zip(jnp.split(weights_BxHxTxS, ends[:-1], axis=-1), values)
   return functools.reduce(jnp.add, [jnp.einsum("bhts,bhsc->bhtc", weights, v) for weights, v in parts])
 
 
 def _splash(q, k, v, segments, interpret=False):
-  """Splash attention, for T a multiple of 128; on a mesh of each device's rows and heads."""
-  # Here, for Pallas takes longer to import than the rest of us.
+  """Splash attention for T a multiple of 128; on a mesh, each device computes its own rows and heads."""
+  # Imported only here, because importing Pallas takes longer than importing the rest of this package.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-  by_heads = PartitionSpec(splits("batch", q.shape[0]) or None, None, splits("heads", q.shape[2]) or None, None)
-  by_rows = PartitionSpec(by_heads[0], None)
+  split_heads = PartitionSpec(splits("batch", q.shape[0]) or None, None, splits("heads", q.shape[2]) or None, None)
+  split_rows = PartitionSpec(split_heads[0], None)
 
   def local(q, k, v, segments):
     time, heads, channels = q.shape[1:]
@@ -117,5 +148,5 @@ def _splash(q, k, v, segments, interpret=False):
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2).astype(v.dtype)
 
   if segments is None:
-    return per_device(functools.partial(local, segments=None), (by_heads,) * 3, by_heads)(q, k, v)
-  return per_device(local, (by_heads,) * 3 + (by_rows,), by_heads)(q, k, v, segments)
+    return per_device(functools.partial(local, segments=None), (split_heads,) * 3, split_heads)(q, k, v)
+  return per_device(local, (split_heads,) * 3 + (split_rows,), split_heads)(q, k, v, segments)
