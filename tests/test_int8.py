@@ -1,4 +1,4 @@
-"""Parameter tokens in int8 are the nearest they can be, and the model is otherwise the same."""
+"""int8 parameter tokens are the nearest possible ones, and the rest of the model is unchanged."""
 
 import sys
 
@@ -10,11 +10,12 @@ from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.int8 import int8_tokens
+from tokenformer_jax.interop.export import export
 from tokenformer_jax.kernels.fused_pattention import fused_pattention
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.nn.pattention import Pattention, require_float_tokens
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 CONFIG = ModelConfig(
@@ -45,8 +46,8 @@ def pattentions(model):
   return [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, Pattention)]
 
 
-def written_back(model):
-  """The model with the tokens of an int8 one as the float32 numbers that they stand for."""
+def dequantised(model):
+  """A copy of an int8 model whose tokens are the float32 numbers that the int8 ones represent."""
   model = nnx.merge(*split(model))
   for layer in pattentions(model):
     layer.keys = nnx.Param(layer.keys[...] * layer.key_scales[...][..., None], axes=layer.keys.axes)
@@ -56,7 +57,7 @@ def written_back(model):
 
 
 def test_tokens_are_the_nearest_of_255_levels(model, rounded):
-  for before, after, back in zip(*map(pattentions, (model, rounded, written_back(rounded))), strict=True):
+  for before, after, back in zip(*map(pattentions, (model, rounded, dequantised(rounded))), strict=True):
     assert after.keys.dtype == after.values.dtype == jnp.int8 and before.keys.dtype == jnp.float32
     for name, scales in (("keys", after.key_scales[...][..., None]), ("values", after.value_scales[...][..., None, :])):
       error = np.abs(getattr(back, name)[...] - getattr(before, name)[...])
@@ -65,17 +66,17 @@ def test_tokens_are_the_nearest_of_255_levels(model, rounded):
 
 
 def test_the_model_is_the_one_with_rounded_tokens(model, rounded):
-  expected = np.asarray(jax.jit(written_back(rounded))(TOKENS))
+  expected = np.asarray(jax.jit(dequantised(rounded))(TOKENS))
   size = np.abs(expected).max()
   np.testing.assert_allclose(jax.jit(rounded)(TOKENS), expected, atol=1e-5 * size)
-  # Which is another one than before, but not by much.
+  # It differs from the model before rounding, but not by much.
   before = LanguageModel(ModelConfig(**{**CONFIG.__dict__, "kernel": "reference"}), rngs=nnx.Rngs(0))
   difference = np.abs(np.asarray(jax.jit(before)(TOKENS)) - expected).max()
   assert 1e-4 * size < difference < 0.05 * size
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_it_decodes(rounded, rows):
+def test_an_int8_model_decodes(rounded, rows):
   decoding = rounded.for_decoding()
   assert {leaf.dtype for leaf in jax.tree.leaves(split(decoding)[1])} == {jnp.dtype("int8"), jnp.dtype("float32")}
   expected = np.asarray(jax.jit(rounded)(TOKENS[:rows]))
@@ -87,9 +88,17 @@ def test_it_decodes(rounded, rows):
   np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_what_is_int8_already_is_refused(rounded):
-  with pytest.raises(ValueError, match="parameter tokens are int8 already"):
-    int8_tokens(rounded)
+@pytest.mark.parametrize(
+  "action, use",
+  [
+    ("rounded to int8", lambda model, folder: int8_tokens(model)),
+    ("grown", lambda model, folder: require_float_tokens(model, "grown")),
+    ("exported", lambda model, folder: export(model, folder)),
+  ],
+)
+def test_an_int8_model_is_refused_where_float_tokens_are_needed(rounded, tmp_path, action, use):
+  with pytest.raises(ValueError, match=f"parameter tokens are int8.* cannot be {action}; .*model with float tokens"):
+    use(rounded, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +108,15 @@ def test_what_is_int8_already_is_refused(rounded):
     (dict(value_scales=jnp.ones((1, 256))), r"value_scales \(1, 256\): expected \(256,\), one for each output channel"),
   ],
 )
-def test_scales_that_do_not_fit_are_named(changed, message):
+def test_scales_of_a_wrong_shape_are_named(changed, message):
   tokens = dict(keys=jnp.ones((128, 128), jnp.int8), values=jnp.ones((128, 256), jnp.int8), tau=jnp.float32(1))
   with pytest.raises(ValueError, match=message):
     pattention(jnp.ones((2, 128)), ParameterTokens(**tokens, **changed))
-  with pytest.raises(ValueError, match="it takes no int8 tokens with scales"):
+  with pytest.raises(ValueError, match="int8 tokens with scales are not supported"):
     fused_pattention(jnp.ones((2, 128)), ParameterTokens(**tokens, **changed), interpret=True)
 
 
-def test_without_qwix_it_is_named(model, monkeypatch):
+def test_a_missing_qwix_is_named(model, monkeypatch):
   monkeypatch.setitem(sys.modules, "qwix", None)
   with pytest.raises(ValueError, match=r"int8 needs qwix: pip install 'tokenformer_jax\[int8\]'"):
     int8_tokens(model)

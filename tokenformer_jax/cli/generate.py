@@ -2,35 +2,42 @@
 
   python -m tokenformer_jax.cli.generate --workdir=DIR --prompt='def main(' --max_new_tokens=200
 
-One prompt is written to the terminal as it comes; several (repeat --prompt) are printed at the end.
+The continuation of a single prompt is printed while it is generated; those of several prompts (repeat --prompt) are
+printed at the end. An empty prompt begins a document.
 """
 
-import os
+import sys
 
 from absl import flags
 
 from tokenformer_jax.cli import command, process_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; by default the newest.")
-_PRETRAINED = flags.DEFINE_string("pretrained", None, "In its place: weights that tf.from_pretrained reads.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --pretrained; by default the one beside it.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat for several.", required=True)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "The most tokens to write after each prompt.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token; higher is freer.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: from all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of this probability; 1: from all.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same text.")
-_INT8 = flags.DEFINE_bool("int8", False, "Parameter tokens in int8: half of bfloat16's memory. Needs qwix.")
-_STOP = flags.DEFINE_multi_string("stop", [], "Text before which to stop; repeat for several.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to load; by default the newest.")
+_PRETRAINED = flags.DEFINE_string("pretrained", None, "Instead of --workdir: weights that tf.from_pretrained reads.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer of --pretrained; by default the one beside the weights.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat it for several prompts.", required=True)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "The most tokens to generate after each prompt.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token; higher temperatures are freer.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 draws from all.")
+_TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Draw from the fewest tokens with this probability together; 1 draws from all."
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+  "repetition_penalty", 1.0, "Above 1, tokens that occurred before become less likely; 1 changes nothing."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_INT8 = flags.DEFINE_bool("int8", False, "Round parameter tokens to int8: half of bfloat16's memory. Needs qwix.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text before which the continuation stops; repeat it for several.")
+_LOG_PROBS = flags.DEFINE_bool("log_probs", False, "Print each continuation's log-probability on stderr, in nats.")
 process_flags.define()
 
 
 def main(argv):
   del argv
-  import tokenformer_jax as tf  # Here, so that --help and a bad flag are answered at once.
+  import tokenformer_jax as tf  # Imported only here, so that --help and a wrong flag are answered at once.
   from tokenformer_jax.data import open_tokenizer
-  from tokenformer_jax.interop.pretrained import from_pretrained
+  from tokenformer_jax.paths import user_path
 
   if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
     raise ValueError("give either --workdir or --pretrained.")
@@ -38,33 +45,37 @@ def main(argv):
   if _WORKDIR.value is not None:
     model, tokenizer = tf.load(_WORKDIR.value, step=_STEP.value), tf.load_tokenizer(_WORKDIR.value)
   else:
-    folder = os.path.dirname(_PRETRAINED.value) if os.path.isfile(_PRETRAINED.value) else _PRETRAINED.value
-    model, tokenizer = from_pretrained(_PRETRAINED.value), open_tokenizer(_TOKENIZER.value or folder or ".")
+    weights = user_path(_PRETRAINED.value, "--pretrained")
+    beside = str(weights.parent) if weights.is_file() else _PRETRAINED.value
+    model, tokenizer = tf.from_pretrained(_PRETRAINED.value), open_tokenizer(_TOKENIZER.value or beside)
 
   prompts = _PROMPT.value
-  beginning = iter((prompts[0],))  # Printed with the first piece, after whatever may be wrong is told.
+  beginning = iter((prompts[0],))  # It is printed with the first piece, after all mistakes have been reported.
 
   def stream(row, piece):
     say(next(beginning, "") + piece, end="", flush=True)
 
-  if _INT8.value:
-    model = tf.int8_tokens(model)
-  texts = tf.generate(
-    model.for_decoding(),
+  results = tf.generate(
+    tf.int8_tokens(model) if _INT8.value else model,
     tokenizer,
     prompts,
     max_new_tokens=_MAX_NEW_TOKENS.value,
     temperature=_TEMPERATURE.value,
     top_k=_TOP_K.value,
     top_p=_TOP_P.value,
+    repetition_penalty=_REPETITION_PENALTY.value,
     seed=_SEED.value,
     stop=_STOP.value,
     stream=stream if len(prompts) == 1 else None,
+    return_log_probs=True,
   )
   if len(prompts) == 1:
     say(next(beginning, ""))
   else:
-    say("\n----\n".join(prompt + text for prompt, text in zip(prompts, texts)))
+    say("\n----\n".join(prompt + result.text for prompt, result in zip(prompts, results)))
+  if _LOG_PROBS.value:
+    for result in results:
+      say(f"log-probability: {sum(result.log_probs):.3f} nats over {len(result.ids)} tokens", file=sys.stderr)
 
 
 if __name__ == "__main__":

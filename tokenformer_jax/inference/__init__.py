@@ -1,1 +1,1 @@
-"""Writing text with a trained model: sampling, cached decoding, streaming."""
+"""Text generation with a trained model: sampling, decoding with a cache, streaming, int8."""

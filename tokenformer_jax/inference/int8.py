@@ -1,40 +1,43 @@
-"""Parameter tokens in int8, for models that only write and are measured."""
+"""Parameter tokens in int8, for models that are only evaluated and generate text."""
 
 from flax import nnx
 
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.nn.pattention import Pattention, require_float_tokens
 
 
 def int8_tokens(model: LanguageModel) -> LanguageModel:
-  """A copy of `model` with keys and values in int8: half of bfloat16's bytes, which is what decoding waits for.
+  """A copy of `model` with keys and values in int8: half of bfloat16's bytes, which is what limits decoding.
 
-  Rounded to the nearest of 255 levels, each key on a scale of its own and each output channel of the values: the
-  scales then multiply scores and outputs, and products stay products. Embedding, norms and τ stay. The `reference`
-  kernel takes them. It cannot be trained, and is not saved; what it costs is in experiments/benchmarks/README.md.
+  Numbers are rounded to the nearest of 255 levels. Each key has a scale, and so has each output channel of the values;
+  the scales then multiply scores and outputs, so that both products stay matrix products. Embedding, norms and τ stay
+  as they are. The copy uses the `reference` kernel. It cannot be trained, grown, exported or saved.
+  experiments/benchmarks/README.md measures what the rounding costs.
+
+  Args:
+    model: a language model with float tokens, which stays as it is.
 
   Raises:
-    ValueError: qwix is not installed, or the tokens are int8 already.
+    ValueError: qwix is not installed, the tokens are int8 already, or the model is a copy for decoding.
   """
   try:
-    import qwix  # Here, for nothing else needs it.
+    import qwix  # Imported only here, because nothing else needs it.
   except ModuleNotFoundError:
     raise ValueError("int8 needs qwix: pip install 'tokenformer_jax[int8]'.") from None
+  require_float_tokens(model, "rounded to int8")
 
-  def rounded(param, whole):
-    """(int8, float32 scales) with one scale for what lies along axis `whole`; of each layer for itself."""
-    kept = tuple(axis for axis in range(param.ndim) if axis != param.ndim + whole)
-    q = qwix.quantize(param[...], "int8", channelwise_axes=kept)
-    layer = param.axes[:-2]
-    return nnx.Param(q.qvalue, axes=param.axes), nnx.Param(q.scale.squeeze(whole), axes=(*layer, None))
+  def rounded(param, shared):
+    """(int8, float32 scales), where the numbers along axis `shared` share a scale; each layer has its own scales."""
+    kept = tuple(axis for axis in range(param.ndim) if axis != param.ndim + shared)
+    quantised = qwix.quantize(param[...], "int8", channelwise_axes=kept)
+    scales = nnx.Param(quantised.scale.squeeze(shared), axes=(*param.axes[:-2], None))
+    return nnx.Param(quantised.qvalue, axes=param.axes), scales
 
   model = nnx.merge(*split(model))
   for _, layer in nnx.iter_modules(model):
     if isinstance(layer, Pattention):
-      if layer.key_scales is not None:
-        raise ValueError("the model's parameter tokens are int8 already; take it as it is.")
-      layer.keys, layer.key_scales = rounded(layer.keys, whole=-1)
-      layer.values, layer.value_scales = rounded(layer.values, whole=-2)
+      layer.keys, layer.key_scales = rounded(layer.keys, shared=-1)
+      layer.values, layer.value_scales = rounded(layer.values, shared=-2)
       layer.kernel = "reference"
   return model

@@ -1,103 +1,180 @@
-"""Choosing the next token from logits: greedy, temperature, top-k and top-p, as pure functions.
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p and repetition penalty, as pure functions.
 
-Every setting is an array and none is a shape, so one compiled program serves them all.
+Every setting is an array and none is a shape, so that one compiled program serves all settings.
 """
 
 import dataclasses
 import functools
 import math
 import operator
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-# Below this the highest logit wins anyway, and dividing by less would leave float32's range.
+# At this temperature the highest logit always wins, and dividing by a lower one would leave float32's range.
 _SMALLEST_TEMPERATURE = 1e-6
-# Ids that a draw takes together first.
+# The number of ids in a block; a draw chooses a block first and then an id in it.
 _BLOCK = 256
+# Where a row of `read_BxS` has no token: an id that no vocabulary has.
+NO_TOKEN = 2**31 - 1
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, meta_fields=[], data_fields=["key", "temperature", "top_k", "top_p", "vocab_size"]
+  jax.tree_util.register_dataclass,
+  meta_fields=[],
+  data_fields=["key", "temperature", "top_k", "top_p", "repetition_penalty", "vocab_size"],
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are drawn. Made by `Sampling.checked`; every field is a scalar array.
+  """How tokens are drawn. `Sampling.checked` makes it; every field is a scalar array.
+
+  The settings apply in the order of this list.
 
   Attributes:
-    key: random key. Row b's token t is drawn with this key folded with b and t, so that it depends
-      neither on the other rows nor on padding.
+    key: random key. Token t of row b is drawn with this key folded with b and t, so that it depends neither on the
+      other rows nor on padding.
+    vocab_size: only ids below it are drawn; the rest of a row of logits is padding.
+    repetition_penalty: the logits of ids that the row has read or drawn before are divided by it where they are
+      positive and multiplied by it where they are negative (CTRL, arXiv 1909.05858, section 4.1). 1 changes nothing,
+      more makes repetitions less likely.
     temperature: logits are divided by it; 0 takes the highest (greedy).
-    top_k: only the k highest logits, 0 for all.
-    top_p: of those, only the fewest whose probabilities reach top_p together, 1 for all.
-    vocab_size: only ids below it; the rest of a logit row is padding.
+    top_k: only the k highest logits are kept; 0 keeps all.
+    top_p: of those, only the fewest are kept whose probabilities sum to top_p; 1 keeps all.
   """
 
   key: Array
   temperature: Float[Array, ""]
   top_k: Int[Array, ""]
   top_p: Float[Array, ""]
+  repetition_penalty: Float[Array, ""]
   vocab_size: Int[Array, ""]
 
   @classmethod
   def checked(
-    cls, *, vocab_size: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+    cls,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
   ) -> "Sampling":
     """The settings as arrays.
 
+    Args:
+      vocab_size: the number of ids that may be drawn.
+      temperature: 0 (greedy) or positive.
+      top_k: 0 (all) or positive.
+      top_p: above 0 and at most 1 (all).
+      repetition_penalty: positive; 1 changes nothing.
+      seed: any whole number from 0 on. Below 2**32 it is JAX's seed; the further 32-bit words of a larger seed are
+        folded into the key one after the other, so that every seed has a key of its own.
+
     Raises:
-      ValueError: a value out of range, naming it.
+      ValueError: a value out of range, which the message names.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
       raise ValueError(f"temperature={temperature}: must be 0 (greedy) or a positive number.")
     if not 0 < top_p <= 1:
       raise ValueError(f"top_p={top_p}: must be above 0 and at most 1 (1 keeps all tokens).")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+      raise ValueError(f"repetition_penalty={repetition_penalty}: must be a positive number (1 changes nothing).")
     top_k = checked_int("top_k", top_k, 0, "0 keeps all tokens")
     seed = checked_int("seed", seed, 0, "each seed gives its own text")
-    if seed >= 2**32:
-      raise ValueError(f"seed={seed}: must be below 2**32.")
     vocab_size = checked_int("vocab_size", vocab_size, 1, "the number of ids that may be drawn")
-    # No row of logits is that long: keeping so many is keeping all.
+    # No row of logits is this long, so keeping this many ids is keeping all.
     top_k = min(top_k, 2**31 - 1)
     return cls(
-      jax.random.key(seed), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(vocab_size)
+      key=_key(seed),
+      temperature=jnp.float32(temperature),
+      top_k=jnp.int32(top_k),
+      top_p=jnp.float32(top_p),
+      repetition_penalty=jnp.float32(repetition_penalty),
+      vocab_size=jnp.int32(vocab_size),
     )
 
 
-def sample(logits_BxV: Float[Array, "batch vocab"], sampling: Sampling, index: Int[Array, ""]) -> Int[Array, "batch"]:
-  """Token number `index` of each row's continuation, [B], drawn from its logits [B, V]."""
+def _key(seed):
+  key = jax.random.key(seed % 2**32)
+  while seed := seed >> 32:
+    key = jax.random.fold_in(key, seed % 2**32)
+  return key
+
+
+def sample(
+  logits_BxV: Float[Array, "batch vocab"],
+  sampling: Sampling,
+  index: Int[Array, ""],
+  read_BxS: Int[Array, "batch slot"] | None = None,
+) -> Int[Array, "batch"]:
+  """Draws the next token of each row.
+
+  Args:
+    logits_BxV: the logits of the next token, [B, V].
+    sampling: the settings.
+    index: the number of the token in its row's continuation, [].
+    read_BxS: the ids that the repetition penalty concerns, [B, S]: those of the prompt and of the tokens drawn before,
+      in any order, with `NO_TOKEN` in the slots that are left. By default there are none.
+
+  Returns:
+    One id for each row, [B].
+  """
+  if read_BxS is None:
+    read_BxS = jnp.full((logits_BxV.shape[0], 1), NO_TOKEN, jnp.int32)
   key = jax.random.fold_in(sampling.key, index)
   keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits_BxV.shape[0]))
-  return jax.vmap(_sample_row, in_axes=(0, None, 0))(logits_BxV, sampling, keys_B)
+  return jax.vmap(_sample_row, in_axes=(0, None, 0, 0))(logits_BxV, sampling, keys_B, read_BxS)
 
 
-def _sample_row(logits_V, sampling, key):
-  # Padding is cut off in each branch: before both, XLA would write all logits out again.
-  def drawn(logits_V):
+def _sample_row(logits_V, sampling, key, read_S):
+  # Padding is cut off inside each branch; before both of them, XLA would write out all logits once more.
+  def draw_any(logits_V):
     logits_V = within_vocabulary(logits_V, sampling.vocab_size)
     logits_V = logits_V / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
     return draw(truncate(logits_V, sampling.top_k, sampling.top_p), key)
 
-  def likeliest(logits_V):
+  def take_highest(logits_V):
     return greedy(within_vocabulary(logits_V, sampling.vocab_size))
 
-  return jax.lax.cond(sampling.temperature > 0, drawn, likeliest, logits_V)
+  def penalised(logits_V):
+    seen_V = jnp.zeros(logits_V.shape, bool).at[read_S].set(True, mode="drop")
+    return penalise(logits_V, seen_V, sampling.repetition_penalty)
+
+  logits_V = jax.lax.cond(sampling.repetition_penalty != 1, penalised, lambda logits_V: logits_V, logits_V)
+  return jax.lax.cond(sampling.temperature > 0, draw_any, take_highest, logits_V)
+
+
+def log_probs(
+  logits_BxV: Float[Array, "batch vocab"], tokens_B: Int[Array, "batch"], vocab_size: Int[Array, ""]
+) -> Float[Array, "batch"]:
+  """The log-probability (nats) that the logits give to each row's token, among the ids below `vocab_size`; [B]."""
+  logits_BxV = jax.vmap(within_vocabulary, in_axes=(0, None))(logits_BxV, vocab_size)
+  return jnp.take_along_axis(jax.nn.log_softmax(logits_BxV), tokens_B[:, None], axis=1)[:, 0]
+
+
+def penalise(
+  logits_V: Float[Array, "vocab"], seen_V: Bool[Array, "vocab"], penalty: Float[Array, ""]
+) -> Float[Array, "vocab"]:
+  """The logits with those of seen ids divided by the penalty where positive and multiplied by it where negative."""
+  return jnp.where(seen_V, jnp.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
 
 
 def greedy(logits_V: Float[Array, "vocab"]) -> Int[Array, ""]:
-  """The id of the highest logit, the first of equals."""
+  """The id of the highest logit; the lowest id if several are equal."""
   # On CPUs argmax takes three times as long.
   return jnp.min(jnp.where(logits_V < jnp.max(logits_V), logits_V.size, jnp.arange(logits_V.size))).astype(jnp.int32)
 
 
 def draw(logits_V: Float[Array, "vocab"], key: Array) -> Int[Array, ""]:
-  """An id, each with the probability that its logit gives it: first a block of ids, then one of its."""
-  # A draw takes a random number for each choice: among all ids at once, a hundred times as many.
-  of_block, of_id = jax.random.split(key)
+  """Draws an id with the probabilities that the logits give: first a block of ids, then an id of that block."""
+  # `categorical` takes a random number for each choice. Drawing from all ids at once would take a hundred times as many.
+  block_key, id_key = jax.random.split(key)
   logits_KxI = jnp.pad(logits_V, (0, -logits_V.size % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
-  block = jax.random.categorical(of_block, jax.nn.logsumexp(logits_KxI, axis=1))
-  return (block * _BLOCK + jax.random.categorical(of_id, logits_KxI[block])).astype(jnp.int32)
+  block = jax.random.categorical(block_key, jax.nn.logsumexp(logits_KxI, axis=1))
+  return (block * _BLOCK + jax.random.categorical(id_key, logits_KxI[block])).astype(jnp.int32)
 
 
 def within_vocabulary(logits_V: Float[Array, "vocab"], vocab_size: Int[Array, ""]) -> Float[Array, "vocab"]:
@@ -106,15 +183,15 @@ def within_vocabulary(logits_V: Float[Array, "vocab"], vocab_size: Int[Array, ""
 
 
 def truncate(logits_V: Float[Array, "vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "vocab"]:
-  """The logits, with −∞ for all but the top-k (0: all), and of those for all but the top-p nucleus.
+  """The logits, with −∞ for all but the top-k (0: all), and then for all but the nucleus of those.
 
-  The nucleus is the fewest tokens, the likeliest first, whose probabilities, renormalised over the
-  top-k, sum to at least `top_p`. Tokens as likely as the last one kept are kept too, by either.
+  The nucleus is the smallest set of the likeliest tokens whose probabilities, renormalised over the top-k, sum to at
+  least `top_p`. Both cuts also keep every token that is exactly as likely as the last one kept.
   """
 
   def highest(logits_V, weights_V, mass):
     bits_V = jax.lax.bitcast_convert_type(logits_V.astype(jnp.float32), jnp.uint32)
-    # Integers in the order of the logits.
+    # Unsigned integers that have the order of the logits.
     ranks_V = jnp.where(bits_V >> 31, ~bits_V, bits_V | jnp.uint32(1 << 31))
     return jnp.where(ranks_V >= _threshold(ranks_V, weights_V, mass), logits_V, -jnp.inf)
 
@@ -124,15 +201,15 @@ def truncate(logits_V: Float[Array, "vocab"], top_k: Int[Array, ""], top_p: Floa
   def nucleus(logits_V):
     return highest(logits_V, jax.nn.softmax(logits_V).astype(jnp.float32), top_p)
 
-  # Conditions, for each cut takes longer than the draw.
+  # Each cut takes longer than the draw, so it is skipped where it is not wanted.
   logits_V = jax.lax.cond(top_k > 0, first_k, lambda logits_V: logits_V, logits_V)
   return jax.lax.cond(top_p < 1, nucleus, lambda logits_V: logits_V, logits_V)
 
 
 def _threshold(ranks_V, weights_V, mass):
-  """The highest rank [] at and above which the weights sum to `mass` or more, 0 where none does.
+  """The highest rank [] for which the weights of this rank and above sum to at least `mass`; 0 if there is none.
 
-  Found bit by bit, in 32 sums over all: a sort takes 25 times as long on a CPU.
+  It is found bit by bit, in 32 sums over all ids; a sort takes 25 times as long on a CPU.
   """
 
   def with_bit(index, rank):
@@ -142,8 +219,8 @@ def _threshold(ranks_V, weights_V, mass):
   return jax.lax.fori_loop(0, 32, with_bit, jnp.uint32(0))
 
 
-def checked_int(name: str, value, least: int, meaning: str) -> int:
-  """`value` as an int of at least `least`, or a ValueError that says what it means."""
+def checked_int(name: str, value: SupportsIndex, least: int, meaning: str) -> int:
+  """`value` as an int of at least `least`. Raises ValueError with the name, the value and its meaning otherwise."""
   try:
     value = operator.index(value)
   except TypeError:
