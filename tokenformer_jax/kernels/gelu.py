@@ -1,4 +1,4 @@
-"""GELUs that Mosaic can compile."""
+"""GELUs for kernels on TPUs, built from operations that Mosaic, the compiler of TPU kernels, supports."""
 
 import functools
 import math
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from tokenformer_jax.nn.theta import GELUS, gelu_from_cdf
 
-# Mosaic has no erfc. Cephes' erfcf: 1 − erf(x) below 1, exp(−x²) times a polynomial in 1/x² above.
+# Mosaic has no erfc. These are the coefficients of Cephes' erfcf, which is 1 − erf(x) below 1, and exp(−x²) times a
+# polynomial in 1/x² above; one polynomial up to 2, another from 2 on.
 _ERFC_TO_2 = (
   2.326819970068386e-2,
   -1.387039388740657e-1,
@@ -33,6 +34,7 @@ _ERFC_FROM_2 = (
 
 
 def _erfc(x):
+  """1 − erf(x) with a relative error of at most 3e-6."""
   size = jnp.minimum(jnp.maximum(jnp.abs(x), 1.0), 14.0)
   inverse = 1.0 / size
   square = inverse * inverse
@@ -44,5 +46,5 @@ def _erfc(x):
   return jnp.where(jnp.abs(x) < 1.0, 1.0 - jax.lax.erf(jnp.clip(x, -1.0, 1.0)), jnp.where(x > 0, tail, 2.0 - tail))
 
 
-# As `parameter_tokens.GELUS`.
-IN_KERNEL = GELUS | {"erf": GELUS["erf"]._replace(precise=gelu_from_cdf(lambda x: 0.5 * _erfc(x * -math.sqrt(0.5))))}
+# `nn.theta.GELUS`, with the erfc above in the precise form.
+MOSAIC_GELUS = GELUS | {"erf": GELUS["erf"]._replace(precise=gelu_from_cdf(lambda x: 0.5 * _erfc(x * -math.sqrt(0.5))))}
