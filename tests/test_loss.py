@@ -1,4 +1,4 @@
-"""The loss against float64, on meshes, and what its compiled program holds."""
+"""The loss against float64, on one device and on meshes, and the arrays that its compiled program holds."""
 
 import re
 
@@ -30,29 +30,29 @@ def hidden(scale=1.0):
 
 
 def in_float64(scale, weights):
-  """[nats, z, weight, nats + Z_LOSS · z], and the gradients of the last by hidden and table."""
+  """[nats, z, weight, nats + Z_LOSS · z], and the gradients of the last with respect to hidden and table."""
   h, table, weights = hidden(scale).astype(np.float64), TABLE.astype(np.float64), weights.astype(np.float64)
   logits = h @ table.T
   log_z = special.logsumexp(logits, axis=-1)
   nats = log_z - np.take_along_axis(logits, LABELS[..., None], axis=-1)[..., 0]
-  by_logits = (1 + 2 * Z_LOSS * log_z)[..., None] * special.softmax(logits, axis=-1) - np.eye(VOCAB)[LABELS]
-  by_logits *= weights[..., None]
+  d_logits = (1 + 2 * Z_LOSS * log_z)[..., None] * special.softmax(logits, axis=-1) - np.eye(VOCAB)[LABELS]
+  d_logits *= weights[..., None]
   nats, z = (weights * nats).sum(), (weights * log_z**2).sum()
   return np.array([nats, z, weights.sum(), nats + Z_LOSS * z]), (
-    by_logits @ table,
-    np.einsum("btv,btd->vd", by_logits, h),
+    d_logits @ table,
+    np.einsum("btv,btd->vd", d_logits, h),
   )
 
 
 def ours(scale, weights, chunk, arrays=None):
-  """[nats, z, weight, the loss], and its gradients by hidden and table, the `arrays`."""
+  """[nats, z, weight, the loss], and its gradients with respect to hidden and table, which are the `arrays`."""
   (total, sums), gradients = jax.value_and_grad(
     lambda h, table: loss_sums(h, table, LABELS, weights, Z_LOSS, chunk), argnums=(0, 1), has_aux=True
   )(*arrays or (jnp.asarray(hidden(scale)), jnp.asarray(TABLE)))
   return jnp.stack([*sums, total]), gradients
 
 
-# 5 does not divide the 24 tokens. At scale 1e3 every exp overflows float32.
+# A chunk of 5 does not divide the 24 tokens. At scale 1e3 exp of the logits overflows float32.
 @pytest.mark.parametrize("chunk", [CHUNK, 8, 5, 1])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["all tokens", "weights"])
@@ -62,12 +62,12 @@ def test_sums_and_gradients_are_those_of_float64(chunk, scale, weights):
   np.testing.assert_allclose(got_sums, sums, rtol=1e-6)
   small_run.assert_close(dict(enumerate(got_gradients)), dict(enumerate(gradients)), 1e-6)
   _, alone = loss_sums(jnp.asarray(hidden(scale)), jnp.asarray(TABLE), LABELS, weights, Z_LOSS, chunk)
-  np.testing.assert_allclose(np.array(alone), sums[:3], rtol=1e-6)  # Without gradients, as in an evaluation.
+  np.testing.assert_allclose(np.array(alone), sums[:3], rtol=1e-6)  # An evaluation computes no gradients.
 
 
 @pytest.mark.parametrize(
   "sizes", [dict(data=4), dict(token=8), dict(fsdp=2, sequence=2, token=2), dict(data=8)], ids=str
-)  # On 8 devices the 4 rows stay whole.
+)  # 8 devices along data cannot split the 4 rows, which stay whole.
 def test_every_mesh_gives_the_same(sizes):
   sums, gradients = in_float64(1.0, WEIGHTS)
   mesh = small_run.mesh(**sizes)
@@ -77,7 +77,7 @@ def test_every_mesh_gives_the_same(sizes):
   small_run.assert_close(dict(enumerate(got_gradients)), dict(enumerate(gradients)), 1e-6)
 
 
-def test_batches_add_up_to_their_whole():
+def test_the_sums_of_two_parts_of_a_batch_add_up():
   whole, _ = ours(1.0, WEIGHTS, CHUNK)
   parts = [
     loss_sums(jnp.asarray(hidden()[rows]), jnp.asarray(TABLE), LABELS[rows], WEIGHTS[rows])[1]
@@ -119,7 +119,7 @@ def test_logits_of_a_batch_never_exist(train, sizes):
 
 @pytest.mark.parametrize("first", ["float32", "bfloat16"])
 @pytest.mark.parametrize("second", ["float32", "bfloat16"])
-def test_an_update_writes_over_the_state_it_was_given(first, second):
+def test_an_update_overwrites_the_state_it_is_given(first, second):
   moments = dict(first_moment_dtype=first, second_moment_dtype=second)
   program = make_program(small_run.replace(small_run.config(), optimizer=moments), small_run.MODEL, small_run.mesh())
   compiled = program.train_step.lower(program.shapes, small_run.batch()).compile()
