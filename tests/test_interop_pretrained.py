@@ -117,6 +117,24 @@ def test_another_output_matrix_is_refused(tmp_path, released):
     from_pretrained(save(tmp_path / "a.safetensors", {**arrays, "lm_head.weight": other}), config)
 
 
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    ({f"copy{i}.weight": None for i in range(5)}, "unexpected 5: 'copy0.weight'"),
+    ({EMBEDDING: np.float32(1), "scale": np.float32(1)}, "not a released TokenFormer"),
+  ],
+)
+def test_copies_that_no_program_writes_are_refused_without_being_read(
+  tmp_path, monkeypatch, released, changed, message
+):
+  arrays, config = released
+  changed = {name: arrays[EMBEDDING] if array is None else array for name, array in changed.items()}
+  path = save(tmp_path / "a.safetensors", {**arrays, **changed})
+  monkeypatch.setattr(StoredArray, "read", None)
+  with refused(match=message):
+    from_pretrained(path, config if "copy0.weight" in changed else None)
+
+
 @pytest.fixture
 def pipeline_folder(tmp_path, released):
   """A checkpoint as DeepSpeed's pipeline writes it; the folder of its step."""

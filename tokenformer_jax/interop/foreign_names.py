@@ -5,6 +5,9 @@ import numpy as np
 from tokenformer_jax.interop.names import EMBEDDING
 from tokenformer_jax.interop.stored_array import StoredArray, Weights, quoted
 
+# A hostile file may name one array any number of times. More copies than these are not compared, but refused as unknown.
+_MOST_COPIES = 4
+
 
 def with_released_names(weights: Weights) -> Weights:
   """Brings a state dict into the form that the released models have.
@@ -24,7 +27,8 @@ def with_released_names(weights: Weights) -> Weights:
   if not embeddings:
     return Weights(weights.where, arrays, weights.metadata)
   embedding = min(embeddings, key=len)
-  for name in _of_the_same_shape(arrays, embedding):
+  copies = _of_the_same_shape(arrays, embedding)
+  for name in copies if len(copies) <= _MOST_COPIES else ():
     _check_equal(weights.where, arrays, name, embedding)
     del arrays[name]
   prefix = embedding.removesuffix(EMBEDDING)
@@ -39,14 +43,17 @@ def with_released_names(weights: Weights) -> Weights:
 
 def _of_the_same_shape(arrays: dict[str, StoredArray], embedding: str) -> list[str]:
   """The names of other matrices with the embedding's shape, except keys and values, which may have it by chance."""
+  shape = arrays[embedding].shape
   return [
     name
     for name, array in arrays.items()
-    if name != embedding and array.shape == arrays[embedding].shape and not name.endswith("_param_tokens")
+    if name != embedding and array.shape == shape and len(shape) == 2 and not name.endswith("_param_tokens")
   ]
 
 
 def _check_equal(where: str, arrays: dict[str, StoredArray], name: str, embedding: str) -> None:
+  if arrays[name] == arrays[embedding]:  # Both names refer to the same bytes of the same file.
+    return
   blocks = arrays[name].blocks(slice(None))
   if not all(np.array_equal(block, arrays[embedding].read(rows), equal_nan=True) for rows, block in blocks):
     raise ValueError(
