@@ -1,12 +1,14 @@
 import contextlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from tests.object_store import bucket  # noqa: F401
 from tokenformer_jax.cli import prepare as command
 from tokenformer_jax.config import DataConfig
 from tokenformer_jax.data import corpus as corpus_module
@@ -291,6 +293,12 @@ def test_a_folder_of_an_earlier_release_is_compared_by_its_text(texts, tmp_path)
   add_a_file(tmp_path)
   with pytest.raises(ValueError, match="holds more documents than the 80 in"):
     prepare(text_files(f"{tmp_path}/texts/*.txt"), ByteTokenizer(), tmp_path / "out")
+
+
+def test_a_prepared_folder_may_be_copied_to_a_bucket(texts, tmp_path, bucket):  # noqa: F811
+  prepare(texts, ByteTokenizer(), tmp_path / "out")
+  shutil.copytree(tmp_path / "out", bucket.folder / "out")
+  assert open_tokens("gs://bucket/out", ByteTokenizer()).keys.tolist() == tokenize(texts, ByteTokenizer()).keys.tolist()
 
 
 def test_the_folder_may_begin_with_a_tilde_and_is_local(texts, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from tests.object_store import bucket  # noqa: F401
 from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data import tokenizer as tokenizer_module
 from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
@@ -185,6 +186,15 @@ def test_files_that_are_not_this_tokenizer_are_never_overwritten(bpe, saved, tmp
   foreign.write_text(json.dumps(bpe.huggingface(), indent=7))
   save_tokenizer(bpe, foreign)
   assert foreign.read_text() == json.dumps(bpe.huggingface(), indent=7)
+
+
+def test_tokenizer_files_may_be_in_a_bucket(bpe, bucket):  # noqa: F811
+  save_tokenizer(bpe, "gs://bucket/run/tokenizer.json")
+  assert (bucket.folder / "run" / "tokenizer_config.json").is_file()
+  assert load_tokenizer("gs://bucket/run/tokenizer.json").fingerprint == bpe.fingerprint
+  assert open_tokenizer("gs://bucket/run").fingerprint == bpe.fingerprint
+  with pytest.raises(ValueError, match="'gs://bucket/other' does not exist"):
+    open_tokenizer("gs://bucket/other")
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(bpe, saved):

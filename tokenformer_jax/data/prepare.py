@@ -80,26 +80,7 @@ def prepare(
       file.truncate(size)
   progress(_skip(documents, manifest, digest, folder))
   _commit(folder, manifest, ())
-  end = np.array([tokenizer.end_of_document], dtype)
-  with (
-    open(folder / TOKENS, "ab") as tokens,
-    open(folder / KEYS, "ab") as keys,
-    open(folder / LENGTHS, "ab") as lengths,
-  ):
-    for batch, encoded in encoded_batches(documents, tokenizer):
-      ids = np.concatenate([piece for document_ids in encoded for piece in (document_ids, end)])
-      tokens.write(ids.astype(dtype).tobytes())
-      keys.write(np.array([key_hash(document.key) for document in batch], np.uint64).tobytes())
-      lengths.write(np.array([len(document_ids) + 1 for document_ids in encoded], np.int64).tobytes())
-      size = sum(update_digest(digest, document) for document in batch)
-      manifest.update(
-        documents=manifest["documents"] + len(batch),
-        tokens=manifest["tokens"] + len(ids),
-        bytes=manifest["bytes"] + size,
-        sha256=digest.hexdigest(),
-      )
-      _commit(folder, manifest, (tokens, keys, lengths))
-      progress(size)
+  _append(documents, tokenizer, dtype, folder, manifest, digest, progress)
   if part:
     manifest["whole"] = whole.summary()
   if not (whole.documents if part else manifest["documents"]):
@@ -160,6 +141,38 @@ def _skip(documents: Iterator[Document], manifest: dict, digest, folder: pathlib
       f"were prepared: remove {folder} and prepare it again."
     )
   return size
+
+
+def _append(
+  documents: Iterator[Document],
+  tokenizer: Tokenizer,
+  dtype: np.dtype,
+  folder: pathlib.Path,
+  manifest: dict,
+  digest,
+  progress,
+) -> None:
+  """Tokenizes documents and appends them to the files of a folder; after each batch the manifest says what is there."""
+  end = np.array([tokenizer.end_of_document], dtype)
+  with (
+    open(folder / TOKENS, "ab") as tokens,
+    open(folder / KEYS, "ab") as keys,
+    open(folder / LENGTHS, "ab") as lengths,
+  ):
+    for batch, encoded in encoded_batches(documents, tokenizer):
+      ids = np.concatenate([piece for document_ids in encoded for piece in (document_ids, end)])
+      tokens.write(ids.astype(dtype).tobytes())
+      keys.write(np.array([key_hash(document.key) for document in batch], np.uint64).tobytes())
+      lengths.write(np.array([len(document_ids) + 1 for document_ids in encoded], np.int64).tobytes())
+      size = sum(update_digest(digest, document) for document in batch)
+      manifest.update(
+        documents=manifest["documents"] + len(batch),
+        tokens=manifest["tokens"] + len(ids),
+        bytes=manifest["bytes"] + size,
+        sha256=digest.hexdigest(),
+      )
+      _commit(folder, manifest, (tokens, keys, lengths))
+      progress(size)
 
 
 def _compare(
