@@ -1,4 +1,4 @@
-"""Reading compiled programs: each collective with its axes, bytes, trips and origin."""
+"""Collectives of compiled programs: their axes, bytes, trips and origin."""
 
 import functools
 
@@ -16,7 +16,7 @@ MESH = functools.partial(small_run.mesh, 2, 2, 2)
 
 
 def sent(body, *specs, shape=(4, 8, 16), dtype=jnp.float32):
-  """What `body`, run on each device's part of one array (`specs`: in, out), sends."""
+  """The collectives of `body` run on each device's part of one array; `specs` are those of its input and output."""
   mesh = MESH()
   f = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False))
   x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, specs[0]))
@@ -27,7 +27,7 @@ def sent(body, *specs, shape=(4, 8, 16), dtype=jnp.float32):
   "axes", [("data",), ("fsdp",), ("token",), ("data", "token"), ("data", "fsdp", "token")], ids=str
 )
 def test_axes_of_every_kind(axes):
-  """All operands [4, 4, 16] on a device; the larger side counts."""
+  """All operands are [4, 4, 16] on a device, and the larger side counts."""
   size, whole, n = 4 * 4 * 16, P(None, "fsdp"), 2 ** len(axes)
   for kind, body, elements, sends in [
     ("all-reduce", lambda x: jax.lax.psum(x, axes), size, 2 * (n - 1) / n),
@@ -57,8 +57,8 @@ def test_arrays_that_are_sent_together_are_counted_one_by_one():
   assert len({c.operation for c in found}) == 1
 
 
-def test_loops_arguments_and_gradients_are_told():
-  """A scan that gathers a layer of its weights, as fsdp does: the gather's operand is the argument, in bfloat16."""
+def test_loops_arguments_and_gradients_are_recognised():
+  """A scan gathers each layer of its weights as fsdp does: what is gathered is the argument, in bfloat16."""
   mesh = MESH()
 
   def loss(weights, x):
@@ -100,7 +100,7 @@ HEAD = 'ENTRY %main (p: f32[4]) -> f32[4] {\n  %p = f32[4]{0} parameter(0), meta
     ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(0,2,1)) {'b'}", ("token",)),
   ],
 )
-def test_groups_as_xla_writes_them(groups, axes):
+def test_groups_in_every_notation_of_xla(groups, axes):
   text = HEAD + f"  ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add\n}}\n"
   text = "%add (a: f32[], b: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n" + text
   (found,) = collectives(text, MESH())
@@ -108,7 +108,7 @@ def test_groups_as_xla_writes_them(groups, axes):
 
 
 def test_a_collective_that_the_tpu_compiler_spread_over_computations_counts_once():
-  """Written again into a loop's body, which it only overlaps; another chain is another collective."""
+  """It is repeated in the body of a loop that it only overlaps; another chain number is another collective."""
   gather = (
     '  {root}%g{n} = f32[8]{{0}} all-gather(%{x}), replica_groups=[4,2]<=[8], frontend_attributes={{chain_id="{n}"}}\n'
   )
@@ -145,8 +145,8 @@ def test_a_reduce_scatter_of_the_tpu_compiler_is_a_fusion_with_the_name_of_its_o
 
 
 @pytest.mark.parametrize("limit, stride, trips", [(8, 1, 8), (8, 2, 4), (7, 2, 4)])
-def test_a_loop_that_counts_by_more_than_one(limit, stride, trips):
-  """As the TPU compiler writes a product that it cut into windows."""
+def test_a_loop_whose_counter_grows_by_more_than_one(limit, stride, trips):
+  """The TPU compiler writes a product that it cut into windows like this."""
   text = (
     f"%body (b: (u32[], f32[4])) -> (u32[], f32[4]) {{\n  %b = (u32[], f32[4]) parameter(0)\n"
     f"  %n = u32[] get-tuple-element(%b), index=0\n  %s = u32[] constant({stride})\n"
@@ -162,8 +162,8 @@ def test_a_loop_that_counts_by_more_than_one(limit, stride, trips):
   assert [c.trips for c in collectives(text, MESH())] == [trips]
 
 
-def test_what_cannot_be_read_is_said():
-  with pytest.raises(ValueError, match="r: its groups of devices are not understood"):
+def test_text_that_cannot_be_read_is_refused():
+  with pytest.raises(ValueError, match="r: its groups of devices cannot be read"):
     collectives(HEAD + "  ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=?\n}\n", MESH())
   with pytest.raises(ValueError, match="not the text of a compiled program"):
     parse("")

@@ -1,4 +1,4 @@
-"""Meshes: sizes, names, kinds, and the refusal of what does not fit."""
+"""Meshes: their sizes, names and kinds, and the refusal of sizes that do not fit the devices."""
 
 import jax
 import pytest
@@ -36,13 +36,13 @@ def test_chosen_devices():
     (
       MeshConfig(data=3),
       "mesh data=3, fsdp=1, sequence=1, token=1 takes 3 devices, but there are 8: "
-      "choose sizes whose product is 8, or -1 for the rest",
+      "choose sizes whose product is 8, or -1 for all remaining devices",
     ),
     (MeshConfig(data=4, fsdp=4), "takes 16 devices, but there are 8"),
     (MeshConfig(fsdp=3), "mesh data=-1, fsdp=3, sequence=1, token=1 takes a multiple of 3 devices, but there are 8"),
     (MeshConfig(token=16), "takes a multiple of 16 devices, but there are 8"),
   ],
 )
-def test_what_does_not_fit_is_refused(config, message):
+def test_sizes_that_do_not_fit_the_devices_are_refused(config, message):
   with pytest.raises(ValueError, match=message):
     make_mesh(config)

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: every collective with its mesh axes, bytes and number of times."""
+"""What a compiled program sends between devices: each collective with its mesh axes, bytes and number of executions."""
 
 import dataclasses
 import itertools
@@ -15,19 +15,19 @@ KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One array that one collective operation sends; the compiler's combiner merges several into one operation.
+  """One array that a collective operation sends. The compiler may merge several arrays into one operation.
 
   Attributes:
     kind: one of `KINDS`.
-    axes: the mesh axes that its groups of devices span, () where a group is one device.
-    dtype, shape: of the larger side on one device: the result of an all-gather, the operand of the others.
-    bytes: of that array.
-    group_size: devices that exchange with each other.
-    trips: how often a run of the program sends it: 1 outside of loops, else the product of their trips.
-    backward: whether it comes from a gradient (recomputed forward operations count as backward).
-    argument: the program's argument that is sent, such as "state.params['embedding']", None for computed values.
-    operation: name of the operation, equal for the arrays that were merged.
-    op_name: the JAX operation it comes from.
+    axes: the mesh axes that its groups of devices span; () where a group is one device.
+    dtype, shape: those of the larger side on one device, which is the result of an all-gather and the operand of others.
+    bytes: the size of that array.
+    group_size: number of devices that exchange with each other.
+    trips: how often one run of the program sends it: 1 outside of loops, the product of their trips inside.
+    backward: whether it belongs to a gradient; operations of the forward pass that are computed again do.
+    argument: the argument of the program that is sent, such as "state.params['embedding']"; None for computed values.
+    operation: name of the operation; it is equal for arrays that were merged.
+    op_name: the JAX operation that it comes from.
   """
 
   kind: str
@@ -44,24 +44,28 @@ class Collective:
 
   @property
   def in_loop(self) -> bool:
+    """Whether it is sent more than once."""
     return self.trips > 1
 
   @property
   def bytes_sent(self) -> float:
-    """What one device sends in all trips with the ring algorithm."""
+    """Bytes that one device sends in all trips with the ring algorithm."""
     rounds = {"all-reduce": 2 * (self.group_size - 1) / self.group_size, "collective-permute": 1.0}
     return self.trips * self.bytes * rounds.get(self.kind, (self.group_size - 1) / self.group_size)
 
 
 def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
-  """The collectives of a program in the order of its text, an entry for every array.
+  """Finds the collectives of a program.
 
   Args:
-    compiled_text: `jit(f).lower(…).compile().as_text()`, of a CPU, GPU or TPU compilation.
+    compiled_text: `jit(f).lower(…).compile().as_text()`, compiled for CPU, GPU or TPU.
     mesh: the mesh that the program was compiled for.
 
+  Returns:
+    One entry for each array that is sent, in the order of the text.
+
   Raises:
-    ValueError: groups of devices or a loop's number of trips that the text does not tell.
+    ValueError: the text does not say which devices exchange or how often a loop runs.
   """
   module = hlo.parse(compiled_text)
   found = []
@@ -74,11 +78,11 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
     axes, group_size = _axes(instruction, mesh)
     if group_size == 1:
       continue
-    # The TPU compiler's reduce-scatter is a fusion of this name around an all-reduce and a slice.
+    # The TPU compiler writes a reduce-scatter as a fusion with this name around an all-reduce and a slice.
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"
-    # The TPU compiler overlaps a collective with computations by writing it again into each of them, loops
-    # included. All have one chain's number, and it is sent as often as the one that runs least.
+    # The TPU compiler overlaps a collective with computations, including loops, by repeating it inside each of them.
+    # The repetitions have the same chain number, and the collective is sent as often as the one that runs least often.
     chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
     if chain and chain.group(1) in chains:
       for i in chains[chain.group(1)]:
@@ -107,21 +111,21 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
 
 
 def _arrays(kind, instruction, instructions, group_size):
-  """(operand, (dtype, shape, bytes)) for every array sent, each as large as `Collective.bytes` says."""
+  """(name of the operand, (dtype, shape, bytes)) of every array sent, of the side that `Collective.bytes` counts."""
   operands = [(name, array) for name in instruction.operands for array in hlo.arrays(instructions[name].type)]
   if kind == "all-gather":
-    # A type of the -start form has operands and results.
+    # The type of an all-gather-start lists the operands and then the results.
     results = hlo.arrays(instruction.type)[-len(operands) :]
     return [(name, result) for (name, _), result in zip(operands, results)]
   if kind == "all-to-all" and len(operands) == group_size:
-    # One array, cut into a piece for every device.
+    # The operands are one array that was cut into a piece for every device.
     name, (dtype, shape, size) = operands[0]
     return [(name, (dtype, (group_size, *shape), size * group_size))]
   return operands
 
 
 def _axes(instruction: hlo.Instruction, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-  """The mesh axes along which a collective's groups lie, and the devices in a group."""
+  """(the mesh axes along which the groups of a collective lie, the number of devices in a group)."""
   pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
   groups = np.array(re.findall(r"(\d+),(\d+)", pairs.group(1)), int) if pairs else _groups(instruction, mesh)
   coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)
@@ -131,7 +135,7 @@ def _axes(instruction: hlo.Instruction, mesh: Mesh) -> tuple[tuple[str, ...], in
 
 
 def _groups(instruction: hlo.Instruction, mesh: Mesh) -> np.ndarray:
-  """[group, device]: which devices exchange, from any of the three ways that XLA writes it."""
+  """Devices by group, int [group, device], from each of the ways in which XLA writes them."""
   text = instruction.attributes
   if "replica_groups={}" in text:
     return np.arange(mesh.size)[None]
@@ -148,18 +152,25 @@ def _groups(instruction: hlo.Instruction, mesh: Mesh) -> np.ndarray:
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", named.group(1))}
     ids = (_iota(named.group(2)) if named.group(2) else np.arange(math.prod(sizes.values()))).reshape([*sizes.values()])
     return _along(ids, list(sizes), re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", named.group(3)))
-  raise ValueError(f"{instruction.name}: its groups of devices are not understood: {text[:200]}")
+  raise ValueError(f"{instruction.name}: its groups of devices cannot be read: {text[:200]}")
 
 
 def _iota(text: str) -> np.ndarray:
-  """`[2,4]T(1,0)`: 0, 1, 2, … in that shape, transposed."""
+  """Reads `[2,4]T(1,0)`: the numbers 0, 1, 2, … in that shape, transposed."""
   shape, _, order = text.partition("T")
   ids = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
   return ids.transpose(_ints(order)) if order else ids
 
 
 def _along(ids: np.ndarray, names: list[str], axes: list[tuple[str, str, str]]) -> np.ndarray:
-  """Groups along named axes of an array of devices, or along parts `(devices before)size` of them."""
+  """Groups of devices along the named axes of an array of devices, or along parts of axes.
+
+  Args:
+    ids: the array of devices.
+    names: the names of its axes.
+    axes: (name, devices before, size) of each axis that a group spans; the last two are '' for a whole axis and written
+      `(devices before)size` for a part of one.
+  """
   dims, grouped = [], []
   for name, size in zip(names, ids.shape):
     parts = {before: (int(before), int(part)) for axis, before, part in axes if axis == name and part}

@@ -1,11 +1,11 @@
-"""The text of a compiled program as instructions, what calls what, and where a value comes from."""
+"""The text of a compiled program as instructions: which computation calls which, and where a value comes from."""
 
 import dataclasses
 import functools
 import re
 from collections.abc import Iterator
 
-# Operations that move or cast a value; their first operand is the value, the others say where.
+# Operations that move or cast a value: the first operand is the value, the others are positions.
 _MOVES = frozenset(
   {
     "bitcast",
@@ -30,7 +30,12 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line: `name = type opcode(operands), attributes`; `literal` is what stands between the parentheses."""
+  """One line of the text, `name = type opcode(operands), attributes`.
+
+  Attributes:
+    literal: the text between the parentheses.
+    root: whether its value is that of its computation.
+  """
 
   name: str
   type: str
@@ -42,24 +47,30 @@ class Instruction:
 
   @property
   def op_name(self) -> str:
-    """The JAX operation it comes from, '' if the compiler made it."""
+    """The JAX operation that it comes from; '' if the compiler made it."""
     found = re.search(r'op_name="([^"]*)"', self.attributes)
     return found.group(1).replace("\\'", "'") if found else ""
 
   def attribute(self, key: str) -> str | None:
+    """The value of `key=value` in the attributes, None if there is none."""
     found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
     return found.group(1) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """All computations by name; `entry` is the name of the one that runs."""
+  """A program.
+
+  Attributes:
+    computations: for each computation by name, its instructions by name.
+    entry: the name of the computation that the program starts with.
+  """
 
   computations: dict[str, dict[str, Instruction]]
   entry: str
 
   def executed(self) -> Iterator[tuple[str, Instruction, int]]:
-    """(computation, instruction, how often a run of the program executes it), callees after callers."""
+    """Yields (computation, instruction, number of executions in one run of the program), callers before callees."""
 
     def walk(computation, times):
       for instruction in self.computations[computation].values():
@@ -71,12 +82,12 @@ class Module:
     return walk(self.entry, 1)
 
   def trips(self, loop: Instruction, computation: str) -> int:
-    """How often a loop's body runs. Raises ValueError where the text does not tell."""
+    """The number of times that the body of a loop runs. Raises ValueError where the text does not say it."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
       return int(known.group(1))
-    # A loop counts from 0 up to a constant, which the condition compares with: a scan by 1, a product that the TPU
-    # compiler cut to overlap it with what it sends (a "windowed" one) also by 2.
+    # A loop counts from 0 to a constant that its condition compares with. Scans count by 1; products that the TPU
+    # compiler cut into windows, to overlap them with what it sends, may count by 2.
     condition = self.computations[loop.attribute("condition")]
     counts = [int(i.literal) for i in condition.values() if i.opcode == "constant" and i.type[:5] in _COUNTS]
     compared = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.attributes]
@@ -85,7 +96,7 @@ class Module:
     return -(-counts[0] // self._stride(loop, condition[compared[0].operands[0]]))
 
   def _stride(self, loop: Instruction, counter: Instruction) -> int:
-    """What a trip adds to the loop's counter, which the condition reads; 1 where it is not written as a sum."""
+    """The constant that a trip adds to the loop's counter, which the condition reads; 1 where there is no such sum."""
     body = loop.attribute("body")
     if counter.opcode != "get-tuple-element" or self._root(body).opcode != "tuple":
       return 1
@@ -99,12 +110,12 @@ class Module:
     return added[0] if added else 1
 
   def op_name(self, computation: str, instruction: Instruction) -> str:
-    """The instruction's `op_name`, or where it is part of a fusion without one, the fusion's."""
+    """The `op_name` of an instruction; inside a fusion, that of the fusion if the instruction has none."""
     _, fusion = self._callers.get(computation, (None, None))
     return instruction.op_name or (fusion.op_name if fusion and fusion.opcode == "fusion" else "")
 
   def source(self, computation: str, name: str) -> str | None:
-    """The argument of the program that value `name` is, or a part or cast of; None if it was computed."""
+    """The argument of the program that a value is, or is a part or a cast of; None if it was computed."""
     place = computation, name, ()
     while place is not None:
       computation, name, _ = place
@@ -115,7 +126,7 @@ class Module:
     return None
 
   def _step_back(self, computation: str, name: str, indices: tuple[int, ...]):
-    """Where a value, element `indices` of the tuple `name`, lay before: (computation, name, indices)."""
+    """The previous place of a value: (computation, name, indices), where it is element `indices` of the tuple `name`."""
     instruction = self.computations[computation][name]
     opcode, operands = instruction.opcode, instruction.operands
     if opcode == "get-tuple-element":
@@ -137,7 +148,7 @@ class Module:
     return None
 
   def _before_loop(self, computation: str, loop: Instruction, indices: tuple[int, ...]):
-    """Where a value that a loop hands from trip to trip unchanged lay before it."""
+    """The place before a loop of a value that the loop passes from trip to trip unchanged; None if it changes."""
     body = loop.attribute("body")
     next_trip = self._root(body)
     if not indices or next_trip.opcode != "tuple":
@@ -162,7 +173,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-  """The module in `compiled.as_text()`."""
+  """Reads `compiled.as_text()`. Raises ValueError for any other text."""
   computations, entry, current = {}, "", None
   for line in text.splitlines():
     if line[:1] not in ("", " ", "}") and line.endswith("{") and not line.startswith("HloModule"):
@@ -173,12 +184,12 @@ def parse(text: str) -> Module:
       instruction = _instruction(line)
       current[instruction.name] = instruction
   if not entry:
-    raise ValueError("no entry computation: this is not the text of a compiled program.")
+    raise ValueError("no entry computation: this is not the text of a compiled program; pass compiled.as_text().")
   return Module(computations, entry)
 
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...], int]]:
-  """(dtype, shape, bytes) of every array in a type."""
+  """(dtype, shape, bytes) of each array in a type."""
   found = []
   for dtype, sizes in _ARRAY.findall(type_):
     shape = tuple(int(size) for size in sizes.split(",") if size)
@@ -204,7 +215,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """The index behind the parenthesis that closes the one at `opening`."""
+  """The index after the parenthesis that closes the one at `opening`."""
   depth = 0
   for match in re.compile(r"[()]").finditer(text, opening):
     depth += 1 if match.group() == "(" else -1

@@ -1,4 +1,4 @@
-"""The one place where a mesh is made."""
+"""The mesh of devices. This is the only place that makes one for a run."""
 
 import math
 from collections.abc import Sequence
@@ -8,16 +8,18 @@ from jax.sharding import AxisType, Mesh
 
 from tokenformer_jax.config import MeshConfig
 
-# data: copies of the parameters. fsdp: channels of the parameters, gathered where they are used.
-# sequence: positions; keys and values of attention are gathered. token: parameter tokens and vocabulary, whose
-# partial sums are added up: the most talkative axis, and so the one of the nearest devices.
+# data replicates the parameters. fsdp splits their channels, which are gathered where they are used. sequence splits
+# positions; the keys and values of attention are gathered. token splits parameter tokens and the vocabulary and sums
+# partial results, which sends the most, so it is the last axis, whose devices are nearest to each other.
 MESH_AXES = ("data", "fsdp", "sequence", "token")
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with the axes `MESH_AXES` over all of `devices` (by default all of `jax.devices()`).
+  """A mesh with the axes `MESH_AXES`, which are Auto: the partitioner chooses the shardings inside a jitted function.
 
-  The axes are Auto: the partitioner chooses the shardings inside a jitted function.
+  Args:
+    config: number of devices along each axis.
+    devices: the devices, all of which are used; by default `jax.devices()`.
 
   Raises:
     ValueError: the sizes do not use all the devices exactly.
@@ -28,7 +30,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-  """Devices along each of `MESH_AXES`, −1 filled in.
+  """The number of devices along each of `MESH_AXES`, with −1 replaced.
 
   Raises:
     ValueError: the sizes do not use all the devices exactly.
@@ -42,6 +44,6 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     needed = f"a multiple of {fixed}" if -1 in sizes else f"{fixed}"
     raise ValueError(
       f"mesh {shown} takes {needed} devices, but there are {num_devices}: "
-      f"choose sizes whose product is {num_devices}, or -1 for the rest."
+      f"choose sizes whose product is {num_devices}, or -1 for all remaining devices."
     )
   return tuple(sizes)

@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: what the model needs, as a share of what the devices can."""
+"""FLOPs for model FLOP utilisation: the peak of the devices, and the products of a traced program."""
 
 import math
 import time
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from tokenformer_jax.distributed.chips import CHIPS
 
-# Published dense bfloat16 peaks, FLOP/s a chip, by the beginning of `device_kind`.
+# Published dense bfloat16 peaks in FLOP/s per chip, by the beginning of `device_kind`.
 _PEAKS = {kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds}
-# Products of queries and keys that cuDNN's attention does; for the gradient it computes the scores again.
+# The number of products [T, S] × C in cuDNN's attention; its gradient computes the scores again.
 _CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
-  """Matrix-product FLOP/s of all devices of the mesh: published, or measured on a CPU; None if unknown."""
+  """FLOP/s in matrix products of all devices of the mesh: the published figure, or measured on a CPU; None if unknown."""
   device = mesh.devices.flat[0]
   if device.platform == "cpu":
     return _measured_cpu_peak() * jax.process_count()
@@ -26,11 +26,14 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
 
 
 def product_flops(jaxpr) -> int:
-  """2 × rows × columns × depth of every product in a traced program, as often as its scans run it.
+  """2 × rows × columns × depth of every product in a traced program, times the number of times that its scans run it.
 
-  What is written per device (`jax.shard_map`) counts for all of them. A Pallas kernel counts what it says of itself,
-  or as often as it has blocks; cuDNN's causal attention counts half of all pairs. Of the branches of a condition the
-  costliest counts; a `while` that is no scan counts once.
+  The body of a `jax.shard_map` counts once for each of its devices. A Pallas kernel counts the FLOPs of its cost
+  estimate, or without one its body times the number of blocks. cuDNN's causal attention counts half of all pairs. A
+  condition counts its most expensive branch, and a `while` that is not a scan counts once.
+
+  Args:
+    jaxpr: of `jax.make_jaxpr` or of a traced jitted function.
   """
   total = 0
   for equation in jaxpr.eqns:
@@ -55,7 +58,7 @@ def product_flops(jaxpr) -> int:
 
 
 def _measured_cpu_peak(size: int = 1024, rounds: int = 5) -> float:
-  """The best of a few float32 products of two [size, size] matrices; simulated devices share one CPU."""
+  """FLOP/s of the fastest of a few float32 products of [size, size] matrices; simulated devices share one CPU."""
   matrix = jnp.ones((size, size), jnp.float32)
   product = jax.jit(jnp.matmul)
   product(matrix, matrix).block_until_ready()
