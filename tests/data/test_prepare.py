@@ -67,6 +67,14 @@ def unexpected(size):
   pytest.fail("read again")
 
 
+def test_what_a_killed_process_left_does_not_stop_the_next(texts, tmp_path):
+  (tmp_path / "out").mkdir()
+  for name in ("tokenizer.json", "tokenizer_config.json", "manifest.json"):
+    (tmp_path / "out" / f"{name}.unfinished").write_text("{")
+  prepare(texts, ByteTokenizer(), tmp_path / "out")
+  open_tokens(f"{tmp_path}/out", ByteTokenizer())
+
+
 class Stopped(Exception):
   pass
 
@@ -265,8 +273,11 @@ def test_a_bpe_of_an_earlier_release_is_told_by_its_size(texts, tmp_path):
   prepare(texts, train_or_load_bpe(texts, 270, tmp_path / "out"), tmp_path / "out")
   (tmp_path / "out" / "bpe.json").unlink()
   assert train_or_load_bpe(texts, 270, tmp_path / "out").vocab_size == 270
-  with pytest.raises(ValueError, match="holds a tokenizer of 270 ids, not 300"):
+  with pytest.raises(ValueError, match="holds another tokenizer of 270 ids, not a BPE of 300"):
     train_or_load_bpe(texts, 300, tmp_path / "out")
+  prepare(texts, ByteTokenizer(), tmp_path / "bytes")
+  with pytest.raises(ValueError, match="holds another tokenizer of 257 ids, not a BPE of 257"):
+    train_or_load_bpe(texts, 257, tmp_path / "bytes")
 
 
 def test_a_tokenizer_of_someone_else_is_neither_used_nor_overwritten(texts, tmp_path):

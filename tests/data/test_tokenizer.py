@@ -283,7 +283,7 @@ def test_vocab_and_merges_make_the_tokenizer_of_the_json(bpe, tmp_path):
   merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
   (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
   (tmp_path / "hf.json").write_text(json.dumps(description))
-  for where in (tmp_path, tmp_path / "merges.txt", tmp_path / "hf.json"):
+  for where in (tmp_path, tmp_path / "merges.txt", tmp_path / "vocab.json", tmp_path / "hf.json"):
     tokenizer = open_tokenizer(str(where))
     assert tokenizer.encode(TEXT) == bpe.encode(TEXT)
     assert tokenizer.encode("<|endoftext|>") == [tokenizer.end_of_document] == [bpe.end_of_document]

@@ -4,7 +4,8 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 from absl import logging
@@ -131,7 +132,7 @@ class _Whole:
     return dict(documents=self.documents, bytes=self._bytes, sha256=self._digest.hexdigest())
 
 
-def _skip(documents: Iterator[Document], manifest: dict, digest, folder: pathlib.Path) -> int:
+def _skip(documents: Iterator[Document], manifest: dict, digest: "hashlib._Hash", folder: pathlib.Path) -> int:
   """Reads the documents that are written already and compares them; returns their size in bytes."""
   done = itertools.islice(documents, manifest["documents"])
   size = sum(update_digest(digest, document) for document in done)
@@ -149,8 +150,8 @@ def _append(
   dtype: np.dtype,
   folder: pathlib.Path,
   manifest: dict,
-  digest,
-  progress,
+  digest: "hashlib._Hash",
+  progress: Callable[[int], None],
 ) -> None:
   """Tokenizes documents and appends them to the files of a folder; after each batch the manifest says what is there."""
   end = np.array([tokenizer.end_of_document], dtype)
@@ -176,7 +177,12 @@ def _append(
 
 
 def _compare(
-  documents: Iterator[Document], manifest: dict, digest, whole: _Whole, folder: pathlib.Path, progress
+  documents: Iterator[Document],
+  manifest: dict,
+  digest: "hashlib._Hash",
+  whole: _Whole,
+  folder: pathlib.Path,
+  progress: Callable[[int], None],
 ) -> None:
   """Reads the text of a finished folder again; raises ValueError if it is not what was prepared."""
   logging.info("%s: its files may have changed; their text is compared with the tokens' origin.", folder)
@@ -188,7 +194,8 @@ def _compare(
     )
 
 
-def _commit(folder: pathlib.Path, manifest: dict, files) -> None:
+def _commit(folder: pathlib.Path, manifest: dict, files: Iterable[BinaryIO]) -> None:
+  """Writes files and then the manifest to the disk, in this order."""
   for file in files:
     file.flush()
     os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from tokenformer_jax.data.documents import BadText, DocumentSource
 from tokenformer_jax.data.prepared_folder import (
   BPE,
   local_folder,
+  require_no_other_files,
   require_same_bad_text,
   require_same_files,
   stamps,
@@ -51,8 +52,7 @@ def train_or_load_bpe(
   if path.is_file():
     _require_same(folder, asked)
     return load_tokenizer(path)
-  if folder.is_dir() and set(os.listdir(folder)) - {BPE, TOKENIZER, config_path(path).name}:
-    raise ValueError(f"{folder} holds other files: name a new or empty folder.")
+  require_no_other_files(folder, {BPE, TOKENIZER, config_path(path).name})
 
   def texts() -> Iterator[str]:
     for document in source.read(BadText(bad_text)):
@@ -74,11 +74,13 @@ def _require_same(folder: pathlib.Path, asked: dict) -> None:
   is_prepared = (folder / MANIFEST).is_file()
   if not (folder / BPE).is_file():
     # Earlier releases did not write down what was asked for; the number of ids tells, unless the text was short.
-    size = load_tokenizer(folder / TOKENIZER).vocab_size
+    present = load_tokenizer(folder / TOKENIZER)
     if not is_prepared:
       raise ValueError(f"{folder / TOKENIZER} was not learnt here: move it away, or use it with --tokenizer.")
-    if size != asked["vocab_size"]:
-      raise ValueError(f"{folder} holds a tokenizer of {size} ids, not {asked['vocab_size']}: {way_out}.")
+    if not isinstance(present, HuggingFaceTokenizer) or present.vocab_size != asked["vocab_size"]:
+      raise ValueError(
+        f"{folder} holds another tokenizer of {present.vocab_size} ids, not a BPE of {asked['vocab_size']}: {way_out}."
+      )
     return
   try:
     stored = json.loads((folder / BPE).read_text(encoding="utf-8-sig"))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from absl import logging
@@ -35,6 +35,14 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
   if is_uri(path):
     raise ValueError(f"out={path}: tokens are prepared in a local folder; copy it to the bucket afterwards.")
   return pathlib.Path(path)
+
+
+def require_no_other_files(folder: pathlib.Path, own: Collection[str]) -> None:
+  """Raises ValueError if a folder holds files other than `own` and those that a killed process left of them."""
+  others = set(os.listdir(folder)) if folder.is_dir() else set()
+  others -= {name + ending for name in own for ending in ("", ".unfinished")}
+  if others:
+    raise ValueError(f"{folder} holds other files ({_some(sorted(others))}): name a new or empty folder.")
 
 
 def stamps(source: DocumentSource) -> Stamps:
@@ -95,9 +103,7 @@ def begin(
     ValueError: the folder holds something else, or was begun with another source, tokenizer, option or files.
   """
   if not (folder / MANIFEST).is_file():
-    own = {TOKENIZER, config_path(folder / TOKENIZER).name, BPE}
-    if folder.is_dir() and set(os.listdir(folder)) - own:
-      raise ValueError(f"{folder} holds other files: name a new or empty folder.")
+    require_no_other_files(folder, {TOKENIZER, config_path(folder / TOKENIZER).name, BPE, MANIFEST})
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder / TOKENIZER)
     manifest = dict(complete=False, source=source.name, tokenizer=tokenizer.fingerprint, bad_text=bad_text)

@@ -10,7 +10,7 @@ import numpy as np
 from tokenformer_jax.data.fingerprint import hash_file
 from tokenformer_jax.data.megatron_index import read_index
 from tokenformer_jax.data.prepare import finish, part_folder
-from tokenformer_jax.data.prepared_folder import INPUTS, local_folder, read_stamps, write_json
+from tokenformer_jax.data.prepared_folder import INPUTS, local_folder, read_stamps, require_no_other_files, write_json
 from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, TOKENIZER, TOKENS, read_manifest
 from tokenformer_jax.data.tokenizer_files import config_path, load_tokenizer, save_tokenizer
 
@@ -57,9 +57,8 @@ def merge_parts(folder: str | os.PathLike, *, progress: Callable[[int], None] = 
     if merged["complete"] and all(merged.get(key) == value for key, value in identity.items()):
       return merged
     raise ValueError(f"{folder} holds other tokens than its parts: remove {folder / MANIFEST}, or the parts.")
-  others = set(os.listdir(folder)) - {part.name for part in parts}
-  if others - {TOKENS, INDEX, KEYS, INPUTS, TOKENIZER, config_path(folder / TOKENIZER).name}:
-    raise ValueError(f"{folder} holds other files than parts ({', '.join(sorted(others))}): move them away.")
+  own = {TOKENS, INDEX, KEYS, INPUTS, MANIFEST, TOKENIZER, config_path(folder / TOKENIZER).name}
+  require_no_other_files(folder, own | {part.name for part in parts})
 
   save_tokenizer(load_tokenizer(parts[0] / TOKENIZER), folder / TOKENIZER)
   write_json(folder / INPUTS, read_stamps(parts[0]))

@@ -97,7 +97,8 @@ def open_tokenizer(spec: str, special_tokens: str | None = None) -> Tokenizer:
   if path.is_dir():
     path = _file_in(path)
   if path.is_file():
-    description = _vocab_and_merges(path) if path.name == "merges.txt" else _read_json(path)
+    is_gpt2 = path.name in ("vocab.json", "merges.txt")
+    description = _vocab_and_merges(path.parent) if is_gpt2 else _read_json(path)
     return _from_file(path, description, end_of_document, special_tokens)
   if is_uri(where) or where.startswith((".", "/", "~")) or where.endswith(".json") or where.count("/") > 1:
     raise ValueError(
@@ -191,15 +192,17 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
   return description
 
 
-def _vocab_and_merges(merges: epath.Path) -> dict[str, Any]:
+def _vocab_and_merges(folder: epath.Path) -> dict[str, Any]:
   """GPT-2's byte-level BPE with the vocabulary of two files in one folder."""
-  vocab = _read_json(merges.with_name("vocab.json"))
-  lines = [line for line in _read_text(merges).split("\n") if line.strip() and not line.startswith("#version")]
+  vocab = _read_json(folder / "vocab.json")
+  lines = [
+    line for line in _read_text(folder / "merges.txt").split("\n") if line.strip() and not line.startswith("#version")
+  ]
   pairs = [line.rstrip("\r").split(" ") for line in lines]
   for pair, line in zip(pairs, lines):
     if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
       raise ValueError(
-        f"tokenizer {merges.parent}: vocab.json and merges.txt do not fit: the merge {line!r} is not two "
+        f"tokenizer {folder}: vocab.json and merges.txt do not fit: the merge {line!r} is not two "
         "tokens of the vocabulary that make a third."
       )
   return byte_level_bpe.describe(vocab, pairs)
