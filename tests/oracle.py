@@ -1,7 +1,7 @@
-"""The language model of arXiv 2410.23168 in float64 NumPy, written from its formulas and not from our code.
+"""The language model of arXiv 2410.23168 in float64 NumPy, written from the paper's formulas, independently of the package.
 
-Weights are a flat dict under the released names. Every function also takes complex arrays, so that
-derivatives are exact: along d, f'(x) · d = Im f(x + i·h·d) / h for a tiny h (`slope`).
+Weights are a flat dict under the released names. Every function also takes complex arrays, so that derivatives are exact:
+the slope along d is f'(x) · d = Im f(x + i·h·d) / h for a tiny h (`slope`).
 """
 
 import math
@@ -13,7 +13,7 @@ _STEP = 1e-40
 
 
 def log_cdf(x, kind):
-  """log of the factor of x in GeLU(x): log Φ(x), or for tanh log sigmoid(2√(2/π)(x + 0.044715 x³))."""
+  """The logarithm of GeLU(x) / x: log Φ(x), or for tanh log sigmoid(2√(2/π)(x + 0.044715 x³))."""
   if kind == "erf":
     return special.log_ndtr(x)
   z = 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
@@ -26,7 +26,7 @@ def weights(scores, theta, tau, kind="erf"):
     unit = tau * scores / _norm(scores)
     return unit * np.exp(log_cdf(unit, kind))
   if theta == "gelu_l2_norm":
-    # A factor common to the row cancels; without it GeLU underflows where all scores are far below 0.
+    # A common factor of the row cancels. Dividing by it keeps GeLU from underflowing where all scores are far below 0.
     log_factor = log_cdf(scores, kind)
     g = scores * np.exp(log_factor - log_factor.real.max(axis=-1, keepdims=True))
     return tau * g / _norm(g)
@@ -57,7 +57,7 @@ def rotary(x, positions, dims, base):
 
 
 def attention(q, k, v, visible):
-  """Softmax attention [B, T, heads, channels] at scale 1/√channels; visible [B, T, T] says who sees whom."""
+  """Softmax attention [B, T, heads, channels] with scale 1/√channels; visible[b, t, s] says whether t sees s."""
   scores = np.einsum("bthc,bshc->bhts", q, k) / math.sqrt(q.shape[-1])
   exps = np.where(visible[:, None], np.exp(scores - scores.real.max(axis=-1, keepdims=True)), 0.0)
   return np.einsum("bhts,bshc->bthc", exps / exps.sum(axis=-1, keepdims=True), v)
@@ -76,7 +76,7 @@ def language_model(arrays, tokens, config, positions=None, segments=None):
       x, arrays[f"{name}.key_param_tokens"], arrays[f"{name}.value_param_tokens"], config.theta, kind=config.gelu
     )
 
-  def turn(x):
+  def rotate(x):
     return rotary(x, positions, dims, config.rotary_base)
 
   embedding = arrays["sequential.0.word_embeddings.weight"]
@@ -87,7 +87,7 @@ def language_model(arrays, tokens, config, positions=None, segments=None):
       patt(f"sequential.{i}.attention.{name}", u).reshape(batch, time, config.num_heads, -1)
       for name in ("query", "key", "value")
     )
-    x = x + patt(f"sequential.{i}.attention.proj", attention(turn(q), turn(k), v, visible).reshape(x.shape))
+    x = x + patt(f"sequential.{i}.attention.proj", attention(rotate(q), rotate(k), v, visible).reshape(x.shape))
     x = x + patt(f"sequential.{i}.mlp", layer_norm(x))
   norm = f"sequential.{config.num_layers + 3}.norm"
   return (layer_norm(x) * arrays[f"{norm}.weight"] + arrays[f"{norm}.bias"]) @ embedding.T
@@ -106,7 +106,7 @@ def slope(function, x, direction):
 
 
 def wide(arrays):
-  """A dict's arrays in float64."""
+  """A dict of arrays, each in float64."""
   return {name: np.asarray(array, np.float64) for name, array in arrays.items()}
 
 

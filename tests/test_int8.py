@@ -75,6 +75,11 @@ def test_the_model_is_the_one_with_rounded_tokens(model, rounded):
   assert 1e-4 * size < difference < 0.05 * size
 
 
+def test_no_rows_give_no_rows(rounded):
+  layer = next(layer for layer in pattentions(rounded.for_decoding()))
+  assert layer(jnp.zeros((2, 0, 32))).shape == (2, 0, 32)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_an_int8_model_decodes(rounded, rows):
   decoding = rounded.for_decoding()

@@ -1,4 +1,4 @@
-"""Θ and pattention against the float64 oracle, over the whole range of float32 scores."""
+"""Θ and pattention equal the float64 oracle over the whole range of float32 scores."""
 
 import dataclasses
 import functools
@@ -40,19 +40,19 @@ def random_layer(n=N, d_in=8, d_out=6, theta="l2_norm_gelu"):
 
 
 def layer_of(scores, theta, gelu, dtype):
-  """(x [1], tokens) whose scores are this row, and whose output is its weights."""
+  """(x [1], tokens) such that the scores are this row, and the output is the weights of the row."""
   n = len(scores)
   return jnp.ones(1, dtype), ParameterTokens(scores[:, None], jnp.eye(n), jnp.float32(initial_tau(theta, n)))
 
 
 @functools.partial(jax.jit, static_argnames=("theta", "gelu", "dtype"))
 def weights_of(scores, theta, gelu, dtype=jnp.float32):
-  """Θ of each row of scores, through `pattention`."""
+  """Θ of each row of scores, computed by `pattention`."""
   return jax.vmap(lambda row: pattention(*layer_of(row, theta, gelu, dtype), theta, gelu))(scores)
 
 
 def score_rows():
-  """Name -> one row of scores: ordinary, huge, at the edge of zero, far below zero, of mixed sizes."""
+  """Maps a name to a row of scores: ordinary, huge, near zero, far below zero, of mixed sizes."""
   row = np.random.default_rng(1).normal(size=N)
   unit = row / np.linalg.norm(row)
   rows = {"ordinary": row, "hundreds": 100 * row, "ties": np.round(row)}
@@ -64,13 +64,13 @@ def score_rows():
   return {name: row.astype(np.float32) for name, row in rows.items()}
 
 
-def pace(scores, theta):
-  """The rate at which the largest weight follows its score: slopes are rounded at this, times τ."""
+def slope_scale(scores, theta):
+  """The rate at which the largest weight follows its score; slopes are rounded relative to τ times this."""
   return 1.0 if theta == "softmax" else 1.0 / np.max(np.abs(scores)) + max(-np.max(scores), 0.0)
 
 
 @every_theta
-def test_weights_and_slopes_are_the_formula(theta, gelu):
+def test_weights_and_slopes_equal_the_formula(theta, gelu):
   names, rows = zip(*score_rows().items())
   scores, tau = np.stack(rows), initial_tau(theta, N)
   direction, cotangent = np.random.default_rng(2).uniform(-1, 1, (2, *scores.shape)).astype(np.float32)
@@ -85,24 +85,24 @@ def test_weights_and_slopes_are_the_formula(theta, gelu):
   pulled_along = np.sum(np.asarray(pulled, np.float64) * direction, axis=-1)
   for i, name in enumerate(names):
     close(weights[i], expected[i], 5e-6 * np.max(np.abs(expected[i])), f"weights, {name}")
-    tolerance = 1e-5 * np.max(np.abs(expected_slopes[i])) + 2e-6 * tau * pace(scores[i], theta)
+    tolerance = 1e-5 * np.max(np.abs(expected_slopes[i])) + 2e-6 * tau * slope_scale(scores[i], theta)
     close(slopes[i], expected_slopes[i], tolerance, f"slopes, {name}")
     close(pulled_along[i], np.dot(cotangent[i], expected_slopes[i]), N * tolerance, f"reverse slopes, {name}")
 
 
 @pytest.mark.parametrize("gelu", GELUS)
-def test_gelus_are_as_exact_as_they_say(gelu):
+def test_gelus_have_their_documented_precision(gelu):
   x = np.linspace(-8.0, 8.0, 4001, dtype=np.float32)
   exact = x * np.exp(oracle.log_cdf(x.astype(np.float64), gelu))
   rounding = np.finfo(np.float32).eps * np.abs(exact)
   assert np.all(np.abs(GELUS[gelu].value(x) - exact) <= np.maximum(1e-6, 2 * rounding))
-  # A rounded exponent far below 0 is a relative error of x² roundings.
+  # Far below 0 the exponent's rounding is a relative error of x² roundings.
   assert np.all(np.abs(GELUS[gelu].precise(x) - exact) <= (8 + 2 * x**2) * rounding)
 
 
 @l2_variants
 def test_norms_of_thousands_of_scores(theta, gelu):
-  """At both ends of the range, the squares of many scores still add up."""
+  """The sum of the squares of many scores neither overflows nor underflows at the ends of the range."""
   unit = np.random.default_rng(7).normal(size=4096)
   unit /= np.linalg.norm(unit)
   scores = np.stack([1e18 * np.sign(unit), 1.01e-12 * unit]).astype(np.float32)
@@ -112,7 +112,7 @@ def test_norms_of_thousands_of_scores(theta, gelu):
 
 @l2_variants
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rows_of_zeros_weigh_nothing(theta, gelu, dtype):
+def test_rows_of_zeros_have_zero_weights_and_gradients(theta, gelu, dtype):
   unit = np.random.default_rng(3).normal(size=N)
   unit /= np.linalg.norm(unit)
   norms = np.array([0.0, 1e-30, 1e-13, 0.98e-12, 1.0])
@@ -129,7 +129,7 @@ def test_softmax_of_zeros_is_uniform():
 
 
 @every_theta_and_dtype
-def test_finite_wherever_the_scores_are(theta, gelu, dtype):
+def test_results_are_finite_where_the_scores_are_finite(theta, gelu, dtype):
   signs = np.random.default_rng(4).choice([-1.0, 0.0, 1.0], size=N)
   rows = [
     size * pattern
@@ -161,14 +161,14 @@ def test_parameter_tokens_have_no_order(theta, gelu):
 
 @pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
 def test_scale_of_keys_cancels(factor):
-  """In l2_norm_gelu alone; a power of two cancels to the last bit."""
+  """This holds only for l2_norm_gelu; a power of two cancels to the last bit."""
   x, tokens = random_layer()
   scaled = ParameterTokens(factor * tokens.keys, tokens.values, tokens.tau)
   np.testing.assert_array_equal(apply(x, scaled), apply(x, tokens))
 
 
 @l2_variants
-def test_scores_out_of_float16_s_range_are_scores(theta, gelu):
+def test_scores_may_exceed_the_range_of_float16(theta, gelu):
   x, tokens = random_layer(theta=theta)
   y = apply(256 * x.astype(jnp.float16), dataclasses.replace(tokens, keys=256 * tokens.keys), theta, gelu)
   large = dataclasses.replace(tokens, keys=2.0**16 * tokens.keys)
@@ -197,7 +197,7 @@ def test_zero_keys_in_softmax_take_their_share():
 
 @every_theta
 def test_copies_that_share_a_value_change_nothing(theta, gelu):
-  """All keys k times, values split among the copies, τ that of the new count: exact for every Θ."""
+  """Copies of all keys, values divided among the copies, and τ of the new count give the same function for every Θ."""
   x, tokens = random_layer(theta=theta)
   copies = ParameterTokens(
     jnp.tile(tokens.keys, (3, 1)),
@@ -209,7 +209,7 @@ def test_copies_that_share_a_value_change_nothing(theta, gelu):
 
 @l2_variants
 def test_new_rows_learn(theta, gelu):
-  """At the seam the gradient of a zero key is not zero where its value is not, and that of the value is."""
+  """A row with a zero key and a nonzero value gets a gradient for its key and none for its value."""
   x, tokens = random_layer(theta=theta)
   keys, values = tokens.keys.at[-1].set(0.0), tokens.values
   d_keys, d_values = jax.grad(
@@ -239,8 +239,8 @@ def test_every_sum_of_bfloat16_is_float32(theta, gelu):
 
 @every_theta_and_dtype
 @pytest.mark.parametrize("low", [1.0, 20.0])
-def test_layer_is_the_oracle_s(theta, gelu, dtype, low):
-  """Also where all scores are about −20, and their differences of order one."""
+def test_pattention_equals_the_oracle(theta, gelu, dtype, low):
+  """This holds also where all scores are about −20 with differences of order one."""
   x, tokens = random_layer(theta=theta)
   x = x.at[:, 0].set(1.0)
   tokens = dataclasses.replace(tokens, keys=(tokens.keys / low).at[:, 0].set(-low))
@@ -254,7 +254,7 @@ def test_layer_is_the_oracle_s(theta, gelu, dtype, low):
 
 @every_theta
 def test_derivatives_against_finite_differences(theta, gelu):
-  """Forward and reverse, in x, keys, values and τ; for the default Θ the second derivatives too."""
+  """In forward and reverse mode, with respect to x, keys, values and τ; for the default Θ also the second derivatives."""
   x, tokens = random_layer(theta=theta, n=5, d_in=3, d_out=2)
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (x[:2], tokens))
@@ -264,8 +264,8 @@ def test_derivatives_against_finite_differences(theta, gelu):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("theta", THETAS)
-def test_for_the_gradient_only_scores_are_kept(theta, dtype):
-  """And numbers for each row; all else of a scan's layers is computed again."""
+def test_the_backward_pass_keeps_only_the_scores(theta, dtype):
+  """It also keeps numbers for each row; everything else is computed again."""
   x, tokens = random_layer(theta=theta, n=7, d_in=3, d_out=2)
   _, pull = jax.vjp(lambda x, tokens: pattention(x, tokens, theta), x[:5].astype(dtype), tokens)
   kept = jax.tree.leaves(pull)
@@ -281,20 +281,31 @@ def test_any_leading_axes(lead):
   np.testing.assert_allclose(apply(x, tokens), flat.reshape(*lead, 6), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize("theta", THETAS)
+def test_no_rows_give_no_rows(theta, shape, dtype):
+  x, (_, tokens) = jnp.zeros((*shape, 8), dtype), random_layer(theta=theta)
+  y, pull = jax.vjp(lambda x, tokens: pattention(x, tokens, theta), x, tokens)
+  d_x, d_tokens = pull(y)
+  assert (y.shape, y.dtype, d_x.shape) == ((*shape, 6), dtype, x.shape)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(d_tokens))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 64, 65])
-def test_few_rows_are_multiplied_as_many_are(rows):
+def test_products_of_few_rows_equal_those_of_many(rows):
   x, table = (np.random.default_rng(rows).normal(size=(n, 24)).astype(np.float32) for n in (rows, 40))
   y, pull = jax.vjp(row_products, x, table)
-  by_y = np.random.default_rng(0).normal(size=y.shape).astype(np.float32)
-  for ours, expected in zip((y, *pull(by_y)), (x @ table.T, by_y @ table, by_y.T @ x)):
+  d_y = np.random.default_rng(0).normal(size=y.shape).astype(np.float32)
+  for ours, expected in zip((y, *pull(d_y)), (x @ table.T, d_y @ table, d_y.T @ x)):
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
   compiled = jax.jit(row_products).lower(x, table).compile().as_text()
-  # On a CPU the table stands on the left, where it is read as it lies.
+  # On a CPU the table is the left side, which XLA reads without changing its layout.
   assert (f"f32[40,{rows}]" in compiled) == (rows <= 64), compiled
 
 
-@pytest.mark.parametrize("rows, num_tokens, turned", [(512, 80, True), (510, 80, False), (512, 64, False)])
-def test_gradients_of_many_rows_are_turned_on_a_cpu_and_the_same(rows, num_tokens, turned):
+@pytest.mark.parametrize("rows, num_tokens, transposed", [(512, 80, True), (510, 80, False), (512, 64, False)])
+def test_gradients_of_many_rows_are_transposed_on_a_cpu_and_the_same(rows, num_tokens, transposed):
   _, tokens = random_layer(n=num_tokens, d_in=64, d_out=64)
   x = np.random.default_rng(1).normal(size=(rows, 64)).astype(np.float32)
 
@@ -303,11 +314,11 @@ def test_gradients_of_many_rows_are_turned_on_a_cpu_and_the_same(rows, num_token
 
   tables = tokens.keys, tokens.values
   compiled = jax.jit(jax.grad(loss)).lower(tables).compile()
-  # Either shape says that columns lie in a row.
+  # Both shapes mean that the columns are contiguous.
   products = sum(compiled.as_text().count(f"{shape} dot(") for shape in ("f32[64,80]{1,0}", "f32[80,64]{0,1}"))
-  assert products == (2 if turned else 0), compiled.as_text()
+  assert products == (2 if transposed else 0), compiled.as_text()
   gradients = compiled(tables)
-  # Of pairs of rows, each for itself, and along a line.
+  # The gradients equal the sum over pairs of rows, and the slope along a line.
   pairs = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(tables, x.reshape(-1, 2, 64))
   for ours, each in zip(gradients, pairs):
     np.testing.assert_allclose(ours, each.sum(axis=0), atol=1e-5 * np.abs(ours).max())
@@ -316,8 +327,8 @@ def test_gradients_of_many_rows_are_turned_on_a_cpu_and_the_same(rows, num_token
 
 
 @pytest.mark.parametrize("num_tokens", [7, 12, 32])
-def test_a_row_alone_is_what_it_is_among_others(num_tokens):
-  """On a CPU it is summed by blocks: here of all, of 3 and of 2 tokens."""
+def test_a_single_row_equals_the_same_row_in_a_batch(num_tokens):
+  """On a CPU its values are summed in blocks, which here have all, 3 and 2 tokens."""
   x, tokens = random_layer(n=num_tokens)
   expected = apply(x, tokens)
   for row in range(3):
@@ -325,7 +336,7 @@ def test_a_row_alone_is_what_it_is_among_others(num_tokens):
 
 
 @pytest.mark.parametrize("tau", [3, 3.0, np.float64(3.0), jnp.bfloat16(3.0)])
-def test_tau_is_any_scalar(tau):
+def test_tau_may_be_any_scalar(tau):
   x, tokens = random_layer()
   y = pattention(x, ParameterTokens(tokens.keys, tokens.values, tau))
   np.testing.assert_array_equal(y, pattention(x, ParameterTokens(tokens.keys, tokens.values, jnp.float32(3.0))))
@@ -342,7 +353,7 @@ def test_tau_is_any_scalar(tau):
   ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_what_does_not_fit_is_named(change, message):
+def test_arguments_that_do_not_fit_are_named(change, message):
   x, tokens = random_layer()
   tokens = ParameterTokens(tokens.keys, change.pop("values", tokens.values), tokens.tau)
   with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Parity with the released code: outputs within 2e-5, gradients within 1e-5 of the largest one."""
+"""Outputs equal those of the released code within 2e-5, and gradients within 1e-5 of the largest gradient."""
 
 import numpy as np
 import pytest
@@ -29,12 +29,12 @@ def test_model_of_the_original_growth(size):
   check(parity_table.growth_row(size))
 
 
-def test_oracle_is_the_released_model():
-  """The oracle stands for the released code where there is no golden file, so it must agree itself."""
+def test_the_oracle_equals_the_released_model():
+  """Where there is no golden file, tests compare with the oracle, so the oracle must agree with the released code."""
   a, meta = parity_table.golden("lm_A")
   config = parity_table.model_config(meta["config"])
   arrays = oracle.wide(parity_table.under(a, "param/"))
-  # The original's rotary table is float32; all else is float64.
+  # The rotary table of the released code is float32; everything else is float64.
   np.testing.assert_allclose(oracle.language_model(arrays, a["tokens"], config), a["logits__f64"], atol=2e-7)
 
   rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The layer as a drop-in for nnx.Linear."""
+"""The layer is a drop-in for nnx.Linear."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests import oracle
 
 
 class Regressor(nnx.Module):
-  """Somebody's plain NNX model, with a pattention where a linear layer was."""
+  """A plain NNX model of a user, with a Pattention in the place of a linear layer."""
 
   def __init__(self, rngs):
     self.first = nnx.Linear(4, 16, rngs=rngs)
@@ -44,14 +44,14 @@ def test_trains_inside_a_plain_model_and_keeps_tau():
 
 
 @pytest.mark.parametrize("theta", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
-def test_layer_is_the_equation(theta):
+def test_the_layer_equals_the_equation(theta):
   layer = tf.Pattention(6, 5, 7, theta=theta, gelu="tanh", rngs=nnx.Rngs(0))
   x = np.random.default_rng(1).normal(size=(2, 3, 6)).astype(np.float32)
   keys, values = (np.asarray(array[...], np.float64) for array in (layer.keys, layer.values))
   np.testing.assert_allclose(layer(x), oracle.pattention(x, keys, values, theta, kind="tanh"), atol=1e-5)
 
 
-def test_parameters_are_keys_and_values_alone():
+def test_keys_and_values_are_the_only_parameters():
   layer = tf.Pattention(6, 5, 7, rngs=nnx.Rngs(0))
   shapes = {path[-1]: array.shape for path, array in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
   assert shapes == {"keys": (7, 6), "values": (7, 5)}
@@ -72,6 +72,52 @@ def test_empty_layers_are_refused(size):
 
 
 @pytest.mark.parametrize("choice", [{"theta": "l2"}, {"gelu": "relu"}, {"kernel": "fuse"}])
-def test_unknown_choices_are_refused_where_they_are_made(choice):
+def test_unknown_choices_are_refused(choice):
   with pytest.raises(ValueError, match="choose one of"):
     tf.Pattention(2, 2, 2, **choice, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_rows_give_no_rows_as_in_a_linear_layer(dtype):
+  layer = tf.Pattention(6, 5, 7, rngs=nnx.Rngs(0))
+  for shape in ((0, 6), (2, 0, 6)):
+    x = jnp.zeros(shape, dtype)
+    grads = nnx.grad(lambda layer: jnp.sum(layer(x)))(layer)
+    assert (layer(x).shape, layer(x).dtype) == ((*shape[:-1], 5), dtype)
+    assert not np.any(grads["keys"][...]) and not np.any(grads["values"][...])
+
+
+@pytest.mark.parametrize("given", [None, "float32", jnp.bfloat16])
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
+def test_dtype_is_the_one_of_computation_and_output(given, x_dtype):
+  """It is that of the inputs by default; parameters and their gradients stay in `param_dtype`."""
+  plain = tf.Pattention(6, 5, 7, rngs=nnx.Rngs(0))
+  layer = tf.Pattention(6, 5, 7, dtype=given, rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), x_dtype)
+  computed = x_dtype if given is None else jnp.dtype(given)
+  assert layer(x).dtype == computed
+  np.testing.assert_array_equal(layer(x), plain(x.astype(computed)))
+  assert layer.keys.dtype == layer.values.dtype == jnp.float32
+  grads = nnx.grad(lambda layer: jnp.sum(layer(x).astype(jnp.float32)))(layer)
+  assert grads["keys"].dtype == jnp.float32
+
+
+def test_param_dtype_is_the_one_of_stored_parameters():
+  """They are the rounded parameters of the same seed; τ stays float32, and the output has the dtype of the inputs."""
+  wide, narrow = (tf.Pattention(6, 5, 7, param_dtype=dtype, rngs=nnx.Rngs(0)) for dtype in ("float32", jnp.bfloat16))
+  for name in ("keys", "values"):
+    assert getattr(narrow, name).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(getattr(narrow, name)[...], getattr(wide, name)[...].astype(jnp.bfloat16))
+  assert narrow.tau.dtype == jnp.float32
+  x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+  assert narrow(x).dtype == jnp.float32
+  np.testing.assert_allclose(narrow(x), wide(x), atol=0.05)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_a_dtype_that_is_not_floating_point_is_refused(name):
+  with pytest.raises(ValueError, match=f"{name}=int32: must be a floating-point dtype"):
+    tf.Pattention(2, 2, 2, **{name: jnp.int32}, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="x of int32: expected floating point"):
+    tf.Pattention(2, 2, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))(jnp.ones((1, 2), jnp.int32))

@@ -81,11 +81,11 @@ THETAS = {"l2_norm_gelu": _l2_norm_gelu, "gelu_l2_norm": _gelu_l2_norm, "softmax
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _scaled_to_norm(
-  norm: Float[Array, ""], s: Float[Array, "m n"], scale: Float[Array, "..."], zero_norm: float, over=()
+  norm: Float[Array, "..."], s: Float[Array, "m n"], scale: Float[Array, "..."], zero_norm: float, over=()
 ) -> Float[Array, "m n"]:
   """norm · s / ‖s‖₂ along the last axis; 0, with zero gradient, where ‖s‖₂ < `zero_norm`.
 
-  The squares are taken of s · `scale` (a scalar or [m, 1]), which keeps their sum within float32.
+  `norm` and `scale` are scalars or [m, 1]. The squares are taken of s · `scale`, which keeps their sum within float32.
   """
   return s * (norm * _inverse_norm(s, scale, zero_norm, over))
 
