@@ -1,21 +1,29 @@
-"""What the documents show is run: the README's Python, its commands' files, the notebooks."""
+"""The documents are true: their Python and notebooks run, their commands' flags and fields, files and extras exist."""
 
+import functools
+import importlib.util
 import pathlib
 import re
 import runpy
 
+import ml_collections
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 from absl import flags
 
-from tokenformer_jax.config import Config
+from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.growth.layers import token_layers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def blocks(language: str) -> list[str]:
-  return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("experiments/**/*.md"))]
+
+
+def blocks(language: str, document: str = "README.md") -> list[str]:
+  return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S)
 
 
 def test_readme_python_api_runs():
@@ -34,10 +42,39 @@ def test_readme_begins_with_its_two_commands():
     assert "-m venv" in command and "pip install" in command and "git clone" not in command
 
 
-def test_readme_names_files_that_are_there():
-  text = (ROOT / "README.md").read_text(encoding="utf-8")
-  paths = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"\b(?:experiments|colabs)/[\w/]+\.\w+", text)
-  assert paths and [path for path in paths if not (ROOT / path).exists()] == []
+def test_a_model_of_ones_own_grows_without_changing_and_learns_on(capsys):
+  names = {}
+  exec(blocks("python", "docs/growing_your_own_model.md")[0], names)
+  assert names["change"] < 1e-5 * np.abs(names["small"](names["points"])).max()
+  assert names["bigger_loss"] < names["small_loss"]
+  counts = {path: layer.num_tokens for path, layer in token_layers(names["wider"]).items()}
+  assert counts == {"hidden/0": 48, "hidden/1": 64, "write": 32}
+  assert names["report"].summary in (ROOT / "docs/growing_your_own_model.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_name_files_modules_and_fields_that_exist(path):
+  text = path.read_text(encoding="utf-8")
+  linked = [path.parent / link for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
+  named = [ROOT / name for name in re.findall(r"\b(?:experiments|colabs)/[a-z_/]+\.\w+", text)]
+  assert [str(file) for file in linked + named if not file.exists()] == []
+  modules = re.findall(r"-m ((?:tokenformer_jax\.cli|tests|experiments)\.\w+)", text)
+  assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+  fields = ml_collections.FrozenConfigDict(Config(model=ModelConfig.named("tiny")).to_dict())
+  for field in re.findall(r"--config\.([\w.]+)", text):
+    functools.reduce(getattr, field.rstrip(".").split("."), fields)
+
+
+@pytest.mark.parametrize("module", ["train", "generate", "evaluate", "grow", "shrink", "convert", "prepare"])
+def test_commands_in_documents_have_flags_that_exist(module):
+  source = "".join(
+    (ROOT / "tokenformer_jax" / "cli" / f"{name}.py").read_text(encoding="utf-8")
+    for name in (module, "command", "process_flags", "resize_flags")
+  )
+  text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS).replace("\\\n", " ")
+  for command in re.findall(rf"-m tokenformer_jax\.cli\.{module} ([^`\n&]*)", text):
+    for flag in re.findall(r"--([\w.]+)", command):
+      assert flag.startswith("config.") or f'"{flag}"' in source, f"{module} has no --{flag}"
 
 
 @pytest.mark.parametrize(
@@ -45,11 +82,13 @@ def test_readme_names_files_that_are_there():
   [path for path in sorted(ROOT.glob("experiments/*.py")) if "def get_config(" in path.read_text(encoding="utf-8")],
   ids=lambda path: path.stem,
 )
-def test_experiment_is_a_configuration_for_the_train_door(path, monkeypatch):
+def test_an_experiment_is_a_configuration_for_the_train_command(path, monkeypatch):
   monkeypatch.setenv("TOKENFORMER_DATA", "data")
   before = set(flags.FLAGS)
   assert Config.from_dict(runpy.run_path(str(path))["get_config"]()).training.num_steps
-  assert not {"workdir", "config", "profile"} & (set(flags.FLAGS) - before), "its flags would meet the door's"
+  assert not {"workdir", "config", "profile"} & (set(flags.FLAGS) - before), (
+    "its flags would collide with those of the CLI"
+  )
 
 
 @pytest.mark.slow
