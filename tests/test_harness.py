@@ -177,6 +177,7 @@ def test_generated_text_ends_at_a_stop_string_or_the_number_of_new_tokens(model,
   cut = whole[: whole.index(whole[2:4])]
   assert written(harness, "abc", max_gen_toks=8, until=["\x00never", whole[2:4], ""]) == [cut]
   assert written(harness, "abc", max_new_tokens=8, until=whole[3]) == [whole[: whole.index(whole[3])]]
+  assert written(harness, "abc", max_gen_toks=8, repetition_penalty=50.0) != [whole]
   assert written(harness, "abc") == [greedy_text(model, b"abc", LENGTH // 2)]
 
 
@@ -229,6 +230,7 @@ def test_a_sampled_text_depends_on_the_number_of_its_request_and_on_no_other_req
     ({"num_beams": 4}, "num_beams unknown: remove it"),
     ({"until": [3]}, r"until=\[3\]: expected strings"),
     ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
     ({"max_gen_toks": "many"}, "invalid literal"),
   ],
 )

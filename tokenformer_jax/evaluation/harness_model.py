@@ -18,7 +18,7 @@ from tokenformer_jax.inference.generate import bucket, generate
 from tokenformer_jax.inference.sampling import Sampling
 from tokenformer_jax.models.language_model import LanguageModel
 
-_GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+_GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
 # A batch of generation has at most this many rows, and its key-value cache at most this many bytes.
 _MAX_ROWS = 32
 _CACHE_BYTES = 2**32
@@ -31,6 +31,7 @@ class Settings(NamedTuple):
   temperature: float
   top_k: int
   top_p: float
+  repetition_penalty: float
   stop: tuple[str, ...]
 
 
@@ -152,13 +153,23 @@ class HarnessModel(TemplateLM):
           f"max_gen_toks={new} leaves no space for a context in the model's seq_length={self.max_length}; choose "
           f"1 … {self.max_length - 1}."
         )
-      if not options["do_sample"]:
-        return Settings(new, 0.0, 0, 1.0, stop)
-      drawn = Settings(new, options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1.0), stop)
-      Sampling.checked(
-        vocab_size=self._tokens.vocab_size, temperature=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p
+      sampled = options["do_sample"]
+      settings = Settings(
+        max_new_tokens=new,
+        temperature=options.get("temperature", 1.0) if sampled else 0.0,
+        top_k=options.get("top_k", 0) if sampled else 0,
+        top_p=options.get("top_p", 1.0) if sampled else 1.0,
+        repetition_penalty=options.get("repetition_penalty", 1.0),
+        stop=stop,
       )
-      return drawn
+      Sampling.checked(
+        vocab_size=self._tokens.vocab_size,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+      )
+      return settings
     except (TypeError, ValueError) as error:
       raise ValueError(f"{name}: generation_kwargs: {error}") from None
 
