@@ -1,4 +1,4 @@
-"""The smallest run that has everything, for the tests of training and growth."""
+"""The smallest run with every part of a run, for the tests of training and growth."""
 
 import dataclasses
 import hashlib
@@ -21,19 +21,19 @@ from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.plan import leaves_by_path
 
-# Every axis that a mesh splits divides by 8.
+# 8 divides every axis that a mesh may split.
 MODEL = ModelConfig(
   vocab_size=264, num_layers=2, hidden_size=16, num_heads=2, qkv_tokens=8, proj_tokens=8, ffn_tokens=16, seq_length=16
 )
 GROWN = MODEL.grown(qkv_tokens=16, proj_tokens=24, ffn_tokens=32)
-# A large epsilon, for Adam makes a whole step of a gradient that is nothing but rounding. No decay: what moves, moved
-# by its gradient. The rate depends on no length of the run.
+# Epsilon is large, because Adam would otherwise turn a gradient of pure rounding errors into a full step. There is no
+# weight decay, so that only gradients move parameters, and the rate does not depend on the length of the run.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, decay_steps=0, eps=1e-2, weight_decay=0.0)
 TEXT = "".join(f"def f{i}(x):\n  return x * {i * i} + {i}\n\n" for i in range(400))
 
 
 def config(source: str = "python-sources", stages=(), **training) -> Config:
-  """A run of MODEL on 8 rows of 16 ids, without samples."""
+  """Returns a run of MODEL on 8 rows of 16 ids, without samples."""
   return Config(
     model=MODEL,
     data=DataConfig(source=source, batch_size=8, held_out_fraction=0.1),
@@ -54,18 +54,18 @@ def mesh(data: int = 1, fsdp: int = 1, token: int = 1, sequence: int = 1) -> jax
 def batch(seed: int = 0, rows: int = 8, weights: bool = False) -> data.Batch:
   rng = np.random.default_rng(seed)
   inputs, labels = rng.integers(0, MODEL.vocab_size, (2, rows, MODEL.seq_length), np.int32)
-  # Rows of very different weight, so that a mean of means is not the mean.
+  # The rows have very different weights, so that a mean of means differs from the mean.
   given = rng.integers(0, 2, inputs.shape) * rng.exponential(size=(rows, 1)) if weights else None
   return data.Batch(inputs, labels, weights=None if given is None else given.astype(np.float32))
 
 
 def placed(batch: data.Batch, mesh: jax.sharding.Mesh) -> data.Batch:
-  """The batch where a run on `mesh` has it."""
+  """Returns the batch with the sharding of a run on `mesh`."""
   return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)), batch)
 
 
 def noise(shapes, seed: int = 0):
-  """Arrays of these shapes, types and shardings, no two alike; integers count from 0 to 9."""
+  """Returns random arrays of these shapes, dtypes and shardings; integers are from 0 to 9."""
   rng = np.random.default_rng(seed)
 
   def draw(leaf):
@@ -76,7 +76,7 @@ def noise(shapes, seed: int = 0):
 
 
 def assert_same(tree, other) -> None:
-  """Equal to the bit, leaf by leaf."""
+  """Asserts that both trees have the same leaves, bit by bit."""
   a, b = leaves_by_path(tree), leaves_by_path(other)
   assert a.keys() == b.keys()
   different = [
@@ -90,7 +90,7 @@ def assert_same(tree, other) -> None:
 
 
 def assert_close(tree, other, relative: float) -> None:
-  """Leaf by leaf, the largest difference in units of the leaf's largest number."""
+  """Asserts for each leaf that the largest difference is at most `relative` times the leaf's largest number."""
   a, b = leaves_by_path(tree), leaves_by_path(other)
   assert a.keys() == b.keys()
   errors = {
@@ -101,7 +101,7 @@ def assert_close(tree, other, relative: float) -> None:
 
 
 def digest(tree) -> str:
-  """SHA-256 of all leaves with their names, types and shapes."""
+  """Returns the SHA-256 of all leaves with their names, dtypes and shapes."""
   hashed = hashlib.sha256()
   for path, leaf in leaves_by_path(tree).items():
     hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
@@ -109,7 +109,7 @@ def digest(tree) -> str:
 
 
 def folder_digest(folder) -> str:
-  """SHA-256 of all files below a folder with their names."""
+  """Returns the SHA-256 of all files below a folder with their names."""
   hashed = hashlib.sha256()
   for path in sorted(folder.rglob("*")):
     hashed.update(str(path.relative_to(folder)).encode() + (path.read_bytes() if path.is_file() else b""))
@@ -117,7 +117,7 @@ def folder_digest(folder) -> str:
 
 
 def replace(config: Config, **sections) -> Config:
-  """`config` with fields of its sections changed: `replace(config, optimizer=dict(beta2=0.999))`."""
+  """Returns `config` with fields of its sections changed: `replace(config, optimizer=dict(beta2=0.999))`."""
   return dataclasses.replace(
     config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
   )

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, on any mesh, and nothing unfinished is read."""
+"""Checkpoints give back exactly what was saved, on any mesh, and an incomplete one is never read."""
 
 import dataclasses
 import shutil
@@ -38,7 +38,7 @@ def states():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, states):
-  """A work folder with checkpoints of steps 2 and 4; not to be changed."""
+  """A work folder with checkpoints of steps 2 and 4; tests must not change it."""
   workdir = tmp_path_factory.mktemp("saved")
   write(workdir, states)
   data.save_tokenizer(data.open_tokenizer("bytes"), workdir / "tokenizer.json")
@@ -47,11 +47,11 @@ def saved(tmp_path_factory, states):
 
 @pytest.fixture
 def workdir(saved, tmp_path):
-  """The same, to be broken."""
+  """A copy of it that a test may damage."""
   return shutil.copytree(saved, tmp_path / "run")
 
 
-def test_a_state_comes_back_to_the_bit(saved, states):
+def test_a_state_comes_back_bit_by_bit(saved, states):
   checkpoints = Checkpoints(str(saved))
   assert checkpoints.latest_step() == 4
   for step in (2, 4):
@@ -92,7 +92,7 @@ def test_a_state_that_does_not_fit_is_refused_by_its_first_leaf(saved, change, m
 
 
 def test_a_state_may_be_donated_while_it_is_written(tmp_path):
-  # Large enough to be still under way when the buffers are taken.
+  # The state is large enough that the save is still pending when the buffers are donated.
   large = shapes(dataclasses.replace(MODEL, vocab_size=2**15, hidden_size=64))
   state = small_run.noise(large)
   expected = small_run.digest(state)
@@ -119,13 +119,13 @@ def test_nothing_is_written_before_the_first_save(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_a_save_that_did_not_happen_is_an_error(workdir, states):
+def test_a_save_that_orbax_declines_is_an_error(workdir, states):
   checkpoints = Checkpoints(str(workdir))
   with pytest.raises(RuntimeError, match="step 3 was not saved"):
     checkpoints.save(3, states[2], RECORD)
 
 
-# What is not whole.
+# Incomplete checkpoints.
 
 
 def test_an_interrupted_save_is_not_offered(workdir, states):
@@ -134,7 +134,7 @@ def test_an_interrupted_save_is_not_offered(workdir, states):
   assert Checkpoints(str(workdir)).latest_step() == 2
   with pytest.raises(ValueError, match="no checkpoint of step 4; there are 2"):
     tf.load(str(workdir), step=4)
-  # Nor is it in the way of the next one.
+  # It does not prevent the next save of the same step.
   write(workdir, {4: states[4]})
   small_run.assert_same(Checkpoints(str(workdir)).restore(4, shapes()), states[4])
 
@@ -154,7 +154,7 @@ def test_a_stray_folder_that_would_keep_orbax_from_saving_is_named(workdir):
   assert tf.load(str(workdir)).config == MODEL
 
 
-# What users load.
+# Loading models and tokenizers.
 
 
 def test_load_gives_the_model_of_a_step(saved, states):
@@ -173,7 +173,7 @@ def test_load_onto_a_mesh(saved, states):
   assert all(leaf.sharding == expected[path].sharding for path, leaf in leaves_by_path(params).items())
 
 
-def test_load_without_a_checkpoint_says_so(tmp_path):
+def test_load_without_a_checkpoint_is_refused(tmp_path):
   for workdir in (tmp_path, tmp_path / "missing"):
     with pytest.raises(ValueError, match=f"{workdir}: no checkpoint there; train first"):
       tf.load(str(workdir))

@@ -73,7 +73,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A run's work folder and a file; not to be changed."""
+  """A run's work folder and a file; tests must not change them."""
   folder = tmp_path_factory.mktemp("runs")
   (folder / "text").write_text("")
   test_stream.write_source(folder / "run")

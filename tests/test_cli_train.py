@@ -11,7 +11,7 @@ from tests.commands import call
 
 @pytest.fixture
 def folder(tmp_path):
-  """Config files and texts, good and bad, and the work folder of a run that was begun."""
+  """Config files and texts, good and bad, and the work folder of a run that has begun."""
   (tmp_path / "text.txt").write_text(small_run.TEXT)
   (tmp_path / "empty.txt").write_text("")
   (tmp_path / "latin1.txt").write_bytes("née".encode("latin-1"))
@@ -99,7 +99,7 @@ MISTAKES = {
     ["{0}/latin1.txt is not UTF-8 at byte 1", "bad_text"],
   ),
   "no text": (["--config={0}/good.py", "--workdir={0}/new", "--config.data.source=text:{0}/*.md"], ["{0}/*.md"]),
-  "half told of the other processes": (
+  "only some of the flags about other processes": (
     ["--config={0}/good.py", "--workdir={0}/new", "--num_processes=2"],
     ["num_processes=2", "coordinator_address", "Give all three"],
   ),

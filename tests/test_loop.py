@@ -45,7 +45,7 @@ def config(text, **training):
 
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
-  """The work folder of a whole run, and what `train` returned; not to be changed."""
+  """The work folder of a whole run, and what `train` returned; tests must not change it."""
   workdir = tmp_path_factory.mktemp("runs") / "whole"
   return workdir, train(config(text), str(workdir))
 

@@ -1,6 +1,7 @@
 """A run in a bucket: every path stays a gs:// URI, nothing appears on the local disk, and logs can be read meanwhile."""
 
 import os
+import shutil
 
 import pytest
 
@@ -24,7 +25,12 @@ def bucket_run(bucket, tmp_path, monkeypatch):  # noqa: F811
   monkeypatch.chdir(tmp_path / "here")
   for num_steps in (2, 4):
     config = small_run.config(
-      f"text:{tmp_path}/text.txt", num_steps=num_steps, log_every=1, eval_every=2, checkpoint_every=2, sample_tokens=2
+      f"text:{tmp_path}/text.txt",
+      num_steps=num_steps,
+      log_every=1,
+      eval_every=2,
+      checkpoint_every=2,
+      checkpoints_kept=1,
     )
     train(config, RUN, profile=num_steps == 4)
   return bucket
@@ -33,12 +39,11 @@ def bucket_run(bucket, tmp_path, monkeypatch):  # noqa: F811
 def test_a_run_is_written_to_a_bucket_and_resumes_from_it(bucket_run, tmp_path):
   folder = bucket_run.folder / "runs" / "a"
   assert {path.name for path in folder.iterdir()} == {
-    *("checkpoints", "config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "samples.txt"),
+    *("checkpoints", "config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl"),
     *("tensorboard", "loss.png", "profile"),
   }
   assert list((folder / "profile").rglob("*.xplane.pb")) and list((folder / "tensorboard").iterdir())
   assert [row["step"] for row in read_metrics(RUN) if "train/loss" in row] == [1, 2, 3, 4]
-  assert [step for step, _ in read_samples(RUN)] == [2, 4]
   # The URI reaches Orbax and tensorstore untouched, and no local folder is named after it.
   assert Checkpoints(RUN).latest_step() == 4
   assert bucket_run.drivers and all(
@@ -46,6 +51,11 @@ def test_a_run_is_written_to_a_bucket_and_resumes_from_it(bucket_run, tmp_path):
     for driver in bucket_run.drivers
   )
   assert os.listdir(tmp_path / "here") == []
+  assert [path.name for path in (folder / "checkpoints").iterdir()] == ["4"]
+  # A bucket cannot rename: a checkpoint is complete once its commit file is there.
+  shutil.copytree(folder / "checkpoints" / "4", folder / "checkpoints" / "6")
+  (folder / "checkpoints" / "6" / "commit_success.txt").unlink()
+  assert Checkpoints(RUN).latest_step() == 4
   model, tokenizer = tf.load(RUN), tf.load_tokenizer(RUN)
   assert model.config == small_run.MODEL and tokenizer.vocab_size == 257
 

@@ -1,4 +1,4 @@
-"""What a run measures on the way: losses on its held-out sets, and a sample of text."""
+"""Evaluation inside a run: losses on its held-out sets, and a sample of text."""
 
 from collections.abc import Mapping, Sequence
 

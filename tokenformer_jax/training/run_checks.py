@@ -1,4 +1,4 @@
-"""What is refused before a run begins or resumes, while nothing is written yet."""
+"""Checks of a run's configuration that come before anything is written."""
 
 import jax
 
@@ -11,7 +11,7 @@ from tokenformer_jax.training.trackers import import_wandb
 
 
 def check_trackers(config: Config) -> None:
-  """Raises ValueError if the run is to be shown where the first process has no client for."""
+  """Raises ValueError if the run asks for Weights & Biases and the package is not installed on the first process."""
   if config.training.wandb_project and jax.process_index() == 0:
     import_wandb(config.training.wandb_project)
 
