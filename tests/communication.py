@@ -1,4 +1,4 @@
-"""What one layer of the language model sends on a mesh, counted on paper."""
+"""What one layer of the language model sends on a mesh, derived from the design."""
 
 import math
 from collections import Counter
@@ -10,31 +10,34 @@ AXES = ("data", "fsdp", "sequence", "token")
 
 
 def of_layers(found: list[Collective], num_layers: int) -> Counter:
-  """How often a layer sends: {(backward, kind, axes, numbers in the whole array): count}."""
+  """What a layer sends, from a program: {(backward, kind, axes, number of elements): how often}."""
   return Counter((c.backward, c.kind, c.axes, math.prod(c.shape)) for c in found if c.trips == num_layers)
 
 
 def on_paper(model: ModelConfig, rows: int, data: int = 1, fsdp: int = 1, sequence: int = 1, token: int = 1) -> Counter:
-  """The same from the design, for a batch [rows, T] and Θ = `l2_norm_gelu`, as the CPU compiles it.
+  """The same from the design, for a batch [rows, T] and Θ = `l2_norm_gelu`, as the compiler for CPUs writes it.
 
-  The CPU writes a reduce-scatter as an all-reduce, and slices.
+  That compiler writes a reduce-scatter as an all-reduce and a slice.
   """
   d = model.hidden_size
-  m = rows * model.seq_length // (data * fsdp * sequence)  # Positions on a device.
+  m = rows * model.seq_length // (data * fsdp * sequence)  # The number of positions on a device.
   by_heads = token if model.num_heads % token == 0 else 1
-  tokens = 6 * [model.qkv_tokens] + 2 * [model.proj_tokens] + 2 * [model.ffn_tokens]  # Keys and values of five.
+  tokens = (
+    6 * [model.qkv_tokens] + 2 * [model.proj_tokens] + 2 * [model.ffn_tokens]
+  )  # The keys and values of five layers of tokens.
   forward, recomputed, backward = Counter(), Counter(), Counter()
   if token > 1:
     norms, sums = ("all-reduce", ("token",), m), ("all-reduce", ("token",), m * d)
-    # Of the scores forward, of scores times gradient backward; and of the output, of the gradient of the input.
+    # norms: the squares of the scores (forward) or scores times their gradients (backward), summed over tokens.
+    # sums: the output (forward) or the gradient of the input (backward), summed over tokens.
     forward[norms] += 5
     forward[sums] += 5
     backward.update(forward)
     recomputed[norms] += 5
-    recomputed[sums] += 4 if model.remat == "full" else 0  # The last output of a layer is no input of a gradient.
+    recomputed[sums] += 4 if model.remat == "full" else 0  # No gradient reads the last output of a layer.
   if by_heads > 1:
     gather = ("all-gather", ("token",), m * d)
-    forward[gather] += 1  # What attention put out.
+    forward[gather] += 1  # The output of attention between tokens.
     recomputed[gather] += 1
     backward[gather] += 3  # The gradients of q, k and v.
   if sequence > 1:

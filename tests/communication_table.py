@@ -1,7 +1,7 @@
-"""What the compiled 150m train step sends, as a table.
+"""Prints what the compiled train step of the 150m model sends, as a table.
 
-`python -m tests.communication_table` compiles for 8 simulated CPU devices, and with `--topology=v5e:2x4` for a slice
-of TPUs that need not be there. Batch 8 × 2048; no arrays are made.
+`python -m tests.communication_table` compiles for 8 simulated CPU devices; with `--topology=v5e:2x4` it compiles for a
+slice of TPUs that need not be present. The batch is 8 × 2048, and no arrays are made.
 """
 
 import dataclasses
@@ -19,13 +19,17 @@ from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.distributed.topologies import slice_devices
 from tokenformer_jax.training.program import make_program
 
-_TOPOLOGY = flags.DEFINE_string("topology", "", "a slice of 8 TPUs, such as v5e:2x4; by default simulated CPUs")
-_REMAT = flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "what is computed again in the backward pass")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", COMPUTE_DTYPES, "of the products")
-_HEADS = flags.DEFINE_integer("heads", 12, "of attention")
-_LENGTH = flags.DEFINE_integer("seq_length", 2048, "tokens of a row; compiling for TPUs takes long above 512")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "A slice of 8 TPUs, such as v5e:2x4; by default 8 simulated CPU devices."
+)
+_REMAT = flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "What is computed again in the backward pass.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", COMPUTE_DTYPES, "The dtype of matrix products.")
+_HEADS = flags.DEFINE_integer("heads", 12, "The number of attention heads.")
+_LENGTH = flags.DEFINE_integer("seq_length", 2048, "Tokens of a row; above 512 compiling for TPUs takes long.")
 _MESHES = flags.DEFINE_list(
-  "meshes", ["8x1x1x1", "1x8x1x1", "1x1x1x8", "2x2x1x2", "1x1x8x1"], "data × fsdp × sequence × token"
+  "meshes",
+  ["8x1x1x1", "1x8x1x1", "1x1x1x8", "2x2x1x2", "1x1x8x1"],
+  "Meshes to compile for, as data × fsdp × sequence × token.",
 )
 ROWS = 8
 
@@ -56,7 +60,7 @@ def main(_):
 
 
 def compiled(model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[list[Collective], int]:
-  """What a step sends, and the bytes that it holds at the fullest moment on a device."""
+  """(what a step sends, the most bytes that a device holds at once)."""
   program = make_program(Config(model=model, data=DataConfig(batch_size=ROWS)), model, mesh)
   shape = (ROWS, model.seq_length)
   ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))

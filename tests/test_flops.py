@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: what the model needs, and the peak it is held against."""
+"""Model FLOP utilisation: the FLOPs that the model needs, and the peak of the devices."""
 
 import types
 
@@ -40,7 +40,7 @@ def test_an_unknown_device_has_no_peak():
 
 
 def test_a_cpus_peak_is_measured_once_for_all_simulated_devices():
-  # A core does more than a GFLOP/s and less than ten TFLOP/s.
+  # One core reaches more than a GFLOP/s and less than ten TFLOP/s.
   assert 1e9 < peak_flops(small_run.mesh(data=8)) < 64 * 1e13
 
 
@@ -49,7 +49,7 @@ def test_forward_flops_are_those_of_the_products_in_the_program():
   graphdef, *shapes = split(abstract_model(model))
   tokens = jax.ShapeDtypeStruct((3, model.seq_length), "int32")
   forward = jax.make_jaxpr(lambda params, tau, tokens: nnx.merge(graphdef, params, tau)(tokens))(*shapes, tokens)
-  # The whole square of attention scores is computed, and half of it needed.
+  # All attention scores are computed, of which half are needed.
   needless = model.num_layers * 2 * model.seq_length * model.hidden_size
   assert product_flops(forward) == tokens.size * (model.forward_flops_per_token + needless)
 

@@ -1,4 +1,4 @@
-"""The language model on a mesh: the same loss and gradients, and what the compiled program sends."""
+"""The language model on a mesh computes the same loss and gradients, and sends what the design says."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.training.program import make_program
 
-# No two of the sizes that are sent are equal.
+# All arrays that are sent differ in size, so that they can be told apart.
 CONFIG = ModelConfig(
   vocab_size=64, num_layers=3, hidden_size=64, num_heads=8, qkv_tokens=24, proj_tokens=16, ffn_tokens=40, seq_length=48
 )
@@ -39,7 +39,7 @@ def mesh_of(sizes):
 
 
 class Case:
-  """Loss and gradients of one small model: on one device, and compiled for a mesh."""
+  """Loss and gradients of a small model, on one device and compiled for meshes."""
 
   def __init__(self, config: ModelConfig = CONFIG):
     self.module = LanguageModel(config, rngs=nnx.Rngs(0))
@@ -57,7 +57,7 @@ class Case:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
   def on(self, sizes):
-    """(compiled function, its arguments, mesh)."""
+    """(the compiled function, its arguments, the mesh)."""
     mesh = mesh_of(sizes)
     parameters, tau, batch = self.arguments
     axes = logical_axes(self.module)
@@ -80,7 +80,7 @@ def case():
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_loss_and_gradients_are_one_device_s(case, sizes):
+def test_loss_and_gradients_are_those_of_one_device(case, sizes):
   step, arguments, _ = case.on(sizes)
   for (path, ours), alone in zip(jax.tree_util.tree_leaves_with_path(step(*arguments)), jax.tree.leaves(case.alone)):
     error = np.max(np.abs(np.asarray(ours) - np.asarray(alone))) / np.max(np.abs(np.asarray(alone)))
@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_one_device_s(case, sizes):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_layer_sends_what_it_should_on_paper(case, sizes):
+def test_a_layer_sends_what_the_design_says(case, sizes):
   step, _, mesh = case.on(sizes)
   found = collectives(step.as_text(), mesh)
   assert communication.of_layers(found, CONFIG.num_layers) == communication.on_paper(CONFIG, ROWS, **sizes)
@@ -97,7 +97,7 @@ def test_a_layer_sends_what_it_should_on_paper(case, sizes):
 
 
 def train_step_sends(model, sizes):
-  """The collectives of the whole train step on abstract arrays [8, T]."""
+  """The collectives of a train step on abstract arrays [8, T]."""
   mesh = mesh_of(sizes)
   program = make_program(Config(model=model, data=DataConfig(batch_size=ROWS)), model, mesh)
   shape = (ROWS, model.seq_length)
@@ -112,7 +112,7 @@ def train_step_sends(model, sizes):
   ids=str,
 )
 def test_train_step_of_150m(remat, sizes):
-  """On paper, layer by layer; and parameter tokens are never gathered but along fsdp."""
+  """Layer by layer it sends what the design says, and parameter tokens are gathered along fsdp only."""
   model = dataclasses.replace(ModelConfig.named("150m"), seq_length=136, remat=remat)
   found = train_step_sends(model, sizes)
   assert communication.of_layers(found, model.num_layers) == communication.on_paper(model, ROWS, **sizes)
@@ -120,7 +120,7 @@ def test_train_step_of_150m(remat, sizes):
   assert {c.axes for c in gathered} <= {("fsdp",)}
   if set(sizes) <= {"data", "token", "sequence"}:
     assert not gathered
-  # Outside the layers: the embedding is gathered once, and its gradients are added up once for each of its two uses.
+  # Outside the layers the embedding is gathered once, and its gradient is summed once for each of its two uses.
   largest = model.vocab_size * model.hidden_size // sizes.get("token", 1)
   whole = [(c.kind, c.argument) for c in found if np.prod(c.shape) == largest]
   assert whole.count(("all-gather", "state.params['embedding']")) == (1 if "fsdp" in sizes else 0)

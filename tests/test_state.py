@@ -1,4 +1,4 @@
-"""The training state on a mesh: what can be split is nowhere whole, and what cannot is refused by name."""
+"""The training state on a mesh: every leaf that can be split is split, and one that cannot is refused by name."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def program(model=small_run.MODEL, **sizes):
 
 
 def part(path: str, shape: tuple[int, ...], data=1, fsdp=1, token=1, sequence=1) -> tuple[int, ...]:
-  """What a device holds of a leaf: rows of tokens or words along `token`, channels along `fsdp`."""
+  """The shape of a device's part of a leaf: `token` splits parameter tokens and words, `fsdp` splits channels."""
   _owner, _, name = path.rpartition("/")
   if path.startswith("born/") and shape:
     return (shape[0] // token,)
@@ -28,11 +28,11 @@ def part(path: str, shape: tuple[int, ...], data=1, fsdp=1, token=1, sequence=1)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_no_leaf_that_can_be_split_is_whole(sizes):
+def test_every_leaf_that_can_be_split_is_split(sizes):
   leaves = leaves_by_path(program(**sizes).shapes)
   held = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in leaves.items()}
   assert held == {path: part(path, leaf.shape, **sizes) for path, leaf in leaves.items()}
-  # Parameters, two moments and births: 10 keys and values, an embedding; the rest is norms, τ and counters.
+  # Parameters and their two moments: 10 keys and values and an embedding each. The rest are norms, τ and counters.
   assert sum(len(leaf.shape) > 1 for leaf in leaves.values()) == 3 * 11
   assert sum(path.startswith("born/") and len(leaf.shape) == 1 for path, leaf in leaves.items()) == 10
 
@@ -47,14 +47,16 @@ def test_batches_are_split_by_rows_and_positions(sizes):
 
 
 @pytest.mark.slow
-def test_a_state_is_born_in_parts():
+def test_an_initial_state_is_made_in_parts():
   sizes = dict(data=2, fsdp=2, token=2)
   split, whole = program(**sizes), program()
   for path, leaf in leaves_by_path(split.initial_state()).items():
     assert {shard.data.shape for shard in leaf.addressable_shards} == {part(path, leaf.shape, **sizes)}
-  # Not made whole and then cut either: what is held on the way shrinks with what is held in the end.
-  on_the_way, alone = (p.initial_state.lower().compile().memory_analysis().temp_size_in_bytes for p in (split, whole))
-  assert on_the_way < alone / 3
+  # They are not made whole and then split either, because the temporary memory is split like the result.
+  temporary, on_one_device = (
+    p.initial_state.lower().compile().memory_analysis().temp_size_in_bytes for p in (split, whole)
+  )
+  assert temporary < on_one_device / 3
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_a_state_is_born_in_parts():
   ],
 )
 def test_token_counts_of_the_paper(name, token, message):
-  """Refused when the program is made, before anything is compiled."""
+  """Counts that do not divide are refused when the program is made, before anything is compiled."""
   model = ModelConfig.named(name)
   mesh = make_mesh(MeshConfig(token=token, data=1), jax.devices()[:token])
   if not message:
