@@ -41,6 +41,8 @@ def main(argv):
       raise FloatingPointError("loss is nan")
     case "a full device":
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")
+    case "an exceeded quota":
+      raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "run/metrics.jsonl")
     case "a full device behind a library":
       raise ValueError("RESOURCE_EXHAUSTED: Error writing run/d/0: No space left on device")
     case "a foreign ValueError":
@@ -48,7 +50,8 @@ def main(argv):
     case "an internal KeyError":
       {}["key"]
     case "an encoding":
-      "Θ".encode("latin-1")
+      # As if this package had encoded the text.
+      exec(compile("'Θ'.encode('latin-1')", command.__file__, "exec"))
     case "cuda" | "tpuu" as platform:
       jax.config.update("jax_platforms", platform)
       jax.devices()
@@ -101,6 +104,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, arguments, message):
   [
     ("numbers", "loss is nan"),
     ("a full device", "the device is full, and what was being written is not complete: .*run/metrics.jsonl"),
+    ("an exceeded quota", "the device is full, .*run/metrics.jsonl"),
     ("a full device behind a library", "the device is full, .*run/d/0"),
   ],
 )
