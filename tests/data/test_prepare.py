@@ -147,7 +147,7 @@ def test_folders_that_hold_something_else_are_not_written_to(texts, tmp_path):
     prepare(texts, bpe, tmp_path / "texts")
 
 
-def test_a_bpe_is_learnt_once_and_lies_with_its_tokens(texts, tmp_path):
+def test_a_bpe_is_trained_once_and_kept_with_its_tokens(texts, tmp_path):
   bpe = train_or_load_bpe(texts, 280, tmp_path / "out")
   manifest = prepare(texts, bpe, tmp_path / "out")
   assert bpe.vocab_size == 280 and manifest["tokens"] < manifest["bytes"] / 2
@@ -252,7 +252,7 @@ def test_a_run_that_bad_text_stopped_is_resumed_with_another_choice(texts, small
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_a_bpe_that_was_asked_to_be_another_one_is_refused(prepared, texts, tmp_path):
+def test_a_bpe_that_was_trained_otherwise_is_refused(prepared, texts, tmp_path):
   bpe = train_or_load_bpe(texts, 270, tmp_path / "out")
   if prepared:
     prepare(texts, bpe, tmp_path / "out")
@@ -261,7 +261,7 @@ def test_a_bpe_that_was_asked_to_be_another_one_is_refused(prepared, texts, tmp_
   with pytest.raises(ValueError, match="special_tokens='recognise', not 'text'"):
     train_or_load_bpe(texts, 270, tmp_path / "out", special_tokens="text")
   add_a_file(tmp_path)
-  with pytest.raises(ValueError, match=r"learnt from other files .* 1 new"):
+  with pytest.raises(ValueError, match=r"trained on other files .* 1 new"):
     train_or_load_bpe(text_files(f"{tmp_path}/texts/*.txt"), 270, tmp_path / "out")
   (tmp_path / "texts" / "99.txt").unlink()
   rewrite_a_file(tmp_path)
@@ -269,7 +269,7 @@ def test_a_bpe_that_was_asked_to_be_another_one_is_refused(prepared, texts, tmp_
     prepare(texts, train_or_load_bpe(texts, 270, tmp_path / "out"), tmp_path / "out")
 
 
-def test_a_bpe_of_an_earlier_release_is_told_by_its_size(texts, tmp_path):
+def test_a_bpe_of_an_earlier_release_is_recognised_by_its_size(texts, tmp_path):
   prepare(texts, train_or_load_bpe(texts, 270, tmp_path / "out"), tmp_path / "out")
   (tmp_path / "out" / "bpe.json").unlink()
   assert train_or_load_bpe(texts, 270, tmp_path / "out").vocab_size == 270
@@ -286,7 +286,7 @@ def test_a_tokenizer_of_someone_else_is_neither_used_nor_overwritten(texts, tmp_
   bpe = train_or_load_bpe(texts, 280, tmp_path / "bpe")
   foreign = json.dumps(bpe.huggingface())
   (folder / "tokenizer.json").write_text(foreign)
-  with pytest.raises(ValueError, match=r"tokenizer\.json was not learnt here"):
+  with pytest.raises(ValueError, match=r"tokenizer\.json was not trained by this command"):
     train_or_load_bpe(texts, 280, folder)
   with pytest.raises(ValueError, match="holds another tokenizer and is not overwritten"):
     prepare(texts, ByteTokenizer(), folder)
@@ -402,7 +402,7 @@ def test_the_command_prepares_parts_and_merges_them(cli, texts, tmp_path):
     (["--source=text:a + text:b"], "each source of a mixture in a folder of its own"),
     (["--source=text:nothing*"], "no file matches"),
     (["--source=python-sources", "--part=1"], "--part=1: write i/n"),
-    (["--source=python-sources", "--part=1/2", "--train_bpe=300"], "learn the BPE once"),
+    (["--source=python-sources", "--part=1/2", "--train_bpe=300"], "train the BPE once"),
     (["--source=python-sources", "--merge"], "--merge: the parts say"),
     (["--source=python-sources", "--tokenizer="], "the path is empty"),
   ],

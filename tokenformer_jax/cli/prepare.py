@@ -44,7 +44,7 @@ _SPECIAL_TOKENS = flags.DEFINE_enum(
   "What the name of a special token means inside a document: its special id (recognise, the default), or text.",
 )
 _TRAIN_BPE = flags.DEFINE_integer(
-  "train_bpe", 0, "Learn a byte-level BPE with this many ids from the source, instead of --tokenizer.", lower_bound=0
+  "train_bpe", 0, "Train a byte-level BPE with this many ids on the source, instead of --tokenizer.", lower_bound=0
 )
 _BAD_TEXT = flags.DEFINE_enum("bad_text", "error", BAD_TEXTS, "What to do with text that cannot be read.")
 _PART = flags.DEFINE_string("part", None, "i/n: tokenize every n-th document from the i-th on, for --merge to join.")
@@ -65,8 +65,8 @@ def main(argv):
   total = source.size()
   if _TRAIN_BPE.value:
     if part:
-      raise ValueError("--part with --train_bpe: learn the BPE once, and give its tokenizer.json to all parts.")
-    with Progress(total, "bytes", title="learning a tokenizer", seconds=30) as progress:
+      raise ValueError("--part with --train_bpe: train the BPE once, and give its tokenizer.json to all parts.")
+    with Progress(total, "bytes", title="training a tokenizer", seconds=30) as progress:
       tokenizer = train_or_load_bpe(
         source,
         _TRAIN_BPE.value,

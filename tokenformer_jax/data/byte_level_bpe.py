@@ -17,7 +17,7 @@ def describe(vocab: Mapping[str, int], merges: Iterable[Sequence[str]], *, use_r
 
   Args:
     vocab: the id of every token, in GPT-2's alphabet of 256 printable characters for the bytes.
-    merges: pairs of tokens, the first learnt first.
+    merges: pairs of tokens, in the order in which they were learned.
     use_regex: whether GPT-2's regular expression cuts the text into words before the merges are applied.
   """
   special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
@@ -49,7 +49,7 @@ def describe(vocab: Mapping[str, int], merges: Iterable[Sequence[str]], *, use_r
 
 
 def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
-  """The parsed tokenizer.json of a byte-level BPE that is learnt from texts.
+  """The parsed tokenizer.json of a byte-level BPE that is trained on texts.
 
   Args:
     texts: the documents.

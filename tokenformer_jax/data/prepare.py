@@ -33,13 +33,14 @@ def prepare(
   """Writes the source's token ids, document bounds and keys, the tokenizer and a manifest into a folder.
 
   The ids are a Megatron pair (tokens.bin and tokens.idx), which other programs read too. A folder that an earlier
-  call left unfinished is completed. A finished one is left as it is if it holds what is asked for: files with other
-  times, and sources without files, are read again and compared.
+  call left unfinished is completed. A finished one is left as it is if it was made with the same options from the same
+  text. Sizes and times of the files tell that; if only times differ, or the source has no files, the text is read again
+  and compared.
 
   Args:
     source: documents of text.
     tokenizer: the tokenizer.
-    folder: the local folder to write to, which is made if it is not there.
+    folder: the local folder to write to, which is created if it does not exist.
     bad_text: see `BadText`.
     part: (i, n) tokenizes the documents i, i + n, … (the first has number 1) into a folder of their own inside
       `folder`, so that n processes or machines share the work; `merge_parts` joins them. Every part reads the whole
@@ -50,8 +51,9 @@ def prepare(
     The manifest: source, options, counts of documents, tokens and bytes, hashes of text, tokenizer and files.
 
   Raises:
-    ValueError: the folder is not empty and holds something else than what is asked for (the message says in what it
-      differs), the source has no text or text that cannot be read, or `part` is not one of 1/n to n/n.
+    ValueError: the folder holds something else, or was made from another source, tokenizer, files or options (the
+      message names the difference); the source has no text, or text that cannot be read; or `part` is not one of 1/n
+      to n/n.
   """
   folder = local_folder(folder)
   number, count = part or (1, 1)
@@ -92,7 +94,7 @@ def prepare(
 
 
 def part_folder(folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
-  """Where part `number` of `count` lies."""
+  """The folder of part `number` of `count`."""
   return folder / f"part-{number:05}-of-{count:05}"
 
 
@@ -153,7 +155,7 @@ def _append(
   digest: "hashlib._Hash",
   progress: Callable[[int], None],
 ) -> None:
-  """Tokenizes documents and appends them to the files of a folder; after each batch the manifest says what is there."""
+  """Tokenizes documents and appends them to the files of a folder; after each batch the manifest counts it."""
   end = np.array([tokenizer.end_of_document], dtype)
   with (
     open(folder / TOKENS, "ab") as tokens,

@@ -1,4 +1,4 @@
-"""Learns the BPE of a prepared folder once, and refuses to pass it for another one."""
+"""Trains the BPE of a prepared folder once, and refuses to return one that was trained otherwise."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def train_or_load_bpe(
   special_tokens: str = "recognise",
   progress: Callable[[int], None] = lambda size: None,
 ) -> Tokenizer:
-  """The byte-level BPE in a folder, which is learnt from the whole source first if it is not there.
+  """The byte-level BPE in a folder, which is first trained on the whole source if the folder has none.
 
   Args:
     source: documents of text.
@@ -41,8 +41,8 @@ def train_or_load_bpe(
     progress: called with the size in bytes of each document that was read.
 
   Raises:
-    ValueError: the folder holds a BPE that was asked to be another one (another size, source, files or options), or
-      a tokenizer that this function did not write.
+    ValueError: the folder holds a BPE of another size, source, files or options, or a tokenizer that this
+      function did not write.
   """
   folder = local_folder(folder)
   asked = dict(
@@ -69,14 +69,16 @@ def train_or_load_bpe(
 
 
 def _require_same(folder: pathlib.Path, asked: dict) -> None:
-  """Raises ValueError unless the BPE in a folder was learnt as it is asked for now."""
-  way_out = "remove the folder to learn it again, or name another one"
+  """Raises ValueError unless the BPE in a folder was trained as the caller asks for it."""
+  way_out = "remove the folder to train it again, or name another one"
   is_prepared = (folder / MANIFEST).is_file()
   if not (folder / BPE).is_file():
-    # Earlier releases did not write down what was asked for; the number of ids tells, unless the text was short.
+    # Earlier releases did not store the request; the number of ids is the same, unless the text was short.
     present = load_tokenizer(folder / TOKENIZER)
     if not is_prepared:
-      raise ValueError(f"{folder / TOKENIZER} was not learnt here: move it away, or use it with --tokenizer.")
+      raise ValueError(
+        f"{folder / TOKENIZER} was not trained by this command: move it away, or use it with --tokenizer."
+      )
     if not isinstance(present, HuggingFaceTokenizer) or present.vocab_size != asked["vocab_size"]:
       raise ValueError(
         f"{folder} holds another tokenizer of {present.vocab_size} ids, not a BPE of {asked['vocab_size']}: {way_out}."
@@ -91,8 +93,8 @@ def _require_same(folder: pathlib.Path, asked: dict) -> None:
     bad_text = stored["bad_text"]
   except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
     raise ValueError(f"{folder / BPE} cannot be read ({error!r}): {way_out}.") from None
-  require_same_bad_text(bad_text, asked["bad_text"], f"{folder} holds a BPE learnt with", way_out)
-  require_same_files(inputs, asked["inputs"], f"{folder} holds a BPE learnt from", way_out)
+  require_same_bad_text(bad_text, asked["bad_text"], f"{folder} holds a BPE trained with", way_out)
+  require_same_files(inputs, asked["inputs"], f"{folder} holds a BPE trained on", way_out)
   # Of a finished folder, `prepare` compares the text itself.
   if inputs != asked["inputs"] and not (is_prepared and read_manifest(folder)["complete"]):
-    raise ValueError(f"{folder} holds a BPE learnt from files that were written again since: {way_out}.")
+    raise ValueError(f"{folder} holds a BPE trained on files that were written again since: {way_out}.")

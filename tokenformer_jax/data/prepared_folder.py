@@ -1,6 +1,6 @@
 """What a prepared folder says about itself: its manifest, and the files that it was made from.
 
-A folder that is there already is compared with what is asked for, so that old tokens never pass for new ones.
+An existing folder is compared with the request, so that old tokens are never used for new text.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from tokenformer_jax.data.tokenizer_files import config_path, save_tokenizer
 from tokenformer_jax.paths import is_uri, replace_text, user_path
 
 INPUTS = "inputs.json"  # [name, size, time of last change] of every file of text.
-BPE = "bpe.json"  # What a BPE that lies in the folder was asked to be.
+BPE = "bpe.json"  # The request that the folder's BPE was trained for.
 SHOWN = 3  # Names in a message.
 
 Stamps = list[list]
@@ -38,7 +38,7 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def require_no_other_files(folder: pathlib.Path, own: Collection[str]) -> None:
-  """Raises ValueError if a folder holds files other than `own` and those that a killed process left of them."""
+  """Raises ValueError if a folder holds files other than `own` and their unfinished copies, which a killed process leaves."""
   others = set(os.listdir(folder)) if folder.is_dir() else set()
   others -= {name + ending for name in own for ending in ("", ".unfinished")}
   if others:
@@ -76,9 +76,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def require_same_bad_text(stored: str, now: str, what: str, way_out: str) -> None:
-  """Raises ValueError if other text would be left out or replaced now.
+  """Raises ValueError if `now` would leave out or replace other text than `stored` did.
 
-  With `error`, all text so far could be read, so that every other choice gives the same tokens.
+  With `error`, all text so far was readable, so that every choice gives the same tokens for it.
   """
   if stored not in (now, "error"):
     raise ValueError(f"{what} bad_text={stored!r}, not {now!r}: {way_out}.")
@@ -87,17 +87,17 @@ def require_same_bad_text(stored: str, now: str, what: str, way_out: str) -> Non
 def begin(
   folder: pathlib.Path, source: DocumentSource, tokenizer: Tokenizer, bad_text: str, part: str | None
 ) -> dict[str, Any]:
-  """The manifest of a folder, which is made if it is not there.
+  """The manifest of a folder, which is created if it does not exist.
 
   Args:
     folder: the folder.
     source: the documents.
     tokenizer: the tokenizer.
     bad_text: see `BadText`.
-    part: which part of the source is asked for, as `1/8`; None for all of it.
+    part: the part of the source to tokenize, as `1/8`; None for all of it.
 
   Returns:
-    The stored manifest, with `bad_text` as it is asked for now; or a new one, of no documents yet.
+    The stored manifest, with the given `bad_text`; or a new one without documents.
 
   Raises:
     ValueError: the folder holds something else, or was begun with another source, tokenizer, option or files.

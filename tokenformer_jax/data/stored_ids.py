@@ -117,7 +117,7 @@ def _recognised(path: pathlib.Path) -> np.dtype:
     start = file.read(_LOOKED_AT)
   possible, ids = [np.dtype(np.uint16)], None
   for dtype in (np.dtype(np.int32), np.dtype(np.int64)):
-    # A truncated file must not pass for one of a narrower type, so that its size does not count here.
+    # The size of the file does not count here: a truncated file must not be read as one of a narrower type.
     wide = np.frombuffer(start, dtype, len(start) // dtype.itemsize)
     if len(wide) and np.all((-_LARGEST_ID < wide) & (wide < _LARGEST_ID)):
       possible, ids = [*possible, dtype], wide

@@ -28,8 +28,8 @@ def config_path(path: epath.Path) -> epath.Path:
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
   """Writes PATH, such as tokenizer.json, in Hugging Face's format, and PATH's stem + `_config.json` beside it.
 
-  A file that is there already is left alone if it is this tokenizer; one of an earlier release is brought into
-  the present format.
+  An existing file is left alone if it holds this tokenizer; one that an earlier release wrote is rewritten in the
+  present format.
 
   Raises:
     ValueError: PATH holds another tokenizer or something else, or the config beside it was not written by this
