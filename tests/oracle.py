@@ -1,7 +1,7 @@
-"""The language model of arXiv 2410.23168 in float64 NumPy, written from the paper's formulas, independently of the package.
+"""The language model of arXiv 2410.23168 in float64 NumPy, written from the paper's formulas and not from our code.
 
-Weights are a flat dict under the released names. Every function also takes complex arrays, so that derivatives are exact:
-the slope along d is f'(x) · d = Im f(x + i·h·d) / h for a tiny h (`slope`).
+Weights are a flat dict under the released names. Every function also takes complex arrays, so that derivatives are
+exact: the slope along d is f'(x) · d = Im f(x + i·h·d) / h for a tiny h (`slope`).
 """
 
 import math

@@ -33,7 +33,7 @@ def small_blocks(monkeypatch):
 
 
 def arguments(dtype=jnp.float32, shape=(2, 25), far=()):
-  """x, tokens and d_y. Some rows of x have scores that are all zero, negative or huge; `far` has further (row, size)."""
+  """x, tokens, d_y. Some rows of x have scores that are all zero, negative or huge; `far` has further (row, size)."""
   rng = np.random.default_rng(0)
   x, d_y = rng.normal(size=(*shape, D)), rng.normal(size=(*shape, E))
   keys, values = rng.normal(size=(N, D)), rng.normal(size=(N, E))

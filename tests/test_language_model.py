@@ -222,7 +222,7 @@ def test_remat_changes_only_what_is_kept(dtype):
 
 
 def test_a_layer_keeps_neither_norms_nor_narrowed_parameters():
-  """It keeps its input and the middle of its residual stream, q, k and v, the input of proj, and the five arrays of scores."""
+  """It keeps its input, the middle of its residual stream, q, k and v, the input of proj, and five arrays of scores."""
   tokens = random_tokens((6, 12))
   loss = functools.partial(loss_and_logits, tokens=tokens, labels=tokens, compute_dtype="bfloat16")
   residuals = jax.eval_shape(lambda p: jax.vjp(loss, p, has_aux=True)[1], lively_parameters())

@@ -254,7 +254,7 @@ def test_pattention_equals_the_oracle(theta, gelu, dtype, low):
 
 @every_theta
 def test_derivatives_against_finite_differences(theta, gelu):
-  """In forward and reverse mode, with respect to x, keys, values and τ; for the default Θ also the second derivatives."""
+  """In forward and reverse mode, with respect to x, keys, values and τ; for the default Θ also second derivatives."""
   x, tokens = random_layer(theta=theta, n=5, d_in=3, d_out=2)
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (x[:2], tokens))

@@ -195,8 +195,8 @@ def _decode(
 def _check_finite(finite_B):
   if not finite_B.all():
     raise ValueError(
-      f"the model's logits after prompt {int(np.argmin(finite_B))} are not finite: its parameters are NaN or infinite, or "
-      "too large for its dtype; load an earlier checkpoint."
+      f"the model's logits after prompt {int(np.argmin(finite_B))} are not finite: its parameters are NaN or infinite, "
+      "or too large for its dtype; load an earlier checkpoint."
     )
 
 
@@ -214,8 +214,9 @@ def _are_finite(logits_BxV, vocab_size):
 def decoding_programs(graphdef: nnx.GraphDef) -> tuple[Callable, Callable]:
   """(prefill, decode_step), jitted; both take the leaves of `model.for_decoding()` first.
 
-  `prefill(leaves, tokens_BxT, start_B, num_slots=…)` reads left-padded prompts and `decode_step(leaves, tokens_B, cache)`
-  reads one token for each row; the cache is donated. Both return the logits [B, V] of the next token, and the cache.
+  `prefill(leaves, tokens_BxT, start_B, num_slots=…)` reads left-padded prompts, and
+  `decode_step(leaves, tokens_B, cache)` reads one token for each row; the cache is donated. Both return the logits
+  [B, V] of the next token, and the cache.
   """
   return _programs(graphdef, platform())
 
@@ -247,7 +248,7 @@ def bucket(length: int) -> int:
   return next((size for size in _LENGTHS if length <= size), -(-length // 128) * 128)
 
 
-def _checked_ids(tokenizer, prompts, seq_length, max_new_tokens) -> list[Sequence[int]]:
+def _checked_ids(tokenizer, prompts, seq_length, max_new_tokens) -> list[list[int]]:
   """Each prompt's token ids. Every mistake is a ValueError that names the prompt by its number."""
   prompts = [prompts] if isinstance(prompts, str) else list(prompts)
   if not prompts:

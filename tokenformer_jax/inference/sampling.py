@@ -170,7 +170,7 @@ def greedy(logits_V: Float[Array, "vocab"]) -> Int[Array, ""]:
 
 def draw(logits_V: Float[Array, "vocab"], key: Array) -> Int[Array, ""]:
   """Draws an id with the probabilities that the logits give: first a block of ids, then an id of that block."""
-  # `categorical` takes a random number for each choice. Drawing from all ids at once would take a hundred times as many.
+  # `categorical` takes a random number for each choice; drawing from all ids at once would take a hundred times more.
   block_key, id_key = jax.random.split(key)
   logits_KxI = jnp.pad(logits_V, (0, -logits_V.size % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
   block = jax.random.categorical(block_key, jax.nn.logsumexp(logits_KxI, axis=1))

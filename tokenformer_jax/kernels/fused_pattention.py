@@ -1,8 +1,8 @@
 """Pattention for TPUs whose scores [rows, N] never exist as a whole, forward or backward.
 
-A block of rows keeps its scores in fast memory (VMEM) while the parameter tokens are streamed through it twice. The first
-pass computes all scores of the block; then the reference's own Θ, or its gradient, turns them into weights; the second
-pass uses the weights. The backward pass computes the scores again, so it takes five matrix products where the reference
+A block of rows keeps its scores in fast memory (VMEM) while the parameter tokens are streamed through it twice. The
+first pass computes all scores of the block; then the reference's own Θ, or its gradient, turns them into weights; the
+second pass uses the weights. The backward pass computes the scores again, so it takes five matrix products where the reference
 takes four, and saves the memory for the scores that the reference keeps. Where the tokens are split over devices, the
 same is done in plain JAX by chunks of rows, because the sums inside Θ then need communication between devices.
 """
@@ -303,8 +303,8 @@ def _backward_kernel(
 ):
   """One step of the backward pass.
 
-  `left_ref` holds the scores in phase 0 and their gradients in phase 1; `right_ref` holds the gradients of the weights in
-  phase 0 and the weights in phase 1.
+  `left_ref` holds the scores in phase 0 and their gradients in phase 1; `right_ref` holds the gradients of the weights
+  in phase 0 and the weights in phase 1.
   """
   phase, j = pl.program_id(1), pl.program_id(2)
   columns = _columns(j, keys_ref.shape[0])

@@ -37,22 +37,22 @@ class DecodingModel(nnx.Module):
     self.final_norm = final_norm
 
   @classmethod
-  def of(cls, model: nnx.Module) -> "DecodingModel":
-    """The copy of a `LanguageModel`, which stays as it is."""
+  def of(cls, model: nnx.Module, config: ModelConfig) -> "DecodingModel":
+    """The copy of a `LanguageModel` and its configuration; the model stays as it is."""
     graphdef, parameters, tau = split(model)
     axes, _ = logical_axes(model)
-    dtype = model.config.compute_dtype
 
     def narrowed(a, axes):
-      return a.astype(dtype) if "embed" in axes and a.dtype != jnp.int8 else a
+      return a.astype(config.compute_dtype) if "embed" in axes and a.dtype != jnp.int8 else a
 
     copy = nnx.merge(graphdef, jax.tree.map(narrowed, parameters, axes), tau)
-    blocks = unstack_layers(copy.blocks, copy.config.num_layers)
-    return cls(copy.config, copy.embedding, blocks, copy.final_norm)
+    blocks = unstack_layers(copy.blocks, config.num_layers)
+    return cls(config, copy.embedding, blocks, copy.final_norm)
 
   def __call__(self, *args, **kwargs):
     raise TypeError(
-      "a DecodingModel cannot be called: use prefill and extend, or call the LanguageModel whose for_decoding() made it."
+      "a DecodingModel cannot be called: use prefill and extend, or call the LanguageModel whose for_decoding() made "
+      "it."
     )
 
   def for_decoding(self) -> "DecodingModel":

@@ -33,7 +33,7 @@ class LanguageModel(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
       raise ValueError("compute_dtype='float64': JAX has it switched off; set jax_enable_x64, or choose float32.")
     self.config = config
     self.embedding = parameter(
@@ -117,4 +117,4 @@ class LanguageModel(nnx.Module):
 
   def for_decoding(self) -> DecodingModel:
     """A copy of the model for `prefill` and `extend`, in the form that decodes fastest."""
-    return DecodingModel.of(self)
+    return DecodingModel.of(self, self.config)

@@ -8,7 +8,7 @@ from tokenformer_jax.kernels.products import row_products
 
 
 def whole_channels(table: Float[Array, "vocab embed"]) -> Float[Array, "vocab embed"]:
-  """The matrix with all its channels on each device, so that one gather along fsdp serves the embedding and the logits."""
+  """The matrix with all its channels on each device, so that one gather along fsdp serves embedding and logits."""
   return constrain(table, "vocab", None)
 
 

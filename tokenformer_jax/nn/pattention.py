@@ -45,7 +45,8 @@ class Pattention(nnx.Module):
     num_tokens: the number of parameter tokens N; the layer has N · (d_in + d_out) parameters.
     theta: `l2_norm_gelu` (default), `gelu_l2_norm` or `softmax`.
     gelu: `erf` or `tanh`.
-    key_std: standard deviation of new keys, here and in growth. It cancels in Θ's norm and sets only how fast keys learn.
+    key_std: standard deviation of new keys, here and in growth. It cancels in Θ's norm and sets only how fast keys
+      learn.
     value_std: standard deviation of new values, here and in growth. The default 1/√N keeps the size of normalised
       inputs.
     count: the name under which growth changes the number of tokens: `tf.grow(model, num_tokens=48)`. Layers with one
@@ -60,6 +61,9 @@ class Pattention(nnx.Module):
     ValueError: a size below 1, an unknown choice, or a dtype that is not floating point.
   """
 
+  keys: nnx.Param
+  values: nnx.Param
+  tau: Tau
   # The scales of int8 tokens (`inference.int8`).
   key_scales: nnx.Param | None = None
   value_scales: nnx.Param | None = None
@@ -107,7 +111,7 @@ class Pattention(nnx.Module):
     y = self._fused(x, tokens) if self.kernel == "fused" else self._reference(x, tokens)
     return checkpoint_name(y, OUTPUT)
 
-  def _fused(self, x, tokens):
+  def _fused(self, x: Array, tokens: ParameterTokens) -> Array:
     # Imported only here, because importing Pallas takes longer than importing the rest of this package.
     from tokenformer_jax.kernels.fused_pattention import fused_pattention
 
@@ -115,8 +119,8 @@ class Pattention(nnx.Module):
       raise ValueError(f"kernel='fused': it is for TPUs, and this is {platform()}; choose kernel='reference'.")
     return fused_pattention(x, tokens, self.theta, self.gelu)
 
-  def _reference(self, x, tokens):
-    def apply(x):
+  def _reference(self, x: Array, tokens: ParameterTokens) -> Array:
+    def apply(x: Array) -> Array:
       return pattention(x, tokens, self.theta, self.gelu)
 
     # Flattened rows [B·T] cannot be split along both B and T, so where T is split each row of the batch is computed
@@ -148,13 +152,13 @@ def require_float_tokens(model: nnx.Module, action: str) -> None:
       )
 
 
-def _floating(name, dtype):
+def _floating(name: str, dtype: DTypeLike) -> jnp.dtype:
   dtype = jnp.dtype(dtype)
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"{name}={dtype}: must be a floating-point dtype, such as float32 or bfloat16.")
   return dtype
 
 
-def _stored_as(dtype, init):
+def _stored_as(dtype: jnp.dtype, init: nnx.Initializer) -> nnx.Initializer:
   """`init`, whose draws are cast: a narrower parameter is then the rounded float32 one of the same seed."""
   return lambda *args: init(*args).astype(dtype)

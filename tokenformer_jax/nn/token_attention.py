@@ -65,7 +65,7 @@ def causal_attention(
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
 
-def default_implementation(platform: str, dtype: jnp.dtype, shape: tuple[int, int, int, int]) -> str:
+def default_implementation(platform: str, dtype: jnp.dtype, shape: tuple[int, ...]) -> str:
   """The fastest implementation on a platform for arrays of this dtype and shape [B, T, H, C].
 
   It is `cudnn` on a GPU and `splash` on a TPU, where they support the dtype and shape, and otherwise `xla`.
