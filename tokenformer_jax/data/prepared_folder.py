@@ -106,7 +106,9 @@ def begin(
     require_no_other_files(folder, {TOKENIZER, config_path(folder / TOKENIZER).name, BPE, MANIFEST})
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder / TOKENIZER)
-    manifest = dict(complete=False, source=source.name, tokenizer=tokenizer.fingerprint, bad_text=bad_text)
+    manifest: dict[str, Any] = dict(
+      complete=False, source=source.name, tokenizer=tokenizer.fingerprint, bad_text=bad_text
+    )
     manifest |= {} if part is None else {"part": part}
     manifest |= dict(documents=0, tokens=0, bytes=0, sha256=hashlib.sha256().hexdigest())
     write_json(folder / MANIFEST, manifest)

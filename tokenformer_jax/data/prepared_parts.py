@@ -63,7 +63,9 @@ def merge_parts(folder: str | os.PathLike, *, progress: Callable[[int], None] = 
   save_tokenizer(load_tokenizer(parts[0] / TOKENIZER), folder / TOKENIZER)
   write_json(folder / INPUTS, read_stamps(parts[0]))
   dtype = read_index(parts[0] / INDEX)[0]
-  ids = [np.memmap(part / TOKENS, dtype, mode="r") if len(each) else () for part, each in zip(parts, lengths)]
+  ids = [
+    np.memmap(part / TOKENS, dtype, mode="r") if len(each) else np.empty(0, dtype) for part, each in zip(parts, lengths)
+  ]
   with open(folder / TOKENS, "wb") as file:
     for pieces in _chunks(_documents(ids, lengths)):
       file.write(np.concatenate(pieces).tobytes())

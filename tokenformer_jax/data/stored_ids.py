@@ -8,7 +8,7 @@ from absl import logging
 
 BARE_DTYPES = ("uint16", "uint32", "int32", "int64")
 # The headers of llm.c and modded-nanogpt: the magic number, the version, and the type of the ids after it.
-_HEADED = {20240520: (1, np.dtype(np.uint16)), 20240801: (7, np.dtype(np.uint32))}
+_HEADED: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype(np.uint16)), 20240801: (7, np.dtype(np.uint32))}
 _HEADER_SIZE = 256 * 4  # Bytes; 256 int32: magic, version, number of ids, zeros.
 _LOOKED_AT = 2**22  # Bytes at the start of a bare file that decide about its type.
 _LARGEST_ID = 2**22  # No tokenizer has this many ids.
@@ -82,9 +82,10 @@ def _open_npy(path: pathlib.Path) -> StoredIds:
 
 def _open_headed(path: pathlib.Path) -> StoredIds | None:
   """The ids after a header; None if the file has none."""
-  with open(path, "rb") as file:
-    header = np.frombuffer(file.read(_HEADER_SIZE), "<i4", -1) if path.stat().st_size >= _HEADER_SIZE else ()
-  if not len(header) or int(header[0]) not in _HEADED:
+  if path.stat().st_size < _HEADER_SIZE:
+    return None
+  header = np.fromfile(path, "<i4", _HEADER_SIZE // 4)
+  if int(header[0]) not in _HEADED:
     return None
   version, dtype = _HEADED[int(header[0])]
   if header[1] != version:
@@ -115,11 +116,13 @@ def _recognised(path: pathlib.Path) -> np.dtype:
   """The type of a bare file's ids: the widest in which all are so small that a tokenizer may have them."""
   with open(path, "rb") as file:
     start = file.read(_LOOKED_AT)
-  possible, ids = [np.dtype(np.uint16)], None
-  for dtype in (np.dtype(np.int32), np.dtype(np.int64)):
+  possible: list[np.dtype] = [np.dtype(np.uint16)]
+  ids = np.empty(0, np.int64)
+  for kind in ("int32", "int64"):
+    dtype = np.dtype(kind)
     # The size of the file does not count here: a truncated file must not be read as one of a narrower type.
-    wide = np.frombuffer(start, dtype, len(start) // dtype.itemsize)
-    if len(wide) and np.all((-_LARGEST_ID < wide) & (wide < _LARGEST_ID)):
+    wide = np.frombuffer(start, dtype, len(start) // dtype.itemsize).astype(np.int64)
+    if len(wide) and np.all((wide > -_LARGEST_ID) & (wide < _LARGEST_ID)):
       possible, ids = [*possible, dtype], wide
   if len(possible) > 1 and (len(ids) < _FEWEST or not ids.any()):
     raise ValueError(

@@ -48,7 +48,8 @@ class TokenFile(Corpus):
     ends: np.ndarray | None = None,
     keys: np.ndarray | None = None,
   ):
-    self.tokens = shards[0].ids if len(shards) == 1 else _Joined([shard.ids for shard in shards])
+    joined = _Joined([shard.ids for shard in shards])
+    self.tokens = shards[0].ids if len(shards) == 1 else joined  # type: ignore[assignment]
     self.identity = identity
     self.name = str(shards[0].path) if len(shards) == 1 else f"{shards[0].path} and {len(shards) - 1} more"
     self._shards, self._tokenizer, self._given_ends, self._given_keys = shards, tokenizer, ends, keys
@@ -83,7 +84,7 @@ class TokenFile(Corpus):
       yield start, self.tokens[start : min(start + SCAN, stop)]
 
   @functools.cached_property
-  def ends(self) -> np.ndarray:
+  def ends(self) -> np.ndarray:  # type: ignore[override]
     if self._given_ends is not None:
       return self._given_ends
     end = self._tokenizer.end_of_document
@@ -92,7 +93,7 @@ class TokenFile(Corpus):
     return ends if len(ends) and ends[-1] == len(self.tokens) else np.append(ends, len(self.tokens))
 
   @functools.cached_property
-  def keys(self) -> np.ndarray:
+  def keys(self) -> np.ndarray:  # type: ignore[override]
     if self._given_keys is not None:
       return self._given_keys
     starts = np.concatenate([[0], self.ends[:-1]])

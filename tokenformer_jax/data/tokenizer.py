@@ -229,7 +229,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """[256] the ids of the tokens <0x00> to <0xFF>, if the decoder joins them to characters; otherwise empty."""
     ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     joins = "ByteFallback" in json.dumps(self._description.get("decoder"))
-    return ids if joins and None not in ids else []
+    known = [i for i in ids if i is not None]
+    return known if joins and len(known) == len(ids) else []
 
   def _with_valid_bytes(self, ids: list[int]) -> list[int]:
     """The ids with U+FFFD in the place of bytes that are not UTF-8.
@@ -240,12 +241,13 @@ class HuggingFaceTokenizer(Tokenizer):
     if not self._byte_ids:
       return ids
     bytes_of = {i: byte for byte, i in enumerate(self._byte_ids)}
-    result = []
+    result: list[int] = []
     for is_byte, run in itertools.groupby(ids, bytes_of.__contains__):
       if is_byte:
         text = bytes(bytes_of[i] for i in run).decode("utf-8", errors="replace")
-        run = [self._byte_ids[byte] for byte in text.encode("utf-8")]
-      result += run
+        result += [self._byte_ids[byte] for byte in text.encode("utf-8")]
+      else:
+        result += run
     return result
 
   def huggingface(self):

@@ -35,18 +35,18 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
     ValueError: PATH holds another tokenizer or something else, or the config beside it was not written by this
       package. Neither is ever overwritten.
   """
-  path = user_path(path, "tokenizer file")
-  config = config_path(path)
-  if path.exists():
+  file = user_path(path, "tokenizer file")
+  config = config_path(file)
+  if file.exists():
     try:
-      present = load_tokenizer(path)
+      present = load_tokenizer(file)
     except ValueError as error:
-      raise ValueError(f"{path} is not overwritten: {error} Move it away, or choose another folder.") from None
+      raise ValueError(f"{file} is not overwritten: {error} Move it away, or choose another folder.") from None
     if present.fingerprint != tokenizer.fingerprint:
       raise ValueError(
-        f"{path} holds another tokenizer and is not overwritten: move it away, or choose another folder."
+        f"{file} holds another tokenizer and is not overwritten: move it away, or choose another folder."
       )
-    if "kind" not in _read_json(path):
+    if "kind" not in _read_json(file):
       return
   if config.exists() and RECORD not in _read_json(config):
     raise ValueError(
@@ -62,7 +62,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
   }
   # The tokenizer comes last: where it is complete, its record is there.
   replace_text(config, json.dumps(settings, indent=2) + "\n")
-  replace_text(path, json.dumps(tokenizer.huggingface(), indent=2) + "\n")
+  replace_text(file, json.dumps(tokenizer.huggingface(), indent=2) + "\n")
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -71,8 +71,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   Raises:
     ValueError: the file cannot be read, or it is not a tokenizer.
   """
-  path = user_path(path, "tokenizer file")
-  return _from_file(path, _read_json(path))
+  file = user_path(path, "tokenizer file")
+  return _from_file(file, _read_json(file))
 
 
 def open_tokenizer(spec: str, special_tokens: str | None = None) -> Tokenizer:
