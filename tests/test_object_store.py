@@ -12,6 +12,7 @@ from tokenformer_jax.paths import replace_text, user_path
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.log_file import LogFile
 from tokenformer_jax.training.loop import train
+from tokenformer_jax.training.resize import grow_run
 from tokenformer_jax.training.run_log import RunLog, read_metrics, read_samples
 
 RUN = "gs://bucket/runs/a"
@@ -58,6 +59,9 @@ def test_a_run_is_written_to_a_bucket_and_resumes_from_it(bucket_run, tmp_path):
   assert Checkpoints(RUN).latest_step() == 4
   model, tokenizer = tf.load(RUN), tf.load_tokenizer(RUN)
   assert model.config == small_run.MODEL and tokenizer.vocab_size == 257
+  # It can be grown into a local folder, too.
+  grow_run(RUN, str(tmp_path / "grown"), ffn_tokens=24)
+  assert tf.load(str(tmp_path / "grown")).config == small_run.MODEL.grown(ffn_tokens=24)
 
 
 def test_a_log_in_a_bucket_is_visible_at_intervals_and_at_a_flush(bucket):  # noqa: F811
