@@ -117,8 +117,7 @@ def test_logits_of_a_batch_never_exist(train, sizes):
   assert (CHUNK, vocab) in with_vocab and max(map(np.prod, with_vocab)) == CHUNK * vocab
 
 
-@pytest.mark.parametrize("first", ["float32", "bfloat16"])
-@pytest.mark.parametrize("second", ["float32", "bfloat16"])
+@pytest.mark.parametrize("first, second", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_an_update_overwrites_the_state_it_is_given(first, second):
   moments = dict(first_moment_dtype=first, second_moment_dtype=second)
   program = make_program(small_run.replace(small_run.config(), optimizer=moments), small_run.MODEL, small_run.mesh())

@@ -1,4 +1,4 @@
-"""The update: micro-batches, the z-loss and meshes change nothing else than what they are for."""
+"""The update: micro-batches and the z-loss against formulas, and what a run refuses; meshes: test_sharded_model."""
 
 import dataclasses
 import re
@@ -179,20 +179,6 @@ def test_parameters_begin_the_same_on_a_mesh(one_device):
     out_shardings=some(program.shardings),
   )
   small_run.assert_close(begin(), some(start), 1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
-def test_every_mesh_trains_like_one_device(one_device, sizes):
-  start, states, _, losses = one_device
-  program = make_program(CONFIG, small_run.MODEL, small_run.mesh(*sizes))
-  sharded_states, last, sharded_losses = run(program, start, BATCHES)
-  np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
-  small_run.assert_close(sharded_states[0], states[0], 1e-5)
-  small_run.assert_close([state.params for state in sharded_states], [state.params for state in states], 1e-5)
-  # The step was compiled once and takes its own output: leaves keep their shardings.
-  assert program.train_step._cache_size() == 1
-  assert jax.tree.map(lambda leaf: leaf.sharding, last) == program.shardings
 
 
 def test_bfloat16_compute_keeps_a_float32_state(one_device):
