@@ -14,7 +14,7 @@ from etils import epath
 from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data.canonical_tokenizer import canonical
 from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
-from tokenformer_jax.paths import is_uri, replace_text, user_path
+from tokenformer_jax.paths import replace_text, user_path
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 RECORD = "tokenformer_jax"
@@ -100,7 +100,7 @@ def open_tokenizer(spec: str, special_tokens: str | None = None) -> Tokenizer:
     is_gpt2 = path.name in ("vocab.json", "merges.txt")
     description = _vocab_and_merges(path.parent) if is_gpt2 else _read_json(path)
     return _from_file(path, description, end_of_document, special_tokens)
-  if is_uri(where) or where.startswith((".", "/", "~")) or where.endswith(".json") or where.count("/") > 1:
+  if where.startswith((".", "/", "~")) or where.endswith(".json") or where.count("/") > 1:
     raise ValueError(
       f"tokenizer {where!r} does not exist: give a tokenizer JSON, a folder with vocab.json "
       "and merges.txt, a name on the Hugging Face hub, or 'bytes'."
