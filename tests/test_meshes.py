@@ -31,7 +31,7 @@ def test_a_checkpoint_of_any_mesh_is_the_same_on_any_other(shapes, saved_on, tmp
     assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, target)
 
 
-def test_heads_that_do_not_divide_are_told():
+def test_heads_that_do_not_divide_are_reported():
   assert whole_heads(small_run.mesh(token=8), 12) == (
     "12 heads cannot be split over the 8 devices along mesh axis token: q, k and v are whole on each, and each does "
     "all of the attention between tokens."

@@ -71,7 +71,7 @@ def test_a_record_without_a_field_had_its_default(tmp_path):
     check_same_run(small_run.replace(CONFIG, data=dict(held_out_sets="a=text:b")), str(tmp_path), False)
 
 
-def test_remat_is_the_new_runs():
+def test_remat_may_change():
   changed = small_run.replace(CONFIG, model=dict(remat="full"))
   assert check_same_model(stored(), changed, 3, "runs/a").remat == "full"
 
@@ -118,7 +118,7 @@ def test_other_data_is_refused_unless_allowed(workdir, field, value):
   check_same_run(changed, workdir, allow_data_change=True)
 
 
-def test_another_model_is_refused_whatever_is_allowed(workdir):
+def test_another_model_is_refused_even_if_other_data_is_allowed(workdir):
   with pytest.raises(ValueError, match="num_layers"):
     check_same_run(small_run.replace(CONFIG, model=dict(num_layers=5)), workdir, allow_data_change=True)
 
@@ -137,7 +137,7 @@ def test_another_tokenizer_is_refused():
     check_same_tokenizer("other", tokenizer, "runs/a")
 
 
-def test_weights_fit_another_length_precision_and_remat_and_no_other_model():
+def test_weights_fit_another_length_precision_and_remat_but_no_other_model():
   check_same_weights(MODEL, dataclasses.replace(MODEL, seq_length=64, compute_dtype="bfloat16", remat="full"), "runs/a")
   for field, value in (("ffn_tokens", 32), ("theta", "gelu_l2_norm"), ("rotary_fraction", 0.5), ("num_heads", 1)):
     with pytest.raises(
@@ -171,7 +171,7 @@ def test_a_stored_configuration_is_read_under_the_earlier_name_of_a_field(tmp_pa
     stored_config(str(tmp_path))
 
 
-def test_a_rate_that_jumps_because_the_run_is_longer_now_is_told_with_both_values():
+def test_a_rate_that_jumps_because_the_run_is_longer_now_is_reported_with_both_values():
   decaying = small_run.replace(
     small_run.config(num_steps=100),
     optimizer=dict(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=10, decay_steps=20),
