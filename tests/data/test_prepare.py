@@ -47,7 +47,7 @@ def test_prepared_tokens_are_those_of_the_text_and_split_alike(texts, tmp_path):
   manifest = prepare(texts, ByteTokenizer(), tmp_path / "out", progress=shown.append)
   live, prepared = tokenize(texts, ByteTokenizer()), open_tokens(f"{tmp_path}/out", ByteTokenizer())
   for name in ("tokens", "ends", "keys"):
-    assert np.array_equal(getattr(prepared, name), getattr(live, name))
+    assert np.array_equal(getattr(prepared, name)[:], getattr(live, name))
   assert np.array_equal(split(prepared, 0.2)[1].documents, split(live, 0.2)[1].documents)
   assert {key: prepared.identity[key] for key in live.identity} == live.identity
   assert sum(shown) == manifest["bytes"] == texts.size()

@@ -30,7 +30,7 @@ def write_pair(folder, documents=DOCUMENTS, dtype="<u2", code=8, sequences_per_d
 def test_megatron_pairs(name, dtype, code, tmp_path):
   write_pair(tmp_path, dtype=dtype, code=code)
   corpus = open_tokens(f"{tmp_path}/{name}", ByteTokenizer())
-  assert corpus.tokens.tolist() == [i for document in DOCUMENTS for i in document]
+  assert corpus.tokens[:].tolist() == [i for document in DOCUMENTS for i in document]
   assert corpus.ends.tolist() == [4, 6, 12, 14]
   assert len(set(corpus.keys.tolist())) == 4
 
@@ -57,7 +57,7 @@ def test_bare_files_end_documents_at_the_end_of_document_id(tmp_path):
   assert corpus.ends.tolist() == [3, 5, 6, 7]
   assert Part(corpus).read(1, 3).tolist() == [2, 256, 3]
   np.array([1, 2, 3, 256], np.uint32).tofile(tmp_path / "train.bin")
-  assert open_tokens(f"{tmp_path}/train#uint32", ByteTokenizer()).tokens.tolist() == [1, 2, 3, 256]
+  assert open_tokens(f"{tmp_path}/train#uint32", ByteTokenizer()).tokens[:].tolist() == [1, 2, 3, 256]
 
 
 def ids_of(count=600, largest=256):
@@ -70,7 +70,7 @@ def ids_of(count=600, largest=256):
 def test_the_type_of_a_bare_file_is_stated_or_recognised(dtype, stated, tmp_path):
   ids_of().astype(dtype).tofile(tmp_path / "train.bin")
   corpus = open_tokens(f"{tmp_path}/train.bin" + (f"#{dtype}" if stated else ""), ByteTokenizer())
-  assert corpus.tokens.tolist() == ids_of().tolist()
+  assert corpus.tokens[:].tolist() == ids_of().tolist()
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64"])
@@ -78,7 +78,7 @@ def test_the_type_does_not_follow_the_size_of_the_vocabulary(dtype, tmp_path):
   tokenizer = ByteTokenizer()
   tokenizer.vocab_size = 128_256
   ids_of(largest=50_000).astype(dtype).tofile(tmp_path / "train.bin")
-  assert open_tokens(f"{tmp_path}/train.bin", tokenizer).tokens.tolist() == ids_of(largest=50_000).tolist()
+  assert open_tokens(f"{tmp_path}/train.bin", tokenizer).tokens[:].tolist() == ids_of(largest=50_000).tolist()
 
 
 def test_a_wider_type_is_never_read_as_a_narrower_one(tmp_path):
@@ -99,7 +99,7 @@ def test_a_file_that_does_not_show_its_type_is_refused(ids, tmp_path):
   np.array(ids, np.uint16).tofile(tmp_path / "train.bin")
   with pytest.raises(ValueError, match=r"uint16 or int32.*: state the type, as in .*train\.bin#uint16"):
     open_tokens(f"{tmp_path}/train.bin", ByteTokenizer())
-  assert open_tokens(f"{tmp_path}/train.bin#uint16", ByteTokenizer()).tokens.tolist() == ids
+  assert open_tokens(f"{tmp_path}/train.bin#uint16", ByteTokenizer()).tokens[:].tolist() == ids
 
 
 def write_headed(path, ids, magic=20240520, version=1, dtype=np.uint16, count=None):
@@ -113,7 +113,7 @@ def write_headed(path, ids, magic=20240520, version=1, dtype=np.uint16, count=No
 def test_headed_files(magic, version, dtype, tmp_path):
   write_headed(tmp_path / "val.bin", [1, 256, 2, 256], magic, version, dtype)
   corpus = open_tokens(f"{tmp_path}/val.bin", ByteTokenizer())
-  assert corpus.tokens.tolist() == [1, 256, 2, 256] and corpus.ends.tolist() == [2, 4]
+  assert corpus.tokens[:].tolist() == [1, 256, 2, 256] and corpus.ends.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_headed_files_that_are_damaged_or_contradicted(stated, changes, words, t
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64"])
 def test_numpy_files(dtype, tmp_path):
   np.save(tmp_path / "train.npy", np.array([1, 2, 100, 3], dtype))
-  assert open_tokens(f"{tmp_path}/train.npy", ByteTokenizer()).tokens.tolist() == [1, 2, 100, 3]
+  assert open_tokens(f"{tmp_path}/train.npy", ByteTokenizer()).tokens[:].tolist() == [1, 2, 100, 3]
 
 
 @pytest.mark.parametrize("array", [np.ones((2, 2), int), np.ones(3), np.array([1], ">u2"), np.array([], int), [None]])
@@ -182,7 +182,7 @@ def test_token_files_may_be_in_a_bucket(bucket):  # noqa: F811
   write_pair(bucket.folder)
   np.save(bucket.folder / "train.npy", np.array([1, 2, 256]))
   assert open_tokens("gs://bucket/pile", ByteTokenizer()).ends.tolist() == [4, 6, 12, 14]
-  assert open_tokens("gs://bucket/*.npy", ByteTokenizer()).tokens.tolist() == [1, 2, 256]
+  assert open_tokens("gs://bucket/*.npy", ByteTokenizer()).tokens[:].tolist() == [1, 2, 256]
 
 
 def test_splits_of_token_files_follow_the_documents_ids(tmp_path):
@@ -210,6 +210,10 @@ def test_ids_beyond_the_first_look_are_found_when_they_are_read(tmp_path, monkey
   assert Part(corpus).read(0, 5).tolist() == [1, 2, 256, 3, 4]
   with pytest.raises(ValueError, match="token id 999 at position 5"):
     Part(corpus).read(3, 4)
+  # A corpus of a single document is cut into a training part and a held-out part.
+  write_pair(tmp_path, [[1, 2, 3, 4, 999, 5, 6, 7, 8, 256]])
+  with pytest.raises(ValueError, match="token id 999 at position 4"):
+    split(open_tokens(f"{tmp_path}/pile", ByteTokenizer()), 0.1)[0].read(0, 5)
 
 
 @pytest.mark.parametrize(

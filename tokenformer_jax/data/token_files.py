@@ -29,6 +29,9 @@ SCAN = 2**24  # Tokens that are looked at together.
 class TokenFile(Corpus):
   """Mapped files of token ids, end to end; where documents end, and their keys, are computed when asked for.
 
+  Every slice of `tokens` is checked, so that an id outside the vocabulary is a ValueError that names its file and
+  position, whoever reads it.
+
   Args:
     shards: the files, at least one.
     tokenizer: the tokenizer that wrote them.
@@ -48,36 +51,12 @@ class TokenFile(Corpus):
     ends: np.ndarray | None = None,
     keys: np.ndarray | None = None,
   ):
-    joined = _Joined([shard.ids for shard in shards])
-    self.tokens = shards[0].ids if len(shards) == 1 else joined  # type: ignore[assignment]
+    self.tokens = _Tokens(shards, tokenizer.vocab_size)  # type: ignore[assignment]
     self.identity = identity
     self.name = str(shards[0].path) if len(shards) == 1 else f"{shards[0].path} and {len(shards) - 1} more"
-    self._shards, self._tokenizer, self._given_ends, self._given_keys = shards, tokenizer, ends, keys
-    for start, piece in self._scan(WHOLE // self.tokens.dtype.itemsize):
-      self._check(piece, start)
-
-  def read(self, start: int, end: int) -> np.ndarray:
-    """[end − start] unsigned integers, `tokens[start:end]`.
-
-    Raises:
-      ValueError: an id is outside the vocabulary; the message names its file and position.
-    """
-    piece = self.tokens[start:end]
-    self._check(piece, start)
-    return piece
-
-  def _check(self, piece: np.ndarray, start: int) -> None:
-    if piece.max() >= self._tokenizer.vocab_size:
-      at = start + int(np.argmax(piece >= self._tokenizer.vocab_size))
-      for shard in self._shards:
-        if at < len(shard.ids):
-          break
-        at -= len(shard.ids)
-      other_type = "" if shard.is_stated else f", or state another type than {shard.dtype}, as in {shard.path}#uint16"
-      raise ValueError(
-        f"{shard.path}: token id {shard.ids[at].astype(shard.dtype)} at position {at} is not one of the "
-        f"tokenizer's {self._tokenizer.vocab_size}: set data.tokenizer to the one that wrote the file{other_type}."
-      )
+    self._end_of_document, self._given_ends, self._given_keys = tokenizer.end_of_document, ends, keys
+    for _ in self._scan(WHOLE // self.tokens.dtype.itemsize):
+      pass
 
   def _scan(self, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, min(stop, len(self.tokens)), SCAN):
@@ -87,8 +66,9 @@ class TokenFile(Corpus):
   def ends(self) -> np.ndarray:  # type: ignore[override]
     if self._given_ends is not None:
       return self._given_ends
-    end = self._tokenizer.end_of_document
-    found = [start + 1 + np.flatnonzero(piece == end) for start, piece in self._scan(len(self.tokens))]
+    found = [
+      start + 1 + np.flatnonzero(piece == self._end_of_document) for start, piece in self._scan(len(self.tokens))
+    ]
     ends = np.concatenate(found)
     return ends if len(ends) and ends[-1] == len(self.tokens) else np.append(ends, len(self.tokens))
 
@@ -100,27 +80,40 @@ class TokenFile(Corpus):
     return np.array([key_hash(self.tokens[a:b].tobytes()) for a, b in zip(starts, self.ends)], np.uint64)
 
 
-class _Joined:
-  """Arrays that read as one: it has a length, a dtype and slices."""
+class _Tokens:
+  """The ids of files as one array that has a length, a dtype and slices; every slice is checked."""
 
-  def __init__(self, arrays: Sequence[np.ndarray]):
-    self._arrays = arrays
-    self._ends = np.cumsum([len(array) for array in arrays])
-    self.dtype = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+  def __init__(self, shards: Sequence[StoredIds], vocab_size: int):
+    self._shards, self._vocab_size = shards, vocab_size
+    self._ends = np.cumsum([len(shard.ids) for shard in shards])
+    self.dtype = max((shard.ids.dtype for shard in shards), key=lambda dtype: dtype.itemsize)
 
-  def __len__(self):
+  def __len__(self) -> int:
     return int(self._ends[-1])
 
   def __getitem__(self, where: slice) -> np.ndarray:
     start, stop, _ = where.indices(len(self))
     pieces = []
     while start < stop:
-      shard = int(np.searchsorted(self._ends, start, side="right"))
-      array, end = self._arrays[shard], int(self._ends[shard])
-      first = start - (end - len(array))
-      pieces.append(array[first : first + min(stop, end) - start])
+      number = int(np.searchsorted(self._ends, start, side="right"))
+      shard, end = self._shards[number], int(self._ends[number])
+      first = start - (end - len(shard.ids))
+      pieces.append(self._checked(shard, first, first + min(stop, end) - start))
       start = end
+    if len(pieces) == 1:
+      return pieces[0].astype(self.dtype, copy=False)
     return np.concatenate(pieces).astype(self.dtype, copy=False) if pieces else np.empty(0, self.dtype)
+
+  def _checked(self, shard: StoredIds, start: int, stop: int) -> np.ndarray:
+    piece = shard.ids[start:stop]
+    if piece.max() >= self._vocab_size:
+      at = start + int(np.argmax(piece >= self._vocab_size))
+      other_type = "" if shard.is_stated else f", or state another type than {shard.dtype}, as in {shard.path}#uint16"
+      raise ValueError(
+        f"{shard.path}: token id {shard.ids[at].astype(shard.dtype)} at position {at} is not one of the "
+        f"tokenizer's {self._vocab_size}: set data.tokenizer to the one that wrote the file{other_type}."
+      )
+    return piece
 
 
 def open_tokens(rest: str, tokenizer: Tokenizer) -> TokenFile:
