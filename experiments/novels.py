@@ -3,8 +3,8 @@
     export TOKENFORMER_DATA=FOLDER
     python -m tokenformer_jax.cli.train --config=experiments/novels.py --workdir=runs/novels
 
-FOLDER holds `english_novels/{train,valid}.txt.gz`, books parted by lines that are <|endoftext|>, and
-`tokenizers/gpt2_tiny_5k/{vocab.json,merges.txt}`. The text is tokenized anew at each start; to do it once:
+FOLDER holds `english_novels/{train,valid}.txt.gz`, books separated by lines that are <|endoftext|>, and
+`tokenizers/gpt2_tiny_5k/{vocab.json,merges.txt}`. The text is tokenized at every start; to tokenize it once:
 
     for part in train valid; do
       python -m tokenformer_jax.cli.prepare --out=novels_$part \\
@@ -15,11 +15,11 @@ FOLDER holds `english_novels/{train,valid}.txt.gz`, books parted by lines that a
         --config.data.source=tokens:novels_train --config.data.held_out_source=tokens:novels_valid \\
         --config.data.tokenizer=novels_train
 
-Two CPU cores busy with other work (some 30 minutes of CPU time in all), November 2026, Python 3.11.7, jax 0.10.2,
-float32: 600 steps of 4,096 tokens, 0.15 epochs. Held-out loss (valid.txt.gz, 163,840 tokens) 5.249 nats a token at
-step 250, 4.730 at 500, 4.593 at 600: a perplexity of 98.8 for a BPE of 5,000 ids. The run was killed twice on the way
-and gone on with, each time with fewer steps to go, so that its rate fell to 0.8 of its peak between steps 400 and 500,
-and from 0.5 to 0 between 500 and 600.
+Two CPU cores that were also busy with other work (about 30 minutes of CPU time), November 2026, Python 3.11.7, jax 0.10.2,
+float32: 600 steps of 4,096 tokens, 0.15 epochs. Held-out loss (valid.txt.gz, 163,840 tokens): 5.249 nats a token at
+step 250, 4.730 at 500, 4.593 at 600, which is a perplexity of 98.8 for a BPE of 5,000 ids. The run was killed and resumed
+twice, each time with a smaller number of steps, so that its rate fell to 0.8 of its peak between steps 400 and 500, and from
+0.5 to 0 between 500 and 600.
 """
 
 import os

@@ -6,11 +6,11 @@
 
 TRAIN and VALID are folders of GPT-NeoX-20B ids that `cli.prepare` wrote. `:released` is the chain of the released
 configurations, 354M → 757M of a deeper and wider model. Batch, length, rate and steps are the paper's (appendix D:
-512 × 1024 tokens, 6e-4, 2,000 steps of warm-up; 600,000 steps, then 60,000 for each growth); its schedule, which
-starts again at each growth, is not: here the rate is constant and falls over the last steps of all. Sizes, and so
-memory: see `cli.compile_check`. 4,850 tokens divide by 2 and not by 4, so the mesh axis `token` can be 1 or 2 here.
+512 × 1024 tokens, 6e-4, 2,000 steps of warm-up; 600,000 steps, then 60,000 for each growth). The schedule is not: the paper's
+restarts at each growth, while here the rate is constant and falls over the last steps of the run. `cli.compile_check`
+reports the memory of all sizes. 4,850 is divisible by 2 and not by 4, so the mesh axis `token` can be 1 or 2 here.
 
-Not run: it wants hundreds of TPU days. The parameter counts of all sizes are tested.
+Nobody has run this; it needs hundreds of TPU days. The parameter counts of all sizes are tested.
 """
 
 from tokenformer_jax.config import (

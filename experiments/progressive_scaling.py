@@ -1,11 +1,11 @@
-"""A chain of three sizes, each grown from the last, beside each size from scratch (the paper's figure 3, very small).
+"""A chain of three sizes, each grown from the one before, and each size from scratch (the paper's figure 3, very small).
 
     export TOKENFORMER_DATA=FOLDER
-    python -m experiments.progressive_scaling.py --workdir=runs/progressive_scaling
+    python -m experiments.progressive_scaling --workdir=runs/progressive_scaling
 
-FOLDER holds `english_novels/{train,valid}.txt.gz`, books parted by lines that are <|endoftext|>.
+FOLDER holds `english_novels/{train,valid}.txt.gz`, books separated by lines that are <|endoftext|>.
 
-Two CPU cores busy with other work, about 20 minutes of CPU time, November 2026, Python 3.11.7, jax 0.10.2, float32
+Two CPU cores that were also busy with other work, about 20 minutes of CPU time, November 2026, Python 3.11.7, jax 0.10.2, float32
 (docs/progressive_scaling.png):
 
 | parameters | last loss, grown (by seed) | from scratch (by seed) | TFLOPs, from the size before | with all before it | from scratch |
@@ -14,9 +14,10 @@ Two CPU cores busy with other work, about 20 minutes of CPU time, November 2026,
 | 286,848 | 1.6594 (1.6519, 1.6669) | 1.6402 (1.6444, 1.6360) | 1.99 | 3.20 | 4.17 |
 | 548,992 | 1.6135 (1.6036, 1.6233) | 1.6018 (1.6116, 1.5919) | 3.76 | 6.42 | 10.61 |
 
-All three models: 7.27 TFLOPs as a chain, 16.29 from scratch (45 %). The largest costs 61 % of its run from scratch, for
-0.7 % more loss in the mean: with one seed it is 0.5 % below, with the other 2 % above. At equal arithmetic the chain is
-far below (1.61 against 1.80 at 6.4 TFLOPs, though the latter's rate has not fallen yet). Two seeds are few.
+All three models: 7.27 TFLOPs as a chain, 16.29 from scratch (45 %). The largest costs 61 % of its run from scratch, and its
+mean loss is 0.7 % higher: with one seed it is 0.5 % lower, with the other 2 % higher. For equal arithmetic the chain's loss
+is far lower (1.61 compared with 1.80 at 6.4 TFLOPs, where the rate of the run from scratch has not fallen yet). Two seeds
+are few.
 """
 
 import dataclasses
@@ -42,9 +43,9 @@ from tokenformer_jax.config import (
 MARKER = "<|endoftext|>"
 SEEDS = (0, 1)
 SIZES = (64, 128, 256)  # Tokens in each of q, k, v and proj; four times as many in the feed-forward.
-GROWN_AT = (1200, 2000)  # Steps at which the chain takes the next size.
+GROWN_AT = (1200, 2000)  # Steps at which the chain grows to the next size.
 STAGE_ENDS = (1200, 2000, 2800)
-DECAY = 300  # Every model's rate falls to 0 in this many steps after its stage; the chain itself goes on without.
+DECAY = 300  # Every model's rate falls to 0 in this many steps after its stage; the chain itself grows without it.
 
 
 def tokens(size: int) -> dict[str, int]:
@@ -77,7 +78,7 @@ def base(seed: int) -> Config:
 
 
 def chained(seed: int, index: int) -> Config:
-  """The chain up to size `index`, and that size's decay."""
+  """Returns the chain up to size `index`, with the decay of that size."""
   config = base(seed)
   stages = tuple(GrowthStage(step, **tokens(size)) for step, size in zip(GROWN_AT[:index], SIZES[1:]))
   return dataclasses.replace(
@@ -88,13 +89,13 @@ def chained(seed: int, index: int) -> Config:
 
 
 def from_scratch(seed: int, index: int) -> Config:
-  """Size `index` for as many steps, on the same data in the same order."""
+  """Returns size `index` from scratch, for as many steps on the same data in the same order."""
   config = chained(seed, index)
   return dataclasses.replace(config, growth=GrowthConfig(), model=config.model.grown(**tokens(SIZES[index])))
 
 
 def run_seed(seed: int, folder: pathlib.Path) -> list[dict[str, dict[int, float]]]:
-  """Held-out losses by step, for each size of its chain and of its own run from scratch."""
+  """Returns the held-out losses by step, of the chain and of the run from scratch, for each size."""
   results = []
   for index, size in enumerate(SIZES):
     scratch = held_out_losses(from_scratch(seed, index), folder / f"scratch_{size}")
@@ -104,7 +105,7 @@ def run_seed(seed: int, folder: pathlib.Path) -> list[dict[str, dict[int, float]
 
 
 def chain_flops(index: int) -> float:
-  """What size `index` costs where the sizes before it are there: its stage and its decay."""
+  """Returns the FLOPs of size `index` when the sizes before it exist: its stage and its decay."""
   config = chained(0, index)
   return training_flops(config, STAGE_ENDS[index - 1] if index else 0, config.training.num_steps)
 
@@ -140,7 +141,7 @@ def shown(losses: list[float]) -> str:
 
 
 def plot(seeds, path: pathlib.Path) -> pathlib.Path:
-  """Held-out loss against training FLOPs, first seed: the chain, and each size from scratch."""
+  """Plots held-out loss over training FLOPs for the first seed: the chain, and each size from scratch."""
   figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
   axes = figure.subplots()
   for index, _size in enumerate(SIZES):
@@ -164,5 +165,5 @@ def plot(seeds, path: pathlib.Path) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", "runs/progressive_scaling", "Folder of the runs; run again to go on with them.")
+  flags.DEFINE_string("workdir", "runs/progressive_scaling", "Folder of the runs; the same command resumes them.")
   command.run(main)

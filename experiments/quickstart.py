@@ -1,9 +1,9 @@
-"""Trains a TokenFormer on this machine's Python sources, grows it on the way, and lets it write.
+"""Trains a TokenFormer on this machine's Python sources, grows it during the run, and lets it write.
 
     python experiments/quickstart.py
     python experiments/quickstart.py --short             # a much smaller run, for CI
 
-The same run through the door, with any field changed:
+The same run through the CLI, where any field can be changed:
 
     python -m tokenformer_jax.cli.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
@@ -58,12 +58,11 @@ def main(argv):
   del argv
   import tokenformer_jax as tf
   from tokenformer_jax import data
-  from tokenformer_jax.training.loop import train
   from tokenformer_jax.training.run_log import read_metrics
 
   workdir, short = flags.FLAGS.workdir, flags.FLAGS.short
   config = _short() if short else _full()
-  loss = train(config, workdir)
+  loss = tf.train(config, workdir)
 
   corpus = data.open_data(config.data, seq_length=config.model.seq_length)
   batches = list(corpus.held_out_batches(config.training.eval_batches))
@@ -72,9 +71,9 @@ def main(argv):
   for name, value in (*zip(("unigram", "bigram", "trigram"), baselines), ("TokenFormer", loss)):
     print(f"  {name:12} {value:.3f}")
 
-  seam = next(row for row in read_metrics(workdir) if "growth/parameters" in row)
-  before, after = seam["growth/loss_before"], seam["growth/loss_after"]
-  print(f"\nHeld-out loss at the seam, step {seam['step']}: {before:.6f} before growth, {after:.6f} after.")
+  growth = next(row for row in read_metrics(workdir) if "growth/parameters" in row)
+  before, after = growth["growth/loss_before"], growth["growth/loss_after"]
+  print(f"\nHeld-out loss at the growth, step {growth['step']}: {before:.6f} before growth, {after:.6f} after.")
 
   prompt = "def "
   model, tokenizer = tf.load(workdir), tf.load_tokenizer(workdir)
@@ -88,10 +87,10 @@ def main(argv):
 
 
 def ngram_losses(tokens: np.ndarray, batches, vocab_size: int) -> list[float]:
-  """Mean −log p, in nats, of the labels of `batches` under the uni-, bi- and trigram models of `tokens`.
+  """Returns the mean −log p, in nats, of the labels of `batches` under the uni-, bi- and trigram models of `tokens`.
 
-  Witten–Bell smoothing: each order is mixed with the next lower one, by the number of different
-  successors that its context has had.
+  Witten–Bell smoothing mixes each order with the next lower one, weighted by the number of different successors of
+  its context.
 
   Args:
     tokens: [n] training ids.
@@ -109,7 +108,7 @@ def ngram_losses(tokens: np.ndarray, batches, vocab_size: int) -> list[float]:
       _contexts(tokens, size, vocab_size) * vocab_size + tokens[size:], minlength=vocab_size ** (size + 1)
     ).reshape(-1, vocab_size)
     total, different = counts.sum(axis=1), np.count_nonzero(counts, axis=1)
-    first = max(size, 1)  # The first id with so long a context; nothing predicts a row's id 0.
+    first = max(size, 1)  # The first id with a context of this length; nothing predicts the first id of a row.
     at = _contexts(rows, size, vocab_size)[:, first - size :]
     lower = probability[:, first - 1 :]
     mixed = (counts[at, rows[:, first:]] + different[at] * lower) / np.maximum(total[at] + different[at], 1)
@@ -119,14 +118,14 @@ def ngram_losses(tokens: np.ndarray, batches, vocab_size: int) -> list[float]:
 
 
 def _contexts(ids: np.ndarray, size: int, vocab_size: int) -> np.ndarray:
-  """The `size` ids before each of `ids[..., size:]`, as one number."""
+  """Returns the `size` ids before each of `ids[..., size:]` as one number."""
   code = np.zeros_like(ids[..., size:])
   for i in range(size):
     code = code * vocab_size + ids[..., i : ids.shape[-1] - size + i]
   return code
 
 
-if __name__ == "__main__":  # Not above: the train door reads this file too, and has flags of its own.
-  flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run; run again to go on with it.")
+if __name__ == "__main__":  # Here and not above, because the train CLI reads this file too and has flags of its own.
+  flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run; the same command resumes it.")
   flags.DEFINE_bool("short", False, "A much smaller run.")
   command.run(main)

@@ -1,4 +1,4 @@
-"""What experiments of several runs share: a run that is done is not run again, and its losses."""
+"""Shared by experiments of several runs: a run that is done is not repeated, and its losses are stored."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from tokenformer_jax.training.run_log import read_metrics
 
 
 def every_seed(run_seed, seeds, workdir: str) -> tuple[pathlib.Path, list]:
-  """(the folder `workdir`, `run_seed(seed, its folder)` of each seed), the results also in losses.json."""
+  """Returns (the folder `workdir`, the results of `run_seed(seed, its folder)`), and writes them to losses.json."""
   folder = pathlib.Path(workdir).absolute()
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   results = [run_seed(seed, folder / f"seed_{seed}") for seed in seeds]
@@ -20,7 +20,7 @@ def every_seed(run_seed, seeds, workdir: str) -> tuple[pathlib.Path, list]:
 
 
 def held_out_losses(config: Config, workdir: pathlib.Path) -> dict[int, float]:
-  """Held-out loss, nats a token, by step, of the run of `config` in `workdir`, trained now unless it is done."""
+  """Returns the held-out loss in nats a token by step of `config`, which is trained in `workdir` unless it is done."""
   done = workdir / "done.json"
   if not done.exists():
     train(config, str(workdir))
@@ -31,6 +31,6 @@ def held_out_losses(config: Config, workdir: pathlib.Path) -> dict[int, float]:
 
 
 def training_flops(config: Config, start: int, stop: int) -> float:
-  """FLOPs of the updates `start` to `stop` of a run: three forward passes a token, growths counted from their step."""
+  """Returns the FLOPs of updates `start` to `stop`: three forward passes a token, with each growth from its step on."""
   tokens = config.data.batch_size * config.model.seq_length
   return sum(3.0 * tokens * config.model_at(step).forward_flops_per_token for step in range(start, stop))

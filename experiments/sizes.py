@@ -1,9 +1,9 @@
-"""A named size as a run in bfloat16, to be asked what it needs before it is run.
+"""A named size as a run in bfloat16, for `compile_check`.
 
     python -m tokenformer_jax.cli.compile_check --config=experiments/sizes.py:450m --topology=v5e:1x1 \\
         --config.data.batch_size=4
 
-What came out for 150m, 450m, 1.5b and 7b is in docs/compile_check.md.
+The results for 150m, 450m, 1.5b and 7b are in docs/compile_check.md.
 """
 
 from tokenformer_jax.config import Config, DataConfig, ModelConfig

@@ -1,4 +1,4 @@
-"""Loss and gradients of a small model on each mesh against one device's, as a table.
+"""Loss and gradients of a small model on each mesh, compared with those on one device, as a table.
 
 `python -m tests.equality_table` runs on 8 simulated CPU devices, in float32. A gradient's difference is
 max|g − ĝ| / max|ĝ| of its leaf; the table has the largest of all leaves.

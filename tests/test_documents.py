@@ -58,7 +58,7 @@ def test_documents_name_files_modules_and_fields_that_exist(path):
   linked = [path.parent / link for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
   named = [ROOT / name for name in re.findall(r"\b(?:experiments|colabs)/[a-z_/]+\.\w+", text)]
   assert [str(file) for file in linked + named if not file.exists()] == []
-  modules = re.findall(r"-m ((?:tokenformer_jax\.cli|tests|experiments)\.\w+)", text)
+  modules = re.findall(r"-m ((?:tokenformer_jax\.cli|tests|experiments)\.[a-z_]+)\b", text)
   assert [name for name in modules if importlib.util.find_spec(name) is None] == []
   fields = ml_collections.FrozenConfigDict(Config(model=ModelConfig.named("tiny")).to_dict())
   for field in re.findall(r"--config\.([\w.]+)", text):

@@ -1,4 +1,4 @@
-"""The chains of growth are those of the paper and of the released code."""
+"""The growth chains are those of the paper and of the released code."""
 
 import importlib
 

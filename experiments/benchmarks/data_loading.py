@@ -1,9 +1,9 @@
-"""How fast data comes: the loader alone, against what a model eats; tokenizing; memory over an epoch.
+"""Speed of the data pipeline: the loader alone and beside training, tokenizing, and memory over an epoch.
 
     python experiments/benchmarks/data_loading.py
     python experiments/benchmarks/data_loading.py --tokenizer=PATH --text='text:books/*.txt'
 
-Two cores that other work kept busy (load 5 to 6), November 2026, Python 3.11.7, jax 0.10.2, grain 0.2.18,
+Two cores that were also busy with other work (load 5 to 6), November 2026, Python 3.11.7, jax 0.10.2, grain 0.2.18,
 tokenizers 0.23.3; `--seconds=3`:
 
     source          packing      row    million tokens/s
@@ -46,7 +46,7 @@ _TOKENIZER = flags.DEFINE_string(
   "tokenizer", "", "Tokenizer to tokenize with; a BPE of 5000 ids learnt from the text if not given."
 )
 _TOKENS = flags.DEFINE_integer("tokens", 1_000_000_000, "Ids in the token file whose whole epoch is read.")
-_SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each rate is measured.")
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "Duration of each measurement.")
 
 
 def main(argv):
@@ -59,7 +59,7 @@ def main(argv):
 
 
 def loading(folder: pathlib.Path) -> None:
-  """Tokens/s of the loader alone, and of the quickstart's model before and after its growth."""
+  """Measures tokens/s of the loader alone, and of training the quickstart's model before and after its growth."""
   quickstart = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "quickstart.py"))
   config = Config.from_dict(quickstart["get_config"]())
   print("\nLoader alone, batches of 16 rows\nsource          packing      row    million tokens/s")
@@ -82,7 +82,7 @@ def loading(folder: pathlib.Path) -> None:
 
 
 def training_rate(config: Config, model: ModelConfig) -> float:
-  """Tokens/s of training steps on one batch."""
+  """Returns tokens/s of training steps on one batch."""
   import jax
 
   from tokenformer_jax.distributed.mesh import make_mesh
@@ -102,16 +102,16 @@ def training_rate(config: Config, model: ModelConfig) -> float:
 
 
 def tokenizing(folder: pathlib.Path) -> None:
-  """Tokens/s of `prepare`, against the tokenizers package's own batches of the same documents."""
+  """Measures tokens/s of `prepare`, and of the tokenizers package alone on the same documents."""
   source = open_documents(parse_sources(_TEXT.value)[0])
   if _TOKENIZER.value:
     tokenizer = open_tokenizer(_TOKENIZER.value)
   else:
     tokenizer = train_or_load_bpe(source, 5000, folder / "bpe")
   batches = [[d.text for d in batch] for batch in batches_of_documents(source.read(BadText()))]
-  raw = tokenizer._tokenizer  # The tokenizers package itself, without anything of ours.
+  raw = tokenizer._tokenizer  # The object of the tokenizers package.
   own, ours = [], []
-  for attempt in range(3):  # In turns, so that a busy machine slows both.
+  for attempt in range(3):  # The two alternate, so that other work on the machine slows both.
     start = time.perf_counter()
     count = sum(len(encoding) for batch in batches for encoding in raw.encode_batch_fast(batch))
     own.append(count / (time.perf_counter() - start))
@@ -127,7 +127,7 @@ def tokenizing(folder: pathlib.Path) -> None:
 
 
 def memory(folder: pathlib.Path) -> None:
-  """Memory of the process itself (without mapped pages) over one epoch of a large token file."""
+  """Measures the memory of the process, without mapped pages, over one epoch of a large token file."""
   write_tokens(folder / "large.bin", _TOKENS.value)
   write_tokens(folder / "small.bin", 10_000_000)
   config = DataConfig(source=f"tokens:{folder}/large.bin", held_out_source=f"tokens:{folder}/small.bin")
@@ -147,13 +147,13 @@ def memory(folder: pathlib.Path) -> None:
 
 
 def anonymous_megabytes() -> float:
-  """Memory that is this process's alone; the pages of mapped files are the system's to drop."""
+  """Returns the memory that belongs to this process alone. The system may drop the pages of mapped files."""
   lines = pathlib.Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def write_tokens(path: pathlib.Path, count: int) -> None:
-  """A bare token file of random bytes with a document's end after every 1,000 ids."""
+  """Writes a bare token file of random bytes with the id that ends a document after every 1,000 ids."""
   rng = np.random.default_rng(0)
   with open(path, "wb") as file:
     for start in range(0, count, 10_000_000):
@@ -163,7 +163,7 @@ def write_tokens(path: pathlib.Path, count: int) -> None:
 
 
 def rate(step, tokens: int) -> float:
-  """Tokens/s of `step()`, which yields `tokens` of them."""
+  """Returns tokens/s of `step()`, each call of which takes `tokens` tokens."""
   for _ in range(10):
     step()
   start, count = time.perf_counter(), 0

@@ -1,16 +1,16 @@
-"""Decoding of the 150M model beside the time to read its weights once, and beside Hugging Face's GPT-NeoX of that size.
+"""Decoding speed of the 150M model, compared with reading its weights once and with Hugging Face's GPT-NeoX of that size.
 
     python experiments/benchmarks/decode.py --batch_size=1 [--rounds=5] [--huggingface] [--temperature=1 --top_p=0.9]
 
-Random weights, float32 by default; prompts of 128 tokens, then 128 new ones, the likeliest or drawn. The *limit* is the
-time of one jitted sum over the same weights and cache leaves: what a step cannot do without. Rounds are in turn; the
-figures are medians. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the same matrices: 12
-layers of 12 · 768² parameters) with its own cache.
+Weights are random, in float32 by default. Prompts have 128 tokens, followed by 128 new ones, the likeliest or drawn. The
+*limit* is the time of one jitted sum over the same weights and cache leaves, which every step has to read. Rounds
+alternate; the figures are medians. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the
+same matrices: 12 layers of 12 · 768² parameters) with its own cache.
 """
 
 import os
 
-# PyTorch's threads would else spin where they wait, and slow whoever shares the cores.
+# Otherwise PyTorch's threads spin while they wait, and slow other work on the same cores.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import statistics
@@ -29,17 +29,17 @@ from tokenformer_jax.nn.parameters import split
 
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Rows.")
 _PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of each prompt.")
-_NEW = flags.DEFINE_integer("new", 128, "Tokens written after each.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, of which the median is told.")
-_DTYPE = flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of products and cache.")
+_NEW = flags.DEFINE_integer("new", 128, "New tokens after each prompt.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; medians are reported.")
+_DTYPE = flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Dtype of products and cache.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draws from so many, 0 from all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the nucleus of this probability.")
-_HUGGINGFACE = flags.DEFINE_bool("huggingface", False, "Also GPTNeoXForCausalLM.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 draws from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the nucleus of this probability.")
+_HUGGINGFACE = flags.DEFINE_bool("huggingface", False, "Also measure GPTNeoXForCausalLM.")
 
 
 class Ours:
-  """Prompts read once, then the compiled step for every token; the limit after each round."""
+  """This package: reads the prompts once and then runs the compiled step for every token."""
 
   def __init__(self, prompts):
     config = tf.ModelConfig.named("150m", compute_dtype=_DTYPE.value)
@@ -53,7 +53,7 @@ class Ours:
     self._read = jax.jit(lambda leaves: sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(leaves)))
 
   def run(self):
-    """Seconds (of the prompts, of all new tokens)."""
+    """Returns seconds (for the prompts, for all new tokens)."""
     begin = time.perf_counter()
     logits, cache = self._prefill(
       self._leaves, self._prompts, self._start, num_slots=bucket(_PROMPT.value + _NEW.value)
@@ -63,12 +63,12 @@ class Ours:
     for index in range(_NEW.value):
       logits, cache = self._decode_step(self._leaves, tokens, cache)
       tokens = self._draw(logits, self._sampling, np.int32(index + 1))
-      tokens.block_until_ready()  # As `generate`, which shows each token.
+      tokens.block_until_ready()  # `generate` also waits for each token, to show it.
     self._cache, self._logits = cache, logits
     return read - begin, time.perf_counter() - read
 
   def limit(self):
-    """Seconds to read the weights and the cache `new` times, and their bytes."""
+    """Returns the seconds to read weights and cache `new` times, and their size in bytes."""
     leaves = self._leaves, self._cache.keys, self._cache.values
     self._read(leaves).block_until_ready()
     begin = time.perf_counter()
@@ -77,7 +77,7 @@ class Ours:
     return 4 * (time.perf_counter() - begin), sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
 
   def draw(self):
-    """Seconds for one draw of a token for each row."""
+    """Returns the seconds for drawing one token for each row."""
     begin = time.perf_counter()
     self._draw(self._logits, self._sampling, np.int32(0)).block_until_ready()
     return time.perf_counter() - begin
@@ -87,7 +87,7 @@ class Ours:
 
 
 class HuggingFace:
-  """`generate` of Pythia 160M's shape, with no end."""
+  """`generate` of a model with Pythia 160M's shape, without a token that ends the text."""
 
   def __init__(self, prompts):
     import torch
@@ -149,7 +149,7 @@ def main(argv):
     limits.append(sides["ours"].limit())
     draws += [sides["ours"].draw() for _ in range(10)]
   if sides["ours"].num_programs() != programs:
-    raise SystemExit("something was compiled again.")
+    raise SystemExit("a program was compiled more than once.")
   limit, size = statistics.median(limit for limit, _ in limits), limits[0][1]
   print(
     f"limit: {1e3 * limit / _NEW.value:.1f} ms a step, {size * _NEW.value / limit / 1e9:.1f} GB/s of "

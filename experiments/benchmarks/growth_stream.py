@@ -1,13 +1,13 @@
-"""Growing a checkpoint of 768 MB to 1.5 GB: memory and time, against plain Orbax and against growth in memory.
+"""Growing a checkpoint from 768 MB to 1.5 GB: memory and time, compared with plain Orbax and with growth in memory.
 
     python experiments/benchmarks/growth_stream.py
 
-The checkpoint is a whole training state (parameters and both moments, float32, random). `cli.grow`'s way reads,
-grows and writes it in slices; `plain Orbax` restores leaf by leaf into the grown shapes (zeros for new rows) and
-saves each with `orbax.checkpoint.v1`'s partial save, checking nothing; `in memory` restores all, grows, and saves.
-Each runs in a process of its own, in turns. `tiny` is `cli.grow` on a model of 56 kB: what imports, XLA and files take.
+The checkpoint is a whole training state (parameters and both moments, float32, random). `cli.grow` reads, grows and writes
+it in slices. `plain Orbax` restores leaf by leaf into the grown shapes (with zeros for new rows) and saves each leaf with
+the partial save of `orbax.checkpoint.v1`, without any check. `in memory` restores everything, grows it, and saves it. Each
+runs in a process of its own; they alternate. `tiny` is `cli.grow` on a model of 56 kB, the cost of imports, XLA and files.
 
-Two CPU cores that other work kept busy (load 11 to 16: compare CPU seconds), November 2026, Python 3.11.7,
+Two CPU cores that were also busy with other work (load 11 to 16, so compare CPU seconds), November 2026, Python 3.11.7,
 jax 0.10.2, orbax-checkpoint 0.12.8; `--turns=2`:
 
     712 MB -> 832 MB on disk
@@ -17,7 +17,7 @@ jax 0.10.2, orbax-checkpoint 0.12.8; `--turns=2`:
     in memory         54.4           9.7              3417         3076
     tiny              49.0           4.5               341            0
 
-On disk the new rows' moments, zeros, are compressed to little: in memory the state is 770 MB, then 1,538 MB.
+On disk the moments of new rows, which are zeros, are compressed. In memory the state has 770 MB, then 1,538 MB.
 """
 
 import dataclasses
@@ -49,9 +49,11 @@ from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.resize import grow_run
 from tokenformer_jax.training.resume import CONFIG
 
-_TURNS = flags.DEFINE_integer("turns", 3, "Runs of each way; the least time and the most memory are shown.")
-_WAY = flags.DEFINE_string("way", None, "Run one way and print what it took; used by the benchmark itself.")
-_FOLDER = flags.DEFINE_string("folder", None, "With --way: where the checkpoint lies.")
+_TURNS = flags.DEFINE_integer("turns", 3, "Runs of each method; the least time and the most memory are reported.")
+_WAY = flags.DEFINE_string(
+  "way", None, "Run one method and print its cost; the benchmark starts itself with this flag."
+)
+_FOLDER = flags.DEFINE_string("folder", None, "With --way: the folder of the checkpoint.")
 
 STEP = 100
 MODEL = ModelConfig(
@@ -113,7 +115,7 @@ def tiny(folder: pathlib.Path) -> None:
 
 
 def plain(folder: pathlib.Path) -> None:
-  """Each leaf restored into its grown shape, and saved, alone."""
+  """Restores each leaf into its grown shape and saves it, one after the other."""
   shapes = program(MODEL).shapes
   plan = plan_growth(shapes, MODEL, GROWN)
   optimizer = {field.name: getattr(shapes, field.name) for field in dataclasses.fields(shapes)}

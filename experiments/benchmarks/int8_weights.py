@@ -1,11 +1,12 @@
-"""Parameter tokens in int8: what they cost in perplexity, in time on this machine, and in bytes on chips not here.
+"""Parameter tokens in int8: their cost in perplexity, in time on this machine, and in bytes on chips that are not present.
 
     python experiments/benchmarks/int8_weights.py --workdir=runs/novels --text='text:test.txt.gz#<|endoftext|>'
     python experiments/benchmarks/int8_weights.py --topology=v5e:1x1
 
-Needs qwix. The perplexity is that of the first `--tokens` ids; the times are of `pattention` for one row, by as many
-parameter tokens in either form. With a topology, whose compiler is needed, decode steps of the 150M model are compiled:
-what one reads at least (its arguments) and what it holds besides, where keys in bfloat16 would be, were they written out.
+Needs qwix. The perplexity is that of the first `--tokens` ids. The times are of `pattention` for one row, with equally many
+parameter tokens in both forms. With a topology, whose compiler must be installed, decode steps of the 150M model are
+compiled. The table then has the bytes that a step reads at least (its arguments) and the memory that it holds in addition,
+which would show it if the keys were written out in bfloat16.
 """
 
 import statistics
@@ -32,8 +33,8 @@ from tokenformer_jax.nn.parameters import split
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a trained model.")
 _TEXT = flags.DEFINE_string("text", None, "Source of the text.")
-_TOKENS = flags.DEFINE_integer("tokens", 100_000, "Ids scored.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this chip, as v5e:1x1 or h200:1.")
+_TOKENS = flags.DEFINE_integer("tokens", 100_000, "Number of ids to score.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Chip to compile for, such as v5e:1x1 or h200:1.")
 _TIMED = dict(num_tokens=3072, channels=768, layers=12, rounds=15)
 FORMS = {"as they are": lambda model: model, "int8": int8_tokens}
 
@@ -51,7 +52,7 @@ def print_perplexities():
 
 
 def print_times():
-  """Median milliseconds of one layer."""
+  """Returns the median milliseconds of one layer."""
 
   class Layers(nnx.Module):
     def __init__(self, rngs):
@@ -106,7 +107,7 @@ def print_bytes():
 def main(argv):
   del argv
   if _TOPOLOGY.value:
-    jax.config.update("jax_platforms", "cpu")  # Whatever is there is not what is compiled for.
+    jax.config.update("jax_platforms", "cpu")  # The devices of this machine are not the ones to compile for.
     print_bytes()
   else:
     print_perplexities()

@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/pattention_mlp.py --rounds=15
 
-Both take [B·T, d] to N = 4 d tokens or hidden channels and back, and give gradients by the input and both arrays.
+Both map [B·T, d] to N = 4 d tokens or hidden channels and back, and compute the gradients of the input and of both arrays.
 Rounds are interleaved; the figures are medians. The table is in README.md beside this file.
 """
 
@@ -32,7 +32,7 @@ def layer(x, keys, values):
 
 
 def gradients(function):
-  """(x, a, b, aim) -> gradients of Σ aim · function(x, a, b) by x, a and b."""
+  """Returns (x, a, b, aim) -> the gradients of Σ aim · function(x, a, b) with respect to x, a and b."""
   return jax.jit(jax.grad(lambda x, a, b, aim: jnp.sum(aim * function(x, a, b)), argnums=(0, 1, 2)))
 
 

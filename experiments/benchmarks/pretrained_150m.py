@@ -1,15 +1,15 @@
-"""The released 150M's real shape: written, loaded, converted there and back, and generated with.
+"""The shape of the released 150M model: writing, loading, converting in both directions, and generating.
 
     python experiments/benchmarks/pretrained_150m.py [--size=150m]
 
-Weights are random; every step is a process of its own, so that its peak memory is its own. Two cores that
-other work kept busy (load 6 to 8), November 2026, Python 3.11.7, jax 0.10.2:
+Weights are random. Every step runs in a process of its own, so that its peak memory can be measured. Two cores that
+were also busy with other work (load 6 to 8), November 2026, Python 3.11.7, jax 0.10.2:
 
     write         0.608 GB
-    load          1.9 s; peak 0.97 GiB, of which 0.57 are the parameters and 0.17 Python and JAX before
-    convert       6.6 s, peak 1.07 GiB      .bin to a folder of ours, the door and its imports included
-    load_ours     1.7 s, peak 0.94 GiB; logits of the two equal to the bit
-    convert_back  9.2 s, peak 1.02 GiB; the same bytes as at the beginning
+    load          1.9 s; peak 0.97 GiB, of which 0.57 are the parameters and 0.17 Python and JAX
+    convert       6.6 s, peak 1.07 GiB      .bin to an exported folder, including the CLI and its imports
+    load_ours     1.7 s, peak 0.94 GiB; the logits of both are equal bit for bit
+    convert_back  9.2 s, peak 1.02 GiB; the bytes are those of the first file
     write_text    first call 11.5 s with compiling, then 13.8 tokens a second, float32
 """
 
@@ -28,13 +28,13 @@ from absl import flags
 from tokenformer_jax.cli import command
 
 _SIZE = flags.DEFINE_string("size", "150m", "A named size.")
-_STEP = flags.DEFINE_string("step", None, "One step alone, in this process.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where the files are; by default a temporary folder.")
+_STEP = flags.DEFINE_string("step", None, "Run one step in this process.")
+_FOLDER = flags.DEFINE_string("folder", None, "Folder of the files; by default a temporary one.")
 _GIB = 2**30
 
 
 def write(folder):
-  """A released state dict of random numbers, as torch.save leaves it."""
+  """Writes a released state dict of random numbers, as torch.save does."""
   from tokenformer_jax.config import ModelConfig
   from tokenformer_jax.interop.names import released_shapes
   from tokenformer_jax.interop.stored_array import ComputedArray
@@ -50,7 +50,7 @@ def write(folder):
 
 
 def load(folder, path="pytorch_model.bin"):
-  """from_pretrained, and the logits of 16 tokens."""
+  """Measures from_pretrained, and computes the logits of 16 tokens."""
   import jax
 
   from tokenformer_jax.interop.pretrained import from_pretrained
@@ -72,14 +72,14 @@ def load(folder, path="pytorch_model.bin"):
 
 
 def load_ours(folder):
-  """The same from the converted folder."""
+  """Does the same from the converted folder."""
   found = load(folder, "ours/model.safetensors")
   theirs, ours = (np.load(folder / f"{name}logits.npy") for name in ("", "ours"))
   return {**found, "largest_difference_of_logits": float(np.abs(theirs - ours).max())}
 
 
 def convert(folder, source="pytorch_model.bin", target="ours"):
-  """The door, .bin to a folder of ours."""
+  """Runs the CLI from .bin to a folder."""
   start = time.perf_counter()
   subprocess.run(
     [sys.executable, "-m", "tokenformer_jax.cli.convert", f"--from={folder / source}", f"--to={folder / target}"],
@@ -93,14 +93,14 @@ def convert(folder, source="pytorch_model.bin", target="ours"):
 
 
 def convert_back(folder):
-  """The door, the folder to a .bin again; the two files are compared byte by byte."""
+  """Runs the CLI from the folder to a .bin, and compares the two files byte by byte."""
   found = convert(folder, "ours", "back/pytorch_model.bin")
   same = filecmp.cmp(folder / "pytorch_model.bin", folder / "back" / "pytorch_model.bin", shallow=False)
   return {**found, "same_bytes": same}
 
 
 def write_text(folder):
-  """Greedy continuation of 64 tokens by 64 more, and again with everything compiled."""
+  """Continues 64 tokens greedily by 64 more, and again with compiled programs."""
   from tokenformer_jax.data.tokenizer import ByteTokenizer
   from tokenformer_jax.inference.generate import generate
   from tokenformer_jax.interop.pretrained import from_pretrained
@@ -122,12 +122,12 @@ STEPS = {step.__name__: step for step in (write, load, convert, load_ours, conve
 
 
 def resident() -> int:
-  """Bytes of memory this process has now."""
+  """Returns the bytes of memory that this process has now."""
   return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak() -> int:
-  """The most it ever had."""
+  """Returns the most bytes of memory that this process had."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

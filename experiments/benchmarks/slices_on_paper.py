@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/slices_on_paper.py
 
-Full remat, bfloat16, rows of 2048, published peaks (`tokenformer_jax/distributed/chips.py`). Of one chip, m being the
-positions that it works on, P the parameters, L layers, d channels:
+Full remat, bfloat16, rows of 2048, published peaks (`tokenformer_jax/distributed/chips.py`). For one chip, with m positions,
+P parameters, L layers and d channels:
 
     products   as traced (`training/flops.py` counts them from the program; here by the same formula)
     fsdp       9.6 bytes × P / token: the layers' parameters gathered forward and backward, gradients scattered, as
@@ -12,7 +12,7 @@ positions that it works on, P the parameters, L layers, d channels:
     token      L × (2 × 14 + 5) × m × d × 2 bytes: 14 all-reduces and 5 all-gathers of activations a layer
                (`tests/communication.py`)
 
-each times (n − 1)/n for n chips along the axis. An axis of the mesh has one physical axis of the slice to itself.
+each times (n − 1)/n for n chips along the axis. Each mesh axis is assumed to have a physical axis of the slice to itself.
 """
 
 from tokenformer_jax.config import ModelConfig
@@ -37,11 +37,11 @@ _TABLE = [  # model, chip, data, fsdp, token, rows of the whole batch
 
 
 def seconds(model: ModelConfig, chip: str, data: int, fsdp: int, token: int, rows: int) -> dict[str, float]:
-  """By what a chip does, for one step."""
+  """Returns the seconds of each kind of work of a chip in one step."""
   chip = CHIPS[chip]
   positions = rows * model.seq_length / (data * fsdp)
   vocab = 2 * model.vocab_size * model.hidden_size
-  # The masked half of attention is computed too, and each layer's forward pass twice but for its last product.
+  # The masked half of attention is computed too, and each layer's forward pass twice except for its last product.
   last = 2 * model.num_layers * model.ffn_tokens * model.hidden_size
   layers = model.forward_flops_per_token - vocab + 2 * model.num_layers * model.seq_length * model.hidden_size
   activations = model.num_layers * (2 * 14 + 5) * positions * model.hidden_size * _ACTIVATION_BYTES

@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/startup.py [--rounds=3]
 
-Each measurement is a new process without a compilation cache; rounds are interleaved. Times are of the clock and of
-the processor: on a shared machine the second is the one to compare. At last the quickstart, from its start to its
-first step, with an empty persistent compilation cache and then with what that left in it.
+Each measurement is a new process without a compilation cache; rounds are interleaved. Times are wall-clock and
+processor times; compare the latter on a shared machine. The last two rows are the quickstart, from its start to its
+first step, with an empty persistent compilation cache and then with the cache that this left.
 """
 
 import os
@@ -30,7 +30,7 @@ from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.training.program import make_program
 model = ModelConfig.named("tiny", num_layers={layers})
 config, mesh = Config(model=model), make_mesh()
-jax.jit(lambda x: x + 1)(1.0)  # What JAX does once.
+jax.jit(lambda x: x + 1)(1.0)  # JAX initialises its backend once.
 begin = time.perf_counter(), sum(os.times()[:2])
 ids = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=batch_sharding(mesh, (8, 128)))
 program = make_program(config, model, mesh)
@@ -46,11 +46,12 @@ _MEASURED = {
 
 
 def seconds_to_the_first_step(environment: dict[str, str], folder: str) -> float:
-  """Of the quickstart in a new work folder, told by its progress bar."""
+  """Seconds until the quickstart, in a new work folder, prints the line of its first step."""
   quickstart = pathlib.Path(__file__).parent.parent / "quickstart.py"
+  train = ["-m", "tokenformer_jax.cli.train", f"--config={quickstart}", "--config.training.log_every=1"]
   begin, told = time.perf_counter(), b""
   with subprocess.Popen(
-    [sys.executable, str(quickstart), f"--workdir={folder}"],
+    [sys.executable, *train, f"--workdir={folder}"],
     env=environment,
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Peak memory and products of a train step on one TPU chip, from the program compiled for it; no TPU is needed.
+"""Peak memory and products of a train step on one TPU chip, from its compiled program; no TPU is needed.
 
     python experiments/benchmarks/train_memory.py 150m v5e:1x1 --batch_size=4 none,reference dots,reference full,fused
 
@@ -17,7 +17,7 @@ from tokenformer_jax.training.compile_check import _train_step
 from tokenformer_jax.training.program import make_program
 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of a batch.")
-_MOMENTS = flags.DEFINE_string("moment_dtype", "float32", "Of Adam's means.")
+_MOMENTS = flags.DEFINE_string("moment_dtype", "float32", "Dtype of Adam's moments.")
 
 
 def main(argv):

@@ -1,16 +1,16 @@
-"""A train step beside that of a plain PyTorch model, float32, on this machine's CPU cores.
+"""A train step compared with that of a plain PyTorch model, in float32 on this machine's CPU cores.
 
     python experiments/benchmarks/train_step_torch.py --shape=l4-d256 --rounds=5 --steps=3
 
-Needs PyTorch, and a C++ compiler for `torch.compile`. Both begin with the same weights and see the same
-batches; first their losses must agree over 20 steps. Then rounds in turn, with a large matrix product of
-each library among them. The *share* is the model's FLOPs (3 × forward) by the rate of the library's own
-product. On a machine that others use the processor's time says more than the clock's.
+Needs PyTorch, and a C++ compiler for `torch.compile`. Both sides start with the same weights and see the same batches; first
+their losses must agree over 20 steps. Then rounds of both alternate, with a large matrix product of each library in
+each round. The *share* is the rate of the model's FLOPs (3 × forward) divided by the rate of the library's own product. On a
+shared machine processor times are more reliable than wall-clock times.
 """
 
 import os
 
-# PyTorch's threads would else spin where they wait, and slow whoever shares the cores, themselves too.
+# Otherwise PyTorch's threads spin while they wait, and slow all work on the same cores, including their own.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import math
@@ -26,8 +26,8 @@ from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerCon
 from tokenformer_jax.data import Batch
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.interop.names import to_released
-from tokenformer_jax.training.schedules import learning_rate_schedule
 from tokenformer_jax.training.program import make_program
+from tokenformer_jax.training.schedules import learning_rate_schedule
 
 # Layers, channels, heads, tokens in each of q, k, v and proj, feed-forward tokens, T, B, vocabulary.
 _SHAPES = {
@@ -35,8 +35,8 @@ _SHAPES = {
   "l4-d256": (4, 256, 4, 256, 1024, 256, 8, 5120),
   "l6-d384": (6, 384, 6, 384, 1536, 256, 8, 5120),
 }
-_SHAPE = flags.DEFINE_enum("shape", "l4-d256", list(_SHAPES), "Of the model and its batch.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, of which the median is told.")
+_SHAPE = flags.DEFINE_enum("shape", "l4-d256", list(_SHAPES), "Shape of the model and its batch.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; medians are reported.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps of each side in a round.")
 
 _STEPS_THAT_AGREE, _TOLERANCE = 20, 1e-4
@@ -53,7 +53,7 @@ class Ours:
     self.weights = {name: np.array(array) for name, array in to_released(self._state.params).items()}
 
   def run(self, steps):
-    """The losses of these steps."""
+    """Runs these steps and returns their losses."""
     losses = []
     for step in steps:
       self._state, metrics = self._program.train_step(self._state, self._batches[step % len(self._batches)])
@@ -63,7 +63,7 @@ class Ours:
 
 
 class Torch:
-  """The same in PyTorch, as its users write it: autograd, `clip_grad_norm_` and its own fused AdamW.
+  """The same train step as PyTorch users write it: autograd, `clip_grad_norm_` and the fused AdamW.
 
   Args:
     weights: those of the start, by their released names.
@@ -104,7 +104,7 @@ class Torch:
 
 
 def _torch_loss(model: ModelConfig):
-  """`(weights, inputs, labels) -> nats a token` of the released model, from its formulas."""
+  """Returns `(weights, inputs, labels) -> nats a token`, the released model written from its formulas."""
   import torch
   from torch.nn import functional
 
@@ -148,7 +148,7 @@ def _torch_loss(model: ModelConfig):
 
 
 def _products():
-  """A product of two large float32 matrices by each library, (JAX's, PyTorch's)."""
+  """Returns a product of two large float32 matrices in each library, (JAX, PyTorch)."""
   import torch
 
   numbers = np.random.default_rng(0).normal(size=(_PRODUCT, _PRODUCT)).astype(np.float32)
@@ -157,7 +157,7 @@ def _products():
 
 
 def _seconds(work):
-  """(clock, processor) seconds of `work()`."""
+  """Returns the (wall-clock, processor) seconds of `work()`."""
   begin = time.perf_counter(), time.process_time()
   work()
   return time.perf_counter() - begin[0], time.process_time() - begin[1]
@@ -182,7 +182,9 @@ def main(argv):
     model=model, data=DataConfig(batch_size=rows), optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=100)
   )
   rng = np.random.default_rng(0)
-  likely = 1.0 / np.arange(1, vocabulary + 1)  # So there is something to learn: which ids are frequent.
+  likely = 1.0 / np.arange(
+    1, vocabulary + 1
+  )  # Some ids are more frequent than others, so that the models can learn something.
   likely /= likely.sum()
   ids = rng.choice(vocabulary, size=(_STEPS_THAT_AGREE, rows, length + 1), p=likely).astype(np.int32)
   batches = [(window[:, :-1], window[:, 1:]) for window in ids]
@@ -210,7 +212,9 @@ def main(argv):
       flush=True,
     )
     if not apart <= _TOLERANCE:
-      raise SystemExit(f"{name}: losses {apart:.1e} apart, more than {_TOLERANCE}; no times of unequal work.")
+      raise SystemExit(
+        f"{name}: losses {apart:.1e} apart, more than {_TOLERANCE}; times of unequal work would mean nothing."
+      )
 
   products = dict(zip(("product, jax", "product, torch"), _products()))
   for product in products.values():
