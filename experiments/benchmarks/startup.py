@@ -73,7 +73,7 @@ def main(argv):
         [sys.executable, "-c", _CLOCKS + code + _TELL], env=environment, check=True, capture_output=True, text=True
       ).stdout
       seconds[name].append([float(number) for number in told.split()])
-  print("| | clock s | processor s |\n|---|---|---|")
+  print("| | wall-clock s | processor s |\n|---|---|---|")
   medians = {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in seconds.items()}
   for name, (clock, processor) in medians.items():
     print(f"| {name} | {clock:.2f} | {processor:.2f} |")
