@@ -19,7 +19,6 @@ from tokenformer_jax.evaluation.evaluate import evaluate, open_model
 from tokenformer_jax.evaluation.log_likelihood import Request, Score, _score, encode_pair, log_likelihoods
 from tokenformer_jax.evaluation.multiple_choice import answer
 from tokenformer_jax.evaluation.perplexity import Perplexity, perplexity, windows
-from tokenformer_jax.evaluation.progress import Progress
 from tokenformer_jax.evaluation.report import Report, table, write_json
 from tokenformer_jax.evaluation.tasks import TASKS, Question, read_task
 from tokenformer_jax.interop.names import to_released
@@ -378,15 +377,6 @@ def test_table_pairs_each_metric_and_filter_with_its_own_standard_error():
   )
   lines = ["gsm8k  em,a    0.2500 ± 0.5000", "gsm8k  em,b    0.7500 ± 0.1250", "gsm8k  ppl     2.0000e+09"]
   assert shown.splitlines()[1:] == lines
-
-
-def test_progress_without_a_terminal_is_plain_lines_at_intervals(monkeypatch, capsys):
-  now = iter((0.0, 30.0, 61.0, 90.0, 122.0))
-  monkeypatch.setattr("tokenformer_jax.evaluation.progress.monotonic", lambda: next(now))
-  with Progress("piqa", 4000) as bar:
-    for _ in range(4):
-      bar.update(1000)
-  assert capsys.readouterr().err == "piqa: 2,000 of 4,000, 1 min left\npiqa: 4,000 of 4,000, 0 min left\n"
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,6 @@ class Characters:
   def decode(self, ids):
     return " ".join(map(str, ids))
 
-  def decode_after(self, context, ids):
-    del context
-    return self.decode(ids)
-
 
 def assert_sums(tree, expected: dict[str, list[float]], tolerance: float) -> None:
   """Sum and norm of every leaf, in units of the norm."""

@@ -12,6 +12,7 @@ from tokenformer_jax.data import byte_level_bpe
 from tokenformer_jax.data import tokenizer as tokenizer_module
 from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from tokenformer_jax.data.tokenizer_files import load_tokenizer, open_tokenizer, save_tokenizer
+from tokenformer_jax.inference.continuation import Continuation
 
 TEXT = "def main():\n  return 'naïve café 東京 🙂'\n\n\nThe end, the end. 12 345\n" * 20
 
@@ -83,25 +84,33 @@ def not_byte_level():
   }
 
 
+def continued(tokenizer, prompt, ids) -> str:
+  """The text of `ids` as generation writes it after the prompt."""
+  continuation = Continuation(tokenizer, prompt=prompt)
+  for i in ids:
+    continuation.read(i)
+  return continuation.text
+
+
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "wordpiece"])
 def test_a_continuation_keeps_the_space_after_its_prompt(kind, not_byte_level):
   tokenizer = not_byte_level[kind]
   ids = tokenizer.encode("the cat sat, the mat")
   assert tokenizer.decode(ids) == "the cat sat, the mat"
   for cut in range(len(ids) + 1):
-    assert tokenizer.decode(ids[:cut]) + tokenizer.decode_after(ids[:cut], ids[cut:]) == "the cat sat, the mat"
+    assert tokenizer.decode(ids[:cut]) + continued(tokenizer, ids[:cut], ids[cut:]) == "the cat sat, the mat"
   prompt, continuation = tokenizer.encode("the"), tokenizer.encode("cat")
-  assert tokenizer.decode_after(prompt, continuation) == " cat"
+  assert continued(tokenizer, prompt, continuation) == " cat"
   # After an end of document a new text begins, which has no space before its first word.
-  assert tokenizer.decode_after([*prompt, tokenizer.end_of_document], continuation) == "cat"
+  assert continued(tokenizer, [*prompt, tokenizer.end_of_document], continuation) == "cat"
 
 
 def test_a_continuation_completes_the_character_that_its_prompt_began():
   tokenizer, ids = ByteTokenizer(), list("a€b".encode())
-  assert tokenizer.decode_after(ids[:2], ids[2:]) == "€b"
-  assert tokenizer.decode_after(ids[:2], ids[2:3]) == ""
-  assert tokenizer.decode_after(ids[:1], ids[1:3]) == "\ufffd"
-  assert tokenizer.decode_after(ids[:4], ids[4:]) == "b"
+  assert continued(tokenizer, ids[:2], ids[2:]) == "€b"
+  assert continued(tokenizer, ids[:2], ids[2:3]) == ""
+  assert continued(tokenizer, ids[:1], ids[1:3]) == "\ufffd"
+  assert continued(tokenizer, ids[:4], ids[4:]) == "b"
 
 
 def test_a_character_in_byte_tokens_leaves_the_characters_before_it_as_they_are():
@@ -112,9 +121,9 @@ def test_a_character_in_byte_tokens_leaves_the_characters_before_it_as_they_are(
   tokenizer = HuggingFaceTokenizer(json.loads(llama.to_str()), "</s>")
   ids = tokenizer.encode("東京都")
   assert len(ids) == 9
-  texts = [tokenizer.decode_after(ids[:3], ids[3 : 3 + count]) for count in range(7)]
+  texts = [continued(tokenizer, ids[:3], ids[3 : 3 + count]) for count in range(7)]
   assert texts == ["", "\ufffd", "\ufffd", "京", "京\ufffd", "京\ufffd", "京都"]
-  assert tokenizer.decode_after(ids[:4], ids[4:6]) == "京"
+  assert continued(tokenizer, ids[:4], ids[4:6]) == "京"
   assert tokenizer.decode(ids[1:]) == "\ufffd\ufffd京都"
 
 

@@ -60,34 +60,6 @@ class Tokenizer:
         )
     return self._decode(ids)
 
-  def decode_after(self, context_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to the text of the ids before them.
-
-    Tokenizers that are not byte-level write no space before the first word of a text (Metaspace, WordPiece), so
-    `decode(prompt) + decode(continuation)` loses the space in between, and a character whose bytes are shared by
-    both is lost. `decode(prompt) + decode_after(prompt, continuation)` is `decode(prompt + continuation)`, up to
-    replacement characters at the end of the prompt.
-
-    Args:
-      context_ids: the ids before; only those after the last end of document count, as a new document begins
-        there. The last few dozen suffice: decoders look no further back than one character and one word.
-      ids: the ids whose text is wanted.
-
-    Returns:
-      The text of `ids` as it reads after the context. While the ids end inside a character, the text ends in
-      U+FFFD (or is empty, if the context ended inside the same character); a call with more ids gives the character.
-
-    Raises:
-      ValueError: an id has no text, see `decode`.
-    """
-    context = list(context_ids)
-    if self.end_of_document in context:
-      context = context[len(context) - context[::-1].index(self.end_of_document) :]
-    before, together = self.decode(context), self.decode([*context, *ids])
-    # The common prefix is all of the context's text, except for a character that its last ids only began.
-    differs = (i for i, (a, b) in enumerate(zip(before, together)) if a != b)
-    return together[next(differs, min(len(before), len(together))) :]
-
   def _decode(self, ids: list[int]) -> str:
     raise NotImplementedError
 

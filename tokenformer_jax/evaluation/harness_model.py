@@ -13,10 +13,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from tokenformer_jax.evaluation.log_likelihood import Request, encode_pair, log_likelihoods
 from tokenformer_jax.evaluation.perplexity import windows
-from tokenformer_jax.evaluation.progress import Progress
 from tokenformer_jax.inference.generate import bucket, generate
 from tokenformer_jax.inference.sampling import Sampling
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.progress import Progress
 
 _GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
 # A batch of generation has at most this many rows, and its key-value cache at most this many bytes.
@@ -124,7 +124,7 @@ class HarnessModel(TemplateLM):
       prompts.append(self.tok_encode(context)[-context_length:] or [self.eot_token_id])
     model = self._model.for_decoding()
     texts = [""] * len(requests)
-    with Progress(self._shown("texts", disable_tqdm), len(requests)) as bar:
+    with Progress(len(requests), "texts", shown=self._progress and not disable_tqdm, seconds=60) as bar:
       for chosen in self._batches(prompts, settings):
         rows = [prompts[i] for i in chosen]
         # One program is compiled per number of rows, so the last batch is filled up to a power of two.
@@ -202,13 +202,10 @@ class HarnessModel(TemplateLM):
       self._model,
       requests,
       self._tokens.vocab_size,
-      progress=self._shown("log-likelihoods", disable_tqdm),
+      progress="log-likelihoods" if self._progress and not disable_tqdm else None,
       name=lambda i: names[i],
     )
     return [(score.log_likelihood, score.greedy) for score in scores]
-
-  def _shown(self, description: str, disable_tqdm: bool) -> str | None:
-    return description if self._progress and not disable_tqdm else None
 
 
 def _power_of_two_from(count: int) -> int:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokenformer_jax.evaluation.progress import Progress
 from tokenformer_jax.inference.generate import bucket
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
+from tokenformer_jax.progress import Progress
 
 # The float32 logits of one batch take at most this many bytes.
 _LOGIT_BYTES = 2**28
@@ -107,7 +107,7 @@ def log_likelihoods(
   # The longest requests come first, so that a batch that exceeds the memory fails at once.
   order = sorted(range(len(requests)), key=lambda i: -_num_inputs(requests[i], length))
   scores: dict[int, Score] = {}
-  with Progress(progress, len(requests)) as bar:
+  with Progress(len(requests), "requests", title=progress or "", shown=progress is not None, seconds=60) as bar:
     while order:
       width = min(bucket(_num_inputs(requests[order[0]], length)), length)
       rows = min(max(1, _LOGIT_BYTES // (4 * width * model.config.vocab_size)), _MAX_ROWS)
