@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> typing.Any:
   if name == "__version__":
     try:
       value = importlib.metadata.version("tokenformer_jax")

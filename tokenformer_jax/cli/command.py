@@ -8,6 +8,7 @@ fault of this package.
 
 import dataclasses
 import errno
+import io
 import os
 import pathlib
 import re
@@ -45,7 +46,7 @@ def run(main, renamed: Mapping[str, str] | None = None) -> None:
   warnings.formatwarning = lambda message, category, *rest: (
     f"warning: {message}\n" if category is FutureWarning else format_warning(message, category, *rest)
   )
-  if isinstance(getattr(sys.stdout, "errors", None), str) and sys.stdout.errors == "strict":
+  if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
     # A terminal in latin-1 cannot show every character of a text: the rest is shown by its number.
     sys.stdout.reconfigure(errors="backslashreplace")
   logging.set_verbosity(logging.WARNING)  # Orbax writes some twenty lines for each save; --verbosity=0 shows them.
@@ -73,7 +74,7 @@ def run(main, renamed: Mapping[str, str] | None = None) -> None:
 
   if any(re.fullmatch(r"--?(help|helpshort|helpfull)", argument) for argument in sys.argv[1:]):
     with _Reporting():
-      print(sys.modules[main.__module__].__doc__.strip(), end="\n\n")
+      print((sys.modules[main.__module__].__doc__ or "").strip(), end="\n\n")
       print(flags.FLAGS.module_help(sys.modules[main.__module__]), flush=True)
     sys.exit(0)
   app.run(guarded, flags_parser=parse)
@@ -118,8 +119,9 @@ class _Reporting:
       fail(f"the device is full, and what was being written is not complete: {full}", code=1)
     if isinstance(error, FloatingPointError):
       fail(str(error), code=1)
-    if isinstance(error, _FILE_ERRORS) or (message := _mistake(error)) is not None:
-      fail(str(error) if isinstance(error, _FILE_ERRORS) else message)
+    message = str(error) if isinstance(error, _FILE_ERRORS) else _mistake(error)
+    if message is not None:
+      fail(message)
 
 
 def _mistake(error: BaseException) -> str | None:

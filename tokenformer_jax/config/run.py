@@ -28,7 +28,7 @@ class Config(Checked):
   mesh: MeshConfig = MeshConfig()
   init_from: str = ""
 
-  def validate(self):
+  def validate(self) -> None:
     model = self.model
     for stage in self.growth.stages:
       for field, count in stage.tokens.items():
@@ -71,7 +71,7 @@ class Config(Checked):
     return ml_collections.ConfigDict(self.to_dict())
 
   @classmethod
-  def from_dict(cls, fields) -> "Config":
+  def from_dict(cls, fields: Any) -> "Config":
     """Returns the validated form of `to_dict()`.
 
     Raises:

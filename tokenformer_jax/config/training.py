@@ -58,7 +58,7 @@ class OptimizerConfig(Checked):
   name: str = "adamw"
   ema_decay: float = 0.0
 
-  def validate(self):
+  def validate(self) -> None:
     require_choice("name", self.name, OPTIMIZERS)
     require_choice("schedule", self.schedule, SCHEDULES)
     for field in ("first_moment_dtype", "second_moment_dtype"):
@@ -144,7 +144,7 @@ class GrowthConfig(Checked):
   new_rows_rate: float = 1.0
   old_rows_rate: float = 0.5
 
-  def validate(self):
+  def validate(self) -> None:
     require_choice("method", self.method, GROWTH_METHODS)
     require_choice("tau", self.tau, TAU_RULES)
     require(self.tau_steps >= 1, "tau_steps", self.tau_steps, "must be at least 1.")
@@ -177,7 +177,7 @@ class MeshConfig(Checked):
   token: int = 1
   sequence: int = 1
 
-  def validate(self):
+  def validate(self) -> None:
     sizes = dataclasses.asdict(self)
     for axis, size in sizes.items():
       require(size >= 1 or size == -1, f"{axis}", size, "must be at least 1, or −1 for all remaining devices.")
@@ -213,7 +213,7 @@ class TrainingConfig(Checked):
   sample_tokens: int = 100
   wandb_project: str = ""
 
-  def validate(self):
+  def validate(self) -> None:
     for field in (
       "num_steps",
       "gradient_accumulation",

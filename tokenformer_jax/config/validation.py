@@ -5,6 +5,7 @@ import difflib
 import math
 import typing
 import warnings
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 
@@ -14,12 +15,12 @@ def require(condition: bool, field: str, value: Any, way_out: str) -> None:
     raise ValueError(f"{field}={value!r}: {way_out}")
 
 
-def require_choice(field: str, value: str, choices) -> None:
+def require_choice(field: str, value: str, choices: Iterable[str]) -> None:
   """Raises ValueError, with the choices and the nearest of them, unless `value` is one."""
   require(value in choices, field, value, f"choose one of {', '.join(choices)}.{nearest(value, choices)}")
 
 
-def nearest(word: str, known) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
   """' Did you mean 'x'?' for the closest of `known`, or an empty string."""
   close = difflib.get_close_matches(str(word), list(known), n=1)
   return f" Did you mean {close[0]!r}?" if close else ""
@@ -39,7 +40,7 @@ class Checked:
 
   renamed: ClassVar[dict[str, str]] = {}
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, kind in _field_types(type(self)).items():
       value = getattr(self, field)
       if kind is float and type(value) is int:
@@ -54,7 +55,7 @@ class Checked:
     """Raises ValueError naming the field, its value and the way out."""
 
 
-def build(cls, fields, path: str):
+def build(cls: Any, fields: Any, path: str) -> Any:
   """Builds dataclass `cls` from nested dicts.
 
   A key that `cls.renamed` has is read as the field that it names today, with a FutureWarning.
@@ -98,7 +99,7 @@ def build(cls, fields, path: str):
     raise ValueError(f"{path}: {error}") from None
 
 
-def _field_types(cls) -> dict[str, Any]:
+def _field_types(cls: type) -> dict[str, Any]:
   """Returns the fields of a dataclass and their types."""
   hints = typing.get_type_hints(cls)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

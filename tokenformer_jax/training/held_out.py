@@ -9,7 +9,6 @@ from flax import nnx
 from tokenformer_jax import data
 from tokenformer_jax.config import TrainingConfig
 from tokenformer_jax.inference.generate import generate
-from tokenformer_jax.training.loss import LossSums
 from tokenformer_jax.training.program import Program
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.weight_average import evaluation_params
@@ -30,10 +29,11 @@ def held_out_losses(
   sums = {
     name: [program.eval_step(params, state.tau, batch) for batch in of_a_set] for name, of_a_set in batches.items()
   }
-  totals = {
-    name: LossSums(*np.sum(of_a_set, axis=0, dtype=np.float64)) for name, of_a_set in jax.device_get(sums).items()
-  }
-  return {name: float(total.nats / total.weight) for name, total in totals.items()}
+  losses = {}
+  for name, of_a_set in jax.device_get(sums).items():
+    nats, _, weight = np.asarray(of_a_set, np.float64).sum(axis=0)  # In the order of LossSums.
+    losses[name] = float(nats / weight)
+  return losses
 
 
 def sample_prompt(training: TrainingConfig, tokenizer: data.Tokenizer) -> str | list[int]:

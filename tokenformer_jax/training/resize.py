@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import typing
 from collections.abc import Callable
 
 import jax
@@ -65,7 +66,7 @@ def grow_run(
   """
   source = Source(workdir, step)
   config, model = source.config, source.resized(tokens)
-  growth = dataclasses.replace(config.growth, stages=source.stages_to_come(), **({"method": method} if method else {}))
+  growth = dataclasses.replace(config.growth, stages=source.stages_to_come(), method=method or config.growth.method)
   plan = plan_growth(source.leaves, source.model, model, growth)
   mesh = config.mesh if token_axis is None else dataclasses.replace(config.mesh, token=token_axis)
   config = dataclasses.replace(config, model=model, growth=growth, mesh=mesh)
@@ -165,7 +166,8 @@ def _check_divides(config: Config) -> None:
   """Raises ValueError if the mesh of `config` does not divide the parameters; its devices need not be here."""
   sizes = [max(getattr(config.mesh, axis), 1) for axis in MESH_AXES]  # The size of an axis of −1 is known in training.
   abstract = abstract_model(config.model)
-  tree_shardings(AbstractMesh(tuple(sizes), MESH_AXES), logical_axes(abstract)[0], split(abstract)[1])
+  mesh = typing.cast(jax.sharding.Mesh, AbstractMesh(tuple(sizes), MESH_AXES))
+  tree_shardings(mesh, logical_axes(abstract)[0], split(abstract)[1])
 
 
 def check_target(output: str, workdir: str) -> epath.Path:

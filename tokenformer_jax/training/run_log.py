@@ -39,7 +39,8 @@ class RunLog:
     metrics = "".join(json.dumps(row) + "\n" for row in rows if not _comes_after(row, start_step))
     replace_text(folder / "metrics.jsonl", metrics)
     self._metrics = LogFile(folder / "metrics.jsonl", metrics.encode())
-    self._samples_path, self._samples = folder / "samples.txt", None
+    self._samples_path = folder / "samples.txt"
+    self._samples: LogFile | None = None  # It is opened for the first sample, so that runs without any have no file.
     self._earlier_samples = ""
     if self._samples_path.exists():
       self._earlier_samples = _samples_until(start_step, _read(self._samples_path))
