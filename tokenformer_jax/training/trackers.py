@@ -81,7 +81,7 @@ def import_wandb(project: str) -> types.ModuleType:
     import wandb
   except ImportError:
     raise ValueError(
-      f"training.wandb_project={project!r}: the package wandb is not installed; pip install wandb, or leave the "
-      "field empty."
+      f"training.wandb_project={project!r}: the package wandb is not installed; pip install "
+      "'tokenformer_jax[wandb]', or leave the field empty."
     ) from None
   return wandb
