@@ -46,11 +46,11 @@ def is_uri(path: str | os.PathLike) -> bool:
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-  """Writes a text file completely or not at all: after a kill in between, the old file is still there."""
+  """Writes a UTF-8 file completely or not at all: after a kill in between, the old file is still there."""
   if is_uri(path):
     # An object appears only when its upload is complete, and renaming one is a copy and a deletion.
-    path.write_text(text)
+    path.write_bytes(text.encode())
     return
   unfinished = path.with_name(path.name + ".unfinished")
-  unfinished.write_text(text)
+  unfinished.write_bytes(text.encode())  # The locale's encoding may be another than UTF-8.
   unfinished.replace(path)
