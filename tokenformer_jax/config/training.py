@@ -123,14 +123,16 @@ class GrowthConfig(Checked):
       `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays.
       `released`: keys and values random, τ that of a new layer; the function changes, as in the released code.
       `duplicate`: all rows repeated, each value divided unevenly among its copies, τ to fit; the function stays. The
-        new count must be a multiple of the old one.
+        new count must be a multiple of the old one. Copies are as old as the rows that they were copied from, so
+        `tau`, `warmup_steps` and the two rates do not act on this growth.
     tau: what happens to τ after the growth: `kept`; `recomputed`, at once that of a new layer, which changes the
       function; `moved` to that over `tau_steps` steps, τ² linearly; `learned`, by Adam on log τ at the run's rate.
     tau_steps: length of the move, in updates.
     value_scale: size of the new values of `exact`, in units of a new layer's.
     warmup_steps: over how many updates the updates of new rows rise to full size.
-    new_rows_rate: factor on the learning rate of the rows that the last growth added.
-    old_rows_rate: factor on the learning rate of the parameter tokens before them; 0 freezes them.
+    new_rows_rate: factor on the learning rate of the rows that the last growth of their layer added.
+    old_rows_rate: factor on the learning rate of the layer's rows before them; 0 freezes them. A layer that has not
+      grown keeps its rate.
   """
 
   renamed: ClassVar[dict[str, str]] = {"how": "method"}
