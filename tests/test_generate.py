@@ -388,7 +388,9 @@ def test_log_probs_are_those_of_a_full_forward_pass(model):
     expected = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
     expected = [expected[position - 1, ids[position]] for position in range(len(ids) - len(result.ids), len(ids))]
     np.testing.assert_allclose(result.log_probs, expected, atol=1e-4)
-  cut = generate(model, Bytes(), "naïve", **settings, stop=results[0].text[3:5], return_log_probs=True)[0]
+  # The first row ends while the second continues.
+  cut, longer = generate(model, Bytes(), prompts, **settings, stop=results[0].text[3:5], return_log_probs=True)
+  assert len(longer.ids) == 12
   assert cut.ids == results[0].ids[: len(cut.ids)] and 0 < len(cut.ids) < 12
   assert cut.log_probs == pytest.approx(results[0].log_probs[: len(cut.ids)], abs=1e-5)
 

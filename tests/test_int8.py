@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import tokenformer_jax as tf
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.interop.export import export
@@ -15,7 +16,7 @@ from tokenformer_jax.kernels.fused_pattention import fused_pattention
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.nn.pattention import Pattention, require_float_tokens
+from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
 CONFIG = ModelConfig(
@@ -97,7 +98,8 @@ def test_an_int8_model_decodes(rounded, rows):
   "action, use",
   [
     ("rounded to int8", lambda model, folder: int8_tokens(model)),
-    ("grown", lambda model, folder: require_float_tokens(model, "grown")),
+    ("grown", lambda model, folder: tf.grow(model, ffn_tokens=50)),
+    ("shrunk", lambda model, folder: tf.shrink(model, [], ffn_tokens=30)),
     ("exported", lambda model, folder: export(model, folder)),
   ],
 )

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import tokenformer_jax as tf
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.interop.export import export
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.kv_cache import KVCache
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.nn.pattention import require_float_tokens
 
 LENGTHS = (9, 4, 1)
 # A batch of one row has a path of its own through the cache.
@@ -136,11 +136,12 @@ def test_a_decoding_model_has_the_dtype_of_products_and_leaves_the_model_as_it_w
   "use, error",
   [
     (lambda decoding, folder: decoding(jnp.ones((1, 2), jnp.int32)), TypeError),
-    (lambda decoding, folder: require_float_tokens(decoding, "grown"), ValueError),
+    (lambda decoding, folder: tf.grow(decoding, ffn_tokens=50), ValueError),
+    (lambda decoding, folder: tf.shrink(decoding, [], ffn_tokens=30), ValueError),
     (lambda decoding, folder: export(decoding, folder), ValueError),
     (lambda decoding, folder: int8_tokens(decoding), ValueError),
   ],
-  ids=["called", "grown", "exported", "rounded"],
+  ids=["called", "grown", "shrunk", "exported", "rounded"],
 )
 def test_a_decoding_model_only_decodes_and_says_so(decoding, tmp_path, use, error):
   with pytest.raises(error, match="DecodingModel .*the LanguageModel (whose for_decoding|that it was made from)"):

@@ -10,6 +10,7 @@ from tokenformer_jax.inference.sampling import (
   Sampling,
   greedy,
   log_probs,
+  penalise,
   sample,
   truncate,
   within_vocabulary,
@@ -178,17 +179,20 @@ def test_every_seed_has_a_key_of_its_own():
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
 def test_repetition_penalty_equals_its_definition(penalty):
   """As in Hugging Face's library: score / penalty, or score · penalty for a negative score, for ids read before."""
-  rng = np.random.default_rng(0)
-  logits = rng.normal(size=(3, 40)).astype(np.float32)
+  logits = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
   read = np.array([[3, 3, NO_TOKEN, 39], [0, 5, 7, 9], [NO_TOKEN] * 4], np.int32)
-  expected = logits.copy()
-  for row, ids in zip(expected, read):
+  expected, seen = logits.copy(), np.zeros(logits.shape, bool)
+  for row, ids in enumerate(read):
     for i in {i for i in ids if i != NO_TOKEN}:
-      row[i] = row[i] * penalty if row[i] < 0 else row[i] / penalty
-  sampling = Sampling.checked(vocab_size=40, temperature=2.0, top_k=12, repetition_penalty=penalty, seed=1)
-  neutral = Sampling.checked(vocab_size=40, temperature=2.0, top_k=12, seed=1)
+      seen[row, i] = True
+      expected[row, i] *= np.float32(penalty) if logits[row, i] < 0 else 1 / np.float32(penalty)
+  assert (logits[seen] < 0).any() and (logits[seen] > 0).any()
+  np.testing.assert_allclose(jax.vmap(penalise, (0, 0, None))(logits, seen, jnp.float32(penalty)), expected, rtol=1e-6)
+  # A draw applies it before the temperature and the cuts.
+  settings = dict(vocab_size=40, temperature=2.0, top_k=12, seed=1)
+  penalised, neutral = Sampling.checked(**settings, repetition_penalty=penalty), Sampling.checked(**settings)
   for index in range(20):
-    drawn = _sample(logits, sampling, jnp.int32(index), read)
+    drawn = _sample(logits, penalised, jnp.int32(index), read)
     np.testing.assert_array_equal(drawn, _sample(expected, neutral, jnp.int32(index), read))
 
 
