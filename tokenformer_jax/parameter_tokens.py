@@ -62,7 +62,7 @@ def pattention(
   """
 
   @keep_scores
-  def attend(x, tokens):
+  def attend(x: Array, tokens: ParameterTokens) -> Array:
     weights_MxN = token_weights(x, tokens, theta, gelu).astype(x.dtype)
     return weighted_sums(weights_MxN, with_fast_gradient(tokens.values.astype(x.dtype), x))
 
@@ -88,7 +88,7 @@ def token_weights(
   return THETAS[theta](scores_MxN, jnp.asarray(tokens.tau, scores_MxN.dtype), GELUS[gelu])
 
 
-def _check(x, tokens, theta, gelu):
+def _check(x: Array, tokens: ParameterTokens, theta: str, gelu: str) -> None:
   check_choices(theta, gelu)
   keys, values = tokens.keys, tokens.values
   if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:

@@ -1,6 +1,7 @@
 """What a model is made of."""
 
 import dataclasses
+from typing import Any
 
 from tokenformer_jax.config.sizes import NAMED_SIZES
 from tokenformer_jax.config.validation import Checked, nearest, require, require_choice
@@ -40,7 +41,7 @@ class ModelConfig(Checked):
   remat: str = "none"
   kernel: str = "auto"
 
-  def validate(self):
+  def validate(self) -> None:
     for field in (
       "vocab_size",
       "num_layers",
@@ -106,10 +107,11 @@ class ModelConfig(Checked):
 
   def grown(self, **tokens: int) -> "ModelConfig":
     """The same model with other token counts, e.g. `config.grown(ffn_tokens=8560)`."""
-    return dataclasses.replace(self, **tokens)
+    changes: dict[str, Any] = dict(tokens)
+    return dataclasses.replace(self, **changes)
 
   @classmethod
-  def named(cls, name: str, **changes) -> "ModelConfig":
+  def named(cls, name: str, **changes: Any) -> "ModelConfig":
     """A named size; `changes` replace fields, e.g. `ModelConfig.named("tiny", vocab_size=384)`."""
     if name not in NAMED_SIZES:
       raise ValueError(

@@ -208,7 +208,7 @@ def _splits(mesh, axis: str | None, size: int) -> tuple[str, ...]:
   return ()
 
 
-def _key(mesh, axis: str, size: int) -> tuple:
+def _key(mesh, axis: str | None, size: int) -> tuple:
   return axis, size, tuple(mesh.shape.items())
 
 

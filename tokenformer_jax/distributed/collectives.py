@@ -68,7 +68,7 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
     ValueError: the text does not say which devices exchange or how often a loop runs.
   """
   module = hlo.parse(compiled_text)
-  found = []
+  found: list[Collective] = []
   chains: dict[str, list[int]] = {}
   for computation, instruction, trips in module.executed():
     kind = instruction.opcode.removesuffix("-start")

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ def grow_state(
   growth: GrowthConfig = GrowthConfig(),
   *,
   seed: int = 0,
-  out_shardings=None,
+  out_shardings: Any = None,
   donate: bool = False,
 ) -> tuple[Any, ModelConfig, GrowthReport]:
   """A training state with the parameter tokens of `new_config`.
@@ -106,11 +106,11 @@ def grow(
   return bigger, GrowthReport(tuple(plan.values()))
 
 
-def _grown(tree: Any, plan: Mapping[str, LeafPlan], seed: int, out_shardings=None, donate: bool = False) -> Any:
+def _grown(tree: Any, plan: Mapping[str, LeafPlan], seed: int, out_shardings: Any = None, donate: bool = False) -> Any:
   step = np.int32(getattr(tree, "step", 0))
   check_rank(tree, plan)
 
-  def grow(path, leaf, sharding=None):
+  def grow(path: Any, leaf: Any, sharding: Any = None) -> Any:
     leaf_plan = plan[path_name(path)]
     if leaf_plan.new_rows is NewRows.NONE and sharding is None:
       return leaf
@@ -126,8 +126,8 @@ def _grown(tree: Any, plan: Mapping[str, LeafPlan], seed: int, out_shardings=Non
 
 
 @functools.cache
-def _grow_on(plan: LeafPlan, sharding):
-  def grow(leaf, key, step):
+def _grow_on(plan: LeafPlan, sharding: Any) -> Callable[..., jax.Array]:
+  def grow(leaf: jax.Array, key: jax.Array, step: jax.Array) -> jax.Array:
     # The copy keeps an unchanged leaf from sharing its buffer with the old state, which may be donated or deleted.
     return jnp.copy(leaf) if plan.new_rows is NewRows.NONE else grow_leaf(leaf, plan, key, step)
 
@@ -161,6 +161,7 @@ def grow_leaf(
       return leaf * jnp.asarray(plan.number, leaf.dtype)
     case NewRows.REPEATED | NewRows.PARTS | NewRows.SQUARED_PARTS:
       return jnp.concatenate(_copies(leaf, plan), axis=plan.axis)
+  assert plan.axis is not None
   shape = list(leaf.shape)
   shape[plan.axis] = plan.new_shape[plan.axis] - plan.old_shape[plan.axis]
   match plan.new_rows:
@@ -176,6 +177,7 @@ def grow_leaf(
 
 def _copies(leaf: jax.Array, plan: LeafPlan) -> list[jax.Array]:
   """The k copies of all rows; where rows are cut in parts, the i-th copy (from 1) has i / (1 + … + k) of each."""
+  assert plan.axis is not None
   k = plan.new_shape[plan.axis] // plan.old_shape[plan.axis]
   if plan.new_rows is NewRows.REPEATED:
     return [leaf] * k
@@ -202,7 +204,7 @@ def _live_rows(keys: jax.Array, num_new: int, key: jax.Array, first_layer: jax.A
   n, d = keys.shape[-2:]
   layers = keys.reshape(-1, n, d)
 
-  def of_layer(inputs):
+  def of_layer(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     keys_NxD, key = inputs
     if num_new >= min(n, d):
       root_RxD = jnp.linalg.qr(keys_NxD, mode="r")
@@ -233,6 +235,7 @@ def check_rank(tree: Any, plan: Mapping[str, LeafPlan]) -> None:
 
 def check_leaf_rank(leaf: Any, plan: LeafPlan) -> None:
   """`check_rank` for one leaf of keys [..., n, d], or some layers of it."""
+  assert plan.axis is not None
   n, d = leaf.shape[-2:]
   num_new = plan.new_shape[plan.axis] - plan.old_shape[plan.axis]
   if num_new >= min(n, d):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -121,14 +121,14 @@ def with_counts(model: nnx.Module, counts: Mapping[str, int]) -> None:
           f"{path}: {counts[path]} tokens where another layer under {layer.count} has {numbers[layer.count]}: the "
           f"model's configuration has one number for all of them; give {layer.count}=… instead of paths."
         )
-    module.config = config.grown(**numbers)
+    module.config = config.grown(**numbers)  # type: ignore[attr-defined]  # nnx.Module declares no such attribute.
 
 
-def leaves_by_path(tree: Any, is_leaf=None) -> dict[str, Any]:
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
   """{'params/blocks/ffn/keys': leaf, …}."""
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
 
 
-def path_name(path) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
   """A JAX key path as names joined by '/'."""
   return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -122,16 +122,19 @@ def least_used(
   usage = token_usage(model, batches, apply)
   kept = most_used(usage, layers, counts)
   smaller = _smaller(model, counts, kept)
-  if loss is None and isinstance(model, LanguageModel):
-    losses = tuple(_language_model_loss(one, held_out) for one in (model, smaller))
-  else:
-    losses = None if loss is None else tuple(_mean_loss(one, held_out, loss) for one in (model, smaller))
+  losses = None
+  if loss is not None:
+    losses = _mean_loss(model, held_out, loss), _mean_loss(smaller, held_out, loss)
+  elif isinstance(model, LanguageModel):
+    losses = _language_model_loss(model, held_out), _language_model_loss(smaller, held_out)
   tokens = {
     path: (layers[path].num_tokens, counts[path], _lost(one.use, kept[path].rows) if path in kept else 0.0)
     for path, one in usage.items()
   }
-  sizes = tuple(sum(leaf.size for leaf in jax.tree.leaves(nnx.state(one, nnx.Param))) for one in (model, smaller))
-  return kept, ShrinkReport(tokens, sizes, losses)
+  old_size, new_size = (
+    sum(leaf.size for leaf in jax.tree.leaves(nnx.state(one, nnx.Param))) for one in (model, smaller)
+  )
+  return kept, ShrinkReport(tokens, (old_size, new_size), losses)
 
 
 def check_shrink(config: ModelConfig, new_config: ModelConfig) -> None:
@@ -178,7 +181,7 @@ def kept_of(path: str, kept: Mapping[str, Kept]) -> Kept | None:
   return next((one for layer, one in kept.items() if parent.endswith(f"/{layer}") and name in one.leaves), None)
 
 
-def shrink_leaf(path: str, leaf: jax.Array, kept: Mapping[str, Kept], first_layer: int = 0) -> jax.Array:
+def shrink_leaf(path: str, leaf: Any, kept: Mapping[str, Kept], first_layer: int = 0) -> Any:
   """What stays of a leaf; of a stacked one possibly of a slice, its layers from `first_layer` on."""
   one = kept_of(path, kept)
   if one is None:
@@ -194,7 +197,7 @@ def shrink_leaf(path: str, leaf: jax.Array, kept: Mapping[str, Kept], first_laye
   return (jnp if isinstance(leaf, jax.Array) else np).take_along_axis(leaf, rows[..., None], axis=-2)
 
 
-def _smaller(model: nnx.Module, counts: Mapping[str, int], kept: Mapping[str, Kept]) -> nnx.Module:
+def _smaller(model: Any, counts: Mapping[str, int], kept: Mapping[str, Kept]) -> Any:
   graphdef, params, tau, rest = nnx.split(model, nnx.Param, Tau, ...)
   trees = shrink_tree({"params": nnx.to_pure_dict(params), "tau": nnx.to_pure_dict(tau)}, kept)
   nnx.replace_by_pure_dict(params, trees["params"])
@@ -217,8 +220,8 @@ def _language_model_loss(model: LanguageModel, batches: list) -> float:
     return jnp.sum(nats * mask), jnp.sum(mask)
 
   each = [jax.device_get(sums(weights, *batch_parts(batch))) for batch in batches]
-  nats, weight = np.sum(each, axis=0, dtype=np.float64)
-  return float(nats / weight)
+  total = np.asarray(each, np.float64).sum(axis=0)
+  return float(total[0] / total[1])
 
 
 def _mean_loss(model: nnx.Module, batches: list, loss: Callable[[Any, Any], Any]) -> float:

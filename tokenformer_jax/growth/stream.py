@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ class LeafStream:
   shape: tuple[int, ...]
   dtype: np.dtype
   rows: int
-  read: Callable[[int, int], np.ndarray]
+  read: Callable[[int, int], Any]
 
   @property
   def nbytes(self) -> int:
@@ -113,14 +114,16 @@ class _LeafHandler(type_handlers.TypeHandler):
   def typestr(self) -> str:
     return "jax.Array"  # Other handlers restore them as arrays.
 
-  async def metadata(self, infos):
+  async def metadata(self, infos: Sequence[type_handlers.ParamInfo]) -> Any:
     return await type_handlers.NumpyHandler().metadata(infos)
 
-  async def deserialize(self, infos: Sequence[type_handlers.ParamInfo], args=None) -> list[LeafStream]:
+  async def deserialize(self, infos: Sequence[type_handlers.ParamInfo], args: Any = None) -> list[LeafStream]:
     del args
     return [await _open(info) for info in infos]
 
-  async def serialize(self, values: Sequence[LeafStream], infos: Sequence[type_handlers.ParamInfo], args=None) -> list:
+  async def serialize(
+    self, values: Sequence[LeafStream], infos: Sequence[type_handlers.ParamInfo], args: Any = None
+  ) -> list:
     del args
     for leaf, info in zip(values, infos):
       await info.await_path_creation()
@@ -150,7 +153,8 @@ async def _open(info: type_handlers.ParamInfo) -> LeafStream:
     except ValueError as error:  # tensorstore raises it for missing and for damaged files.
       raise ValueError(f"{info.parent_dir}: {info.name} cannot be read; choose another checkpoint. {error}") from None
 
-  rows = store.chunk_layout.read_chunk.shape[0] if store.rank else 1
+  chunk = store.chunk_layout.read_chunk.shape
+  rows = (chunk[0] or 1) if chunk else 1
   return LeafStream(store.shape, store.dtype.numpy_dtype, rows, read)
 
 
@@ -167,7 +171,7 @@ def _write(leaf: LeafStream, info: type_handlers.ParamInfo) -> None:
     arg=save_args(leaf),
   )
   store = ts.open(spec, create=True, open=True, context=info.ts_context).result()
-  under_way = collections.deque()
+  under_way: collections.deque[tuple[Any, int]] = collections.deque()
   for start, stop in slices:
     block = leaf.read(start, stop)
     if block.shape != (*(stop - start,) * bool(leaf.shape), *leaf.shape[1:]) or block.dtype != leaf.dtype:

@@ -105,7 +105,9 @@ def _sums(model: nnx.Module, apply: Callable[[Any, Any], Any] | None) -> Callabl
   return lambda batch: sums(state, batch)
 
 
-def _by_path(module: nnx.Module, recorded: list[tuple[Pattention, jax.Array]], real, prefix: str) -> dict:
+def _by_path(
+  module: nnx.Module, recorded: list[tuple[Pattention, jax.Array]], real: jax.Array | None, prefix: str
+) -> dict:
   """(Σ|w|, Σ mass, number of rows) of each recorded layer, by its path below `module`."""
   paths = {id(layer): prefix + "/".join(map(str, path)) for path, layer in nnx.iter_modules(module)}
   found: dict[str, tuple] = {}
@@ -140,7 +142,7 @@ def tau_factor(layer: TokenLayer, mass: np.ndarray, kept: np.ndarray) -> np.ndar
   return share if layer.theta == "softmax" else np.sqrt(share)
 
 
-def batch_parts(batch) -> tuple:
+def batch_parts(batch: Any) -> tuple:
   """(inputs, labels, weights, positions, segments) of a `data.Batch` or of token ids [B, T], T at least 2."""
   if hasattr(batch, "inputs"):
     weights = np.ones(batch.labels.shape, np.float32) if batch.weights is None else batch.weights

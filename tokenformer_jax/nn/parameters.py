@@ -98,7 +98,10 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
 def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
   """The logical axes of every parameter and every τ, as trees like those of `split`."""
   _, parameters, tau = nnx.split(module, nnx.Param, Tau)
-  return tuple(
-    nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
-    for state in (parameters, tau)
-  )
+
+  def axes_of(state: nnx.State) -> Tree:
+    return nnx.to_pure_dict(
+      jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    )
+
+  return axes_of(parameters), axes_of(tau)

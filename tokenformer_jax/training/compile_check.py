@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class Check:
   @property
   def sent_seconds(self) -> dict[tuple[str, ...], float]:
     """Time of what is sent, by mesh axes; each mesh axis is taken to have a closed ring of the slice to itself."""
-    seconds = Counter()
+    seconds: dict[tuple[str, ...], float] = defaultdict(float)
     for collective in self.sent or ():
       physical = min(len(collective.axes), self.chip.torus_axes)
       seconds[collective.axes] += collective.bytes_sent / (self.chip.axis_bandwidth * physical)

@@ -62,8 +62,8 @@ def _time_lines(one: Check) -> list[str]:
     f"  {'arguments read once':26} {sum(one.held.values()) / 1e9:10.4f} GB: {1e3 * one.memory_seconds:.3f} ms",
   ]
   for axes, seconds in sorted(one.sent_seconds.items()):
-    along = [collective for collective in one.sent if collective.axes == axes]
-    kinds = Counter()
+    along = [collective for collective in one.sent or () if collective.axes == axes]
+    kinds: Counter[str] = Counter()
     for collective in along:
       kinds[collective.kind] += collective.trips
     times = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
