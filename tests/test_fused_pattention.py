@@ -14,8 +14,8 @@ from tokenformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from tokenformer_jax.distributed.axes import batch_sharding, replicated, traced_on
 from tokenformer_jax.distributed.chips import CHIPS
 from tokenformer_jax.distributed.topologies import can_compile, kept_out_of_the_cache, slice_mesh
-from tokenformer_jax.kernels import fused_pattention as kernel
-from tokenformer_jax.kernels import gelu
+from tokenformer_jax.kernels import fused_pattention as fused_module
+from tokenformer_jax.kernels import gelu, pattention_kernels
 from tokenformer_jax.kernels.fused_pattention import fused_pattention
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
@@ -27,9 +27,9 @@ N, D, E = 384, 128, 256
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   # With these sizes the inputs have several blocks of rows and of tokens, and several chunks.
-  monkeypatch.setattr(kernel, "_ROWS", 16)
-  monkeypatch.setattr(kernel, "_TOKENS", 128)
-  monkeypatch.setattr(kernel, "_CHUNK", 32)
+  monkeypatch.setattr(pattention_kernels, "_ROWS", 16)
+  monkeypatch.setattr(pattention_kernels, "_TOKENS", 128)
+  monkeypatch.setattr(fused_module, "_CHUNK", 32)
 
 
 def arguments(dtype=jnp.float32, shape=(2, 25), far=()):
