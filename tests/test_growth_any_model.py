@@ -126,3 +126,13 @@ def test_forms_for_inference_are_neither_grown_nor_shrunk():
       tf.grow(form, ffn_tokens=512)
     with pytest.raises(ValueError, match=f"{message}.* cannot be shrunk"):
       tf.shrink(form, [np.zeros((1, 4), int)], ffn_tokens=128)
+
+
+@pytest.mark.parametrize("method", ["exact", "live", "duplicate"])
+def test_tokens_stored_in_bfloat16_grow_in_bfloat16(method):
+  layer = tf.Pattention(6, 8, 12, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  bigger, _ = tf.grow(layer, num_tokens=24, method=method)
+  assert bigger.keys.dtype == bigger.values.dtype == jnp.bfloat16 and bigger.keys.shape == (24, 6)
+  np.testing.assert_allclose(bigger(X), layer(X), atol=0.02)
+  back, _ = tf.shrink(bigger, [X], num_tokens=12)
+  assert back.keys.shape == (12, 6)

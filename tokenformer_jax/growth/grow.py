@@ -25,6 +25,7 @@ from tokenformer_jax.config import GrowthConfig, ModelConfig
 from tokenformer_jax.growth.layers import new_counts, path_name, token_layers, with_counts
 from tokenformer_jax.growth.plan import LeafPlan, NewRows, plan_growth, plan_leaves
 from tokenformer_jax.growth.report import GrowthReport
+from tokenformer_jax.kernels.products import sum_dtype
 from tokenformer_jax.nn.parameters import Tau
 from tokenformer_jax.nn.pattention import require_float_tokens
 
@@ -202,7 +203,7 @@ def _random_rows(shape: tuple[int, ...], key: jax.Array, first_layer: jax.Array 
 def _live_rows(keys: jax.Array, num_new: int, key: jax.Array, first_layer: jax.Array | int) -> jax.Array:
   """√(m/n) · O R for each layer of keys [..., n, d], with m new rows."""
   n, d = keys.shape[-2:]
-  layers = keys.reshape(-1, n, d)
+  layers = keys.astype(sum_dtype(keys.dtype)).reshape(-1, n, d)
 
   def of_layer(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     keys_NxD, key = inputs
@@ -240,7 +241,7 @@ def check_leaf_rank(leaf: Any, plan: LeafPlan) -> None:
   num_new = plan.new_shape[plan.axis] - plan.old_shape[plan.axis]
   if num_new >= min(n, d):
     return
-  rank = int(jnp.max(jnp.linalg.matrix_rank(leaf)))
+  rank = int(jnp.max(jnp.linalg.matrix_rank(jnp.asarray(leaf, sum_dtype(leaf.dtype)))))
   if num_new < rank:
     raise ValueError(
       f"{plan.path}: {n} -> {n + num_new} tokens: method='live' needs as many new keys as the old ones have "

@@ -84,7 +84,7 @@ def plan_leaves(
       that of its layer.
   """
   _check_counts(layers, counts, growth)
-  owners = {f"{path}/{name}": (layer, name) for path, layer in layers.items() for name in layer.rows}
+  owners = {f"{path}/{name}".lstrip("/"): (layer, name) for path, layer in layers.items() for name in layer.rows}
   plan = {}
   for path, leaf in leaves_by_path(shapes).items():
     root, _, inside = path.partition("/")

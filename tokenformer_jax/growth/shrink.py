@@ -178,7 +178,10 @@ def shrink_tree(tree: Any, kept: Mapping[str, Kept]) -> Any:
 def kept_of(path: str, kept: Mapping[str, Kept]) -> Kept | None:
   """What stays of the layer that the leaf at `path` belongs to or mirrors; None where the leaf does not change."""
   parent, _, name = path.rpartition("/")
-  return next((one for layer, one in kept.items() if parent.endswith(f"/{layer}") and name in one.leaves), None)
+  # The path of a layer that is the whole model is empty.
+  return next(
+    (one for layer, one in kept.items() if parent.endswith(f"/{layer}".rstrip("/")) and name in one.leaves), None
+  )
 
 
 def shrink_leaf(path: str, leaf: Any, kept: Mapping[str, Kept], first_layer: int = 0) -> Any:

@@ -58,7 +58,7 @@ def token_usage(
   values = leaves_by_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   usage = {}
   for path, (absolute, mass, rows) in total.items():
-    norms = np.linalg.norm(np.asarray(values[f"{path}/values"], np.float64), axis=-1)
+    norms = np.linalg.norm(np.asarray(values[f"{path}/values".lstrip("/")], np.float64), axis=-1)
     rows = np.asarray(rows)[..., None]
     usage[path] = Usage(norms * absolute / rows, mass / rows)
     if not np.all(np.isfinite(usage[path].use)):
