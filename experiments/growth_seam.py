@@ -1,4 +1,4 @@
-"""Growth in the midst of a run, beside no growth, growth as released, and the big model from scratch.
+"""Growth in the middle of a run, beside no growth, growth as released, and the big model from scratch.
 
     python -m experiments.growth_seam --workdir=runs/growth_seam
 
@@ -16,11 +16,12 @@ Held-out loss over that of the run without growth at the same step, mean of 3 se
 | 4 | released growth, restarted | +12.27 | +9.00 | +3.93 | -0.83 | -5.00 | -3.23 | +12.27 | 1.4494 (1.4555, 1.4470, 1.4458) |
 | 4 | from scratch | -6.04 | -6.05 | -6.27 | -6.22 | -5.99 | -7.58 | -5.97 | 1.3842 (1.3759, 1.3773, 1.3995) |
 
-The default is at no evaluation above the run without growth, and ends below it. It does not end below the other two.
+The default is above the run without growth at no evaluation and ends below it. It does not end below the other two.
 Released growth, whose cosine falls over all 1,000 steps, ends 0.5 % (2 ×) and 1.1 % (4 ×) lower, after up to 300 steps
-above the run without growth. The big model from scratch saw all 3,000 steps at its size, for 1.4 and 1.8 times the
-arithmetic of the grown one, and here, where 32 tokens a projection are the small model's limit, is 2.5 % and 5.5 %
-lower. New rows that are livelier end lower and disturb more: growth_recipes.py.
+above the run without growth. The big model from scratch is trained at its size for all 3,000 steps, which takes 1.4 and
+1.8 times the arithmetic of the grown one. It ends 2.5 % and 5.5 % lower here, where 32 tokens in each projection are
+what limits the small model. `growth_recipes.py` has methods that end lower. The table is from commit 7005107, in which
+the first update of a run had rate 0.
 """
 
 import dataclasses
@@ -155,5 +156,5 @@ def plot(seeds, path: pathlib.Path) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", "runs/growth_seam", "Folder of the runs; run again to go on with them.")
+  flags.DEFINE_string("workdir", "runs/growth_seam", "Folder of the runs; run again to resume them.")
   command.run(main)

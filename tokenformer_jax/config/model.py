@@ -17,12 +17,21 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 class ModelConfig(Checked):
   """A TokenFormer language model (arXiv 2410.23168, section 3).
 
-  `qkv_tokens` parameter tokens in each of query, key and value; `proj_tokens` in the attention's
-  output projection; `ffn_tokens` in the feed-forward. These three are what growth changes.
-
-  `remat`: what the backward pass computes again instead of keeping it: `none`, only norms and Θ; `dots`, all but
-  products with parameters; `full`, a layer from its input. `kernel` of pattention: the `reference`; `fused`
-  (`kernels/fused_pattention.py`), on TPUs; `auto`, the fastest, which no measurement has yet shown `fused` to be.
+  Attributes:
+    vocab_size: token ids, those that only pad the vocabulary included.
+    num_layers, hidden_size, num_heads: L, d and H; each head has d / H channels.
+    qkv_tokens: parameter tokens in each of query, key and value. Growth changes this and the next two numbers alone.
+    proj_tokens: parameter tokens in the attention's output projection.
+    ffn_tokens: parameter tokens in the feed-forward.
+    seq_length: the most tokens that the model reads at once.
+    theta, gelu: Θ and its GELU (`nn/theta.py`).
+    rotary_fraction: the share of each head's channels that rotate.
+    rotary_base: the base of the rotary frequencies.
+    compute_dtype: dtype of products and activations; parameters and sums are float32 or wider.
+    remat: what the backward pass recomputes instead of keeping it. `none`: norms and Θ. `dots`: everything but the
+      products with parameters. `full`: a whole layer from its input.
+    kernel: how pattention is computed: by the `reference`, or `fused` on TPUs (`kernels/fused_pattention.py`). `auto`
+      is the fastest that was measured, which is the reference so far.
   """
 
   vocab_size: int

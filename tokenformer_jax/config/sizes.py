@@ -1,6 +1,6 @@
 """Named model sizes: the released models, the growth chains of the paper and of the release, and small ones."""
 
-# name: layers, hidden, heads, tokens in each of q, k, v and proj, feed-forward tokens, sequence length
+# Name: layers, hidden size, heads, tokens in each of q, k, v and proj, feed-forward tokens, sequence length
 NAMED_SIZES = {
   # For CPUs and tests.
   "tiny": (2, 64, 4, 64, 256, 128),
