@@ -120,7 +120,9 @@ class GrowthConfig(Checked):
     stages: the growths of the run, by rising step.
     method: how new rows begin (`growth.grow`):
       `exact`: keys zero, values random, τ unchanged; the function stays.
-      `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays.
+      `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays. An
+        average of the weights (`ema_decay`) gets the new keys of the weights themselves, so its own function changes as
+        far as its keys differ from theirs.
       `released`: keys and values random, τ that of a new layer; the function changes, as in the released code.
       `duplicate`: all rows repeated, each value divided unevenly among its copies, τ to fit; the function stays. The
         new count must be a multiple of the old one. Copies are as old as the rows that they were copied from, so
