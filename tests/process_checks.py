@@ -10,7 +10,6 @@ import runpy
 from absl import app, flags
 
 from tests import small_run
-from tokenformer_jax.cli import generate, process_flags
 from tokenformer_jax.config import Config
 
 REFUSED_WORKDIR = "refused"
@@ -41,4 +40,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+  # A command's module defines its flags, some of which other commands define too: tests import only the names above.
+  from tokenformer_jax.cli import generate, process_flags
+
   app.run(main)
