@@ -228,6 +228,18 @@ def test_held_out_losses_are_those_of_the_averaged_weights_on_every_set(second):
     assert abs(logged - plain) > 1e-4
 
 
+def test_a_loaded_model_has_the_averaged_weights_unless_the_weights_are_asked_for(second):
+  config, workdir, *_ = second
+  state = Checkpoints(str(workdir)).restore(1, make_program(config, GROWN, small_run.mesh(data=8)).shapes)
+  small_run.assert_same(split(tf.load(str(workdir), average=False))[1], state.params)
+  averaged = jax.tree.map(lambda weight, lag: weight - lag, state.params, state.opt_state[-1].lag)
+  small_run.assert_close(split(tf.load(str(workdir)))[1], averaged, 1e-6)
+  mesh = small_run.mesh(token=8)
+  sharded = tf.load(str(workdir), mesh=mesh)
+  assert sharded.blocks.ffn.keys[...].sharding.mesh == mesh
+  small_run.assert_close(split(sharded)[1], averaged, 1e-6)
+
+
 def test_a_sample_begins_with_its_prompt_and_leaves_nothing_on_the_devices(second):
   _, workdir, _, held = second
   ((step, sample),) = read_samples(str(workdir))

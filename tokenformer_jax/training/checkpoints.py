@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -24,9 +25,10 @@ from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.plan import leaves_by_path, path_name
 from tokenformer_jax.growth.stream import save_args, stream_handler
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.nn.parameters import Tree, logical_axes, split
 from tokenformer_jax.paths import is_uri, user_path
 from tokenformer_jax.training.state import TrainState, abstract_model
+from tokenformer_jax.training.weight_average import LAG
 
 TOKENIZER = "tokenizer.json"
 
@@ -100,7 +102,9 @@ class Checkpoints:
     self._manager.close()
 
 
-def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+def load(
+  workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, *, average: bool = True
+) -> LanguageModel:
   """Returns the model of a training run, or one that `save` or `export` wrote, ready to call.
 
   Args:
@@ -108,6 +112,8 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
     step: which checkpoint; by default the newest.
     mesh: where the parameters go; by default the first device, or with several processes all devices, each
       with a copy.
+    average: take the average of the weights where the run keeps one (`optimizer.ema_decay`), as its evaluations and
+      samples do. False takes the weights themselves, from which training would continue.
 
   Raises:
     ValueError: there is no checkpoint, or none of that step.
@@ -138,7 +144,10 @@ def load(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None =
       )
     )
     item = _restore(manager, step, ocp.args.StandardRestore, model=target)["model"]
-  return nnx.merge(graphdef, item["params"], item["tau"])
+    params = item["params"]
+    if average and (lag := _restore_lag(manager, step, target["params"])) is not None:
+      params = jax.tree.map(jnp.subtract, params, lag)
+  return nnx.merge(graphdef, params, item["tau"])
 
 
 def load_tokenizer(workdir: str) -> data.Tokenizer:
@@ -220,6 +229,36 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Callable[[Any], oc
           f"{here.get(path, 'nothing')} in this run; use the configuration that it was saved with."
         )
   return manager.restore(step, args=ocp.args.Composite(**{part: args(target) for part, target in targets.items()}))
+
+
+def _restore_lag(manager: ocp.CheckpointManager, step: int, params: Tree) -> Tree | None:
+  """Returns the distance of the weights from their average (`weight_average`), None if the run keeps no average.
+
+  Args:
+    params: the shapes and shardings of the parameters, which are also those of the distance.
+  """
+  stored = manager.item_metadata(step)["optimizer"].tree
+  shapes = {f"/{LAG}/{path}": leaf for path, leaf in leaves_by_path(params).items()}
+
+  def wanted(path, _):
+    return next((leaf for name, leaf in shapes.items() if path_name(path).endswith(name)), ocp.PLACEHOLDER)
+
+  target = jax.tree_util.tree_map_with_path(wanted, stored)
+  if all(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(target)):
+    return None
+  restore_args = jax.tree.map(
+    lambda leaf: leaf if leaf is ocp.PLACEHOLDER else ocp.ArrayRestoreArgs(sharding=leaf.sharding), target
+  )
+  # Only this handler leaves placeholders unread.
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    restored = checkpointer.restore(
+      manager.directory / str(step) / "optimizer",
+      args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args),
+    )
+  leaves = {
+    path.rpartition(f"/{LAG}/")[2]: leaf for path, leaf in leaves_by_path(restored).items() if f"/{LAG}/" in path
+  }
+  return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], params)
 
 
 def _whole_steps(manager: ocp.CheckpointManager) -> list[int]:

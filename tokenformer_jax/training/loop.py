@@ -107,7 +107,7 @@ class _Run:
     program = make_program(config, config.model, self.mesh)
     if not config.init_from:
       return program, program.initial_state()
-    source = load(config.init_from, mesh=self.mesh)
+    source = load(config.init_from, mesh=self.mesh, average=False)
     check_same_weights(source.config, config.model, config.init_from)
     check_same_tokenizer(
       load_tokenizer(config.init_from).fingerprint, self.data.tokenizer, f"init_from={config.init_from}"

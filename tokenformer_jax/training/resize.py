@@ -97,7 +97,7 @@ def shrink_run(
   count = config.training.eval_batches
   usage_on, loss_on = itertools.islice(text.train_batches(), count), text.held_out_batches(count)
   counts = counts_of(layers_of(source.model), model)
-  rows, report = least_used(load(workdir, source.step), counts, usage_on, loss_on)
+  rows, report = least_used(load(workdir, source.step, average=False), counts, usage_on, loss_on)
   source.write(output, config, lambda path, leaf: shrunk(path, leaf, rows))
   return report
 

@@ -9,6 +9,9 @@ import optax
 from tokenformer_jax.nn.parameters import Tree
 from tokenformer_jax.training.state import TrainState
 
+# The name of the field below in the paths of a checkpoint's leaves.
+LAG = "lag"
+
 
 class WeightAverageState(NamedTuple):
   """State of `average_weights`.
