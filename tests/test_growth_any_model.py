@@ -136,3 +136,39 @@ def test_tokens_stored_in_bfloat16_grow_in_bfloat16(method):
   np.testing.assert_allclose(bigger(X), layer(X), atol=0.02)
   back, _ = tf.shrink(bigger, [X], num_tokens=12)
   assert back.keys.shape == (12, 6)
+
+
+class Nested(nnx.Module):
+  """Layers whose paths end in one another's."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    self.a = tf.Pattention(6, 6, 8, rngs=rngs)
+    self.z = nnx.Dict(a=tf.Pattention(6, 6, 10, rngs=rngs))
+
+  def __call__(self, x):
+    return self.z["a"](self.a(x))
+
+
+@pytest.mark.parametrize("path, sizes", [("a", (32, 10)), ("z/a", (8, 32))])
+def test_a_path_that_ends_in_anothers_is_a_layer_of_its_own(path, sizes):
+  model = Nested(nnx.Rngs(0))
+  bigger, _ = tf.grow(model, {path: 32}, method="live")
+  assert (len(bigger.a.keys), len(bigger.z["a"].keys)) == sizes
+  np.testing.assert_allclose(bigger(X), model(X), atol=1e-6)
+  back, report = tf.shrink(bigger, [X], counts={path: 8 if path == "a" else 10})
+  np.testing.assert_allclose(back(X), model(X), atol=1e-6)
+  assert [sizes[:2] for sizes in report.tokens.values() if sizes[0] == sizes[1]]
+
+
+class Wrapper(nnx.Module):
+  """A language model with a layer of one's own."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    self.config = tf.ModelConfig.named("tiny", vocab_size=16, num_layers=1)
+    self.model = tf.LanguageModel(self.config, rngs=rngs)
+    self.adapter = tf.Pattention(6, 6, 8, rngs=rngs)
+
+
+def test_a_layer_beside_a_language_model_has_a_count_of_its_own():
+  bigger, _ = tf.grow(Wrapper(nnx.Rngs(0)), num_tokens=16, ffn_tokens=512)
+  assert len(bigger.adapter.keys) == 16 and bigger.config.ffn_tokens == bigger.model.config.ffn_tokens == 512

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests import small_run
 from tests.parity_table import golden, model_config, under
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.mesh import make_mesh
@@ -44,12 +45,12 @@ def save(path, arrays, dtype="float32", metadata=None):
   return path
 
 
-def shard(folder, arrays, suffix):
+def shard(folder, arrays, suffix, metadata=None):
   """Two files and their index; returns the folder."""
   names = sorted(arrays)
   parts = {f"part-{i}{suffix}": names[i::2] for i in range(2)}
   for file, part in parts.items():
-    save(folder / file, {name: arrays[name] for name in part})
+    save(folder / file, {name: arrays[name] for name in part}, metadata=metadata)
   stem = "pytorch_model.bin" if suffix == ".bin" else "model.safetensors"
   weight_map = {name: file for file, part in parts.items() for name in part}
   # With the byte-order mark that some editors write.
@@ -274,6 +275,12 @@ def test_tau_is_read_from_the_metadata(tmp_path, released):
   read = split(from_pretrained(path, config))[2]["blocks"]
   assert read["attention"]["key"]["tau"].tolist() == [tau[f"sequential.{i}.attention.key"] for i in (2, 3)]
   assert read["ffn"]["tau"].tolist() == [tau["sequential.2.mlp"], tau["sequential.3.mlp"]]
+  # The shards of a model each carry the metadata of the whole.
+  folder = shard(tmp_path, arrays, ".safetensors", {TAU_KEY: json.dumps(tau)})
+  small_run.assert_same(split(from_pretrained(folder, config))[2], split(from_pretrained(path, config))[2])
+  save(folder / "part-1.safetensors", {name: arrays[name] for name in sorted(arrays)[1::2]}, metadata={TAU_KEY: "{}"})
+  with pytest.raises(ValueError, match="part-1.safetensors has another 'tokenformer_jax.tau'"):
+    from_pretrained(folder, config)
 
 
 SIZES = dict(

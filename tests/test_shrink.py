@@ -17,7 +17,7 @@ from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.layers import leaves_by_path
 from tokenformer_jax.growth.plan import counts_of, layers_of
 from tokenformer_jax.growth.shrink import Kept, most_used, shrink_tree
-from tokenformer_jax.growth.usage import Usage, token_usage
+from tokenformer_jax.growth.usage import Usage, tau_factor, token_usage
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.program import make_program
@@ -128,6 +128,20 @@ def test_untrained_growth_is_undone_to_the_bit(theta):
   usage = token_usage(nnx.merge(graphdef, grown.params, grown.tau), BATCHES)
   kept = most_used(usage, layers, counts_of(layers, config))
   small_run.assert_same(shrink_tree(grown, kept), state)
+
+
+def test_what_an_optimizer_keeps_of_tau_stays():
+  kept = {"blocks/ffn": Kept(np.array([[0, 1], [0, 2]]), np.array([0.5, 0.25]))}
+  tau = jnp.array([4.0, 4.0])
+  state = {"tau": {"blocks": {"ffn": {"tau": tau}}}, "tau_opt_state": {"mu": {"blocks": {"ffn": {"tau": tau}}}}}
+  shrunk = leaves_by_path(shrink_tree(state, kept))
+  assert shrunk["tau/blocks/ffn/tau"].tolist() == [2.0, 1.0]
+  assert shrunk["tau_opt_state/mu/blocks/ffn/tau"].tolist() == [4.0, 4.0]
+
+
+def test_a_layer_whose_scores_are_all_zero_keeps_its_tau():
+  layer = layers_of(MODEL)["blocks/ffn"]
+  assert tau_factor(layer, np.zeros((2, 16)), np.zeros((2, 4), int)).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.slow

@@ -13,7 +13,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from tests.object_store import _Bucket, bucket  # noqa: F401
 from tokenformer_jax.data.documents import BadText, text_files
-from tokenformer_jax.data.files import BrokenFile, lines, matches, relative, text_size
+from tokenformer_jax.data.files import (
+  BrokenFile,
+  _compression,
+  _Decompressed,
+  lines,
+  matches,
+  relative,
+  text_size,
+)
 
 COMPRESSIONS = ("gzip", "bzip2", "xz", "zstd")
 TEXT = b"".join(b"line %d\n" % (i * i) for i in range(2000))
@@ -69,6 +77,26 @@ def test_zstd_without_its_package_names_the_extra(file, monkeypatch):
   with pytest.raises(ValueError, match=r"pip install 'tokenformer_jax\[zstd\]'") as error:
     text_of(path)
   assert not isinstance(error.value, BrokenFile)  # Or bad_text=skip would leave out all files without an error.
+
+
+@pytest.mark.parametrize("compression, most", [("bzip2", 2**20), ("xz", 2**20), ("zstd", 2**26)])
+def test_text_that_was_compressed_a_thousandfold_is_decompressed_in_parts(compression, most, file):
+  raw = compress(compression, b"\n" * 2**27)
+  assert len(raw) < 2**17
+  held = []
+
+  class Watched(_Decompressed):
+    def _read_more(self):
+      more = super()._read_more()
+      held.append(len(self._text))
+      return more
+
+  with open(file(raw), "rb") as opened:
+    total = 0
+    stream = io.BufferedReader(Watched(opened, _compression(raw[:10])))
+    while part := stream.read(2**22):
+      total += len(part)
+  assert total == 2**27 and max(held) <= most
 
 
 def zip_of(text):

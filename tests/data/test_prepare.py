@@ -79,6 +79,19 @@ class Stopped(Exception):
   pass
 
 
+def test_a_folder_that_lost_bytes_is_refused_and_not_filled_up(texts, small_batches, tmp_path):
+  def stop(size):
+    raise Stopped
+
+  with pytest.raises(Stopped):
+    prepare(texts, ByteTokenizer(), tmp_path / "lost", progress=lambda size: stop(size) if size else None)
+  manifest = json.loads((tmp_path / "lost" / "manifest.json").read_text())
+  assert manifest["tokens"]
+  (tmp_path / "lost" / "tokens.bin").write_bytes(b"")
+  with pytest.raises(ValueError, match=r"tokens\.bin has 0 bytes where manifest\.json says .*: a part of it was lost"):
+    prepare(texts, ByteTokenizer(), tmp_path / "lost")
+
+
 @pytest.mark.parametrize("after", [0, 900, 5000])
 def test_a_run_stopped_anywhere_is_resumed_to_the_same_files(after, texts, small_batches, tmp_path):
   done = 0

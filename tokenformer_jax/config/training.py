@@ -30,7 +30,7 @@ class OptimizerConfig(Checked):
       momentum (usually 0.95) and both for the parameters that it leaves to Adam.
     eps: added to the denominators of `adamw` and `muon`.
     weight_decay: decoupled decay, times the learning rate. The final norm is not decayed.
-    clip_norm: the largest global norm of the gradients; a large number such as 1e9 turns clipping off.
+    clip_norm: the largest global norm of the gradients; inf turns clipping off.
     z_loss: coefficient of the mean of log² Σ exp(logits) in the loss.
     first_moment_dtype, second_moment_dtype: types of the running means between updates; bfloat16 saves 2 bytes a
       parameter each. The second applies to `adamw` only.
@@ -41,6 +41,8 @@ class OptimizerConfig(Checked):
     ema_decay: decay of an exponential moving average of the weights, which evaluations and samples then use; 0 keeps
       no average. The average of the first updates is shorter: the decay of update n is at most n / (n + 9).
   """
+
+  may_be_infinite: ClassVar[tuple[str, ...]] = ("clip_norm",)
 
   schedule: str = "warmup_stable_decay"
   learning_rate: float = 6e-4

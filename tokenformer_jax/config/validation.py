@@ -36,9 +36,11 @@ class Checked:
 
   Attributes:
     renamed: earlier names of fields, and the fields that they name today. `build` reads both.
+    may_be_infinite: fields for which infinity has a meaning; all others must be finite.
   """
 
   renamed: ClassVar[dict[str, str]] = {}
+  may_be_infinite: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self) -> None:
     for field, kind in _field_types(type(self)).items():
@@ -47,7 +49,7 @@ class Checked:
         object.__setattr__(self, field, float(value))
       elif kind in (int, float, str, bool) and type(value) is not kind:
         raise ValueError(f"{field}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
-      if kind is float and not math.isfinite(value):
+      if kind is float and not math.isfinite(value) and not (value == math.inf and field in self.may_be_infinite):
         raise ValueError(f"{field}={value!r}: must be a finite number.")
     self.validate()
 

@@ -13,6 +13,9 @@ from tokenformer_jax.paths import is_uri, user_path
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK = 2**16  # Bytes that are read from a compressed file at once.
+# Bytes of text that bzip2 and xz give at once, and compressed bytes that zstd gets at once. Without these limits a few
+# hundred bytes could become gigabytes of text in memory.
+_MOST_TEXT, _ZSTD_PIECE = 2**20, 2**10
 
 
 class BrokenFile(ValueError):
@@ -198,6 +201,7 @@ class _Decompressed(io.RawIOBase):
     self._name = compression.name
     self._new, self._errors = compression.open()
     self._file, self._decompressor, self._text = file, self._new(), memoryview(b"")
+    self._raw = b""  # Read and not yet decompressed.
     self._at_start = True  # At the start of a stream the file may end.
 
   def readable(self) -> bool:
@@ -214,23 +218,28 @@ class _Decompressed(io.RawIOBase):
 
   def _read_more(self) -> bool:
     """Decompresses some more; False at the end of the file."""
-    raw = b""
     if self._decompressor.eof:
-      raw = self._decompressor.unused_data
+      self._raw = self._decompressor.unused_data + self._raw
       self._decompressor, self._at_start = self._new(), True
-    raw = raw or self._file.read(CHUNK)
-    if not raw and self._at_start:
-      return False
-    if not raw:
-      raise _BrokenStream(self._name, "the file ends inside the stream")
-    if self._at_start:
-      raw = raw.lstrip(b"\0")
-    if raw:
-      self._at_start = False
-      try:
-        self._text = memoryview(self._decompressor.decompress(raw))
-      except self._errors as error:
-        raise _BrokenStream(self._name, first_line(error)) from None
+    limited = hasattr(self._decompressor, "needs_input")
+    piece = b""
+    if not limited or self._decompressor.needs_input:
+      self._raw = self._raw or self._file.read(CHUNK)
+      if not self._raw and self._at_start:
+        return False
+      if not self._raw:
+        raise _BrokenStream(self._name, "the file ends inside the stream")
+      if self._at_start:
+        self._raw = self._raw.lstrip(b"\0")
+        if not self._raw:
+          return True
+      size = _ZSTD_PIECE if self._name == "zstd" else CHUNK
+      piece, self._raw = self._raw[:size], self._raw[size:]
+    self._at_start = False
+    try:
+      self._text = memoryview(self._decompressor.decompress(piece, *([_MOST_TEXT] if limited else [])))
+    except self._errors as error:
+      raise _BrokenStream(self._name, first_line(error)) from None
     return True
 
 

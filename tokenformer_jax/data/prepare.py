@@ -80,7 +80,12 @@ def prepare(
     (LENGTHS, manifest["documents"] * 8),
   ):
     with open(folder / name, "ab") as file:
-      file.truncate(size)
+      if file.tell() < size:
+        raise ValueError(
+          f"{folder / name} has {file.tell()} bytes where {MANIFEST} says {size}: a part of it was lost; remove the "
+          "folder and prepare the text again."
+        )
+      file.truncate(size)  # What a stopped process wrote after its last commit.
   progress(_skip(documents, manifest, digest, folder))
   _commit(folder, manifest, ())
   _append(documents, tokenizer, dtype, folder, manifest, digest, progress)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jax.sharding import Sharding
 HEARTBEAT_SECONDS = 100
 # The exit code that a shell reports for a process that SIGTERM ended.
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
+# The most of an error's text that other processes are told.
+_ERROR_BYTES = 4096
 
 _alone_got_sigterm = threading.Event()  # Set by the signal handler of a run of one process.
 
@@ -84,6 +87,31 @@ def check_agree(**values: Any) -> None:
         f"{name} is not the same on all {jax.process_count()} processes: {others.tolist()} differ from process 0; "
         "start all of them with the same command, on a shared file system."
       )
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+  """Runs `action` on the first process. An error that it raises there is raised on all processes.
+
+  Otherwise the others would wait for the first process in the next operation that they share.
+
+  Raises:
+    ValueError: a ValueError or an error of the file system on the first process, on the others with its text.
+  """
+  error: ValueError | OSError | None = None
+  if jax.process_index() == 0:
+    try:
+      action()
+    except (ValueError, OSError) as raised:
+      error = raised
+  if jax.process_count() > 1:
+    text = np.zeros(_ERROR_BYTES, np.uint8)
+    said = (f"{type(error).__name__}: {error}" if error else "").encode()[:_ERROR_BYTES]
+    text[: len(said)] = np.frombuffer(said, np.uint8)
+    text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+    if text.any() and error is None:
+      raise ValueError(f"process 0: {bytes(text).rstrip(bytes(1)).decode(errors='replace')}")
+  if error is not None:
+    raise error
 
 
 def share_of_rows(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -136,9 +136,8 @@ def _grow_on(plan: LeafPlan, sharding: Any) -> Callable[..., jax.Array]:
 
 
 def leaf_key(plan: LeafPlan, seed: int) -> jax.Array:
-  """The key of a leaf's new rows; an average of the parameters (`ema`) gets the rows of the parameters."""
-  path = plan.path.replace("ema/", "params/", 1) if plan.path.startswith("ema/") else plan.path
-  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+  """The key of a leaf's new rows."""
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(plan.path.encode()))
   return jax.random.fold_in(key, plan.old_shape[plan.axis] if plan.axis is not None else 0)
 
 
@@ -196,7 +195,9 @@ def _layer_keys(key: jax.Array, first_layer: jax.Array | int, num_layers: int) -
 def _random_rows(shape: tuple[int, ...], key: jax.Array, first_layer: jax.Array | int) -> jax.Array:
   """N(0, 1) of a shape [..., new, channel]; the rows of a layer depend on no other layer."""
   num_layers = math.prod(shape[:-2])
-  rows = jax.vmap(lambda key: jax.random.normal(key, shape[-2:]))(_layer_keys(key, first_layer, num_layers))
+  rows = jax.vmap(lambda key: jax.random.normal(key, shape[-2:], jnp.float32))(
+    _layer_keys(key, first_layer, num_layers)
+  )
   return rows.reshape(shape)
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
@@ -67,6 +68,20 @@ def token_axis(axes: Axes, shape: tuple[int, ...]) -> int:
   return axes.index("param_token") + len(shape) - len(axes)
 
 
+def layer_of(path: str, layers: Iterable[str]) -> str | None:
+  """The layer that a leaf of a model or training state belongs to or mirrors, None if it is of no layer.
+
+  A leaf mirrors a parameter if its path ends in that parameter's path, as an optimizer's moments do. Where the paths of
+  several layers fit, the longest one is meant.
+
+  Args:
+    path: the leaf's path, e.g. `opt_state/1/mu/blocks/ffn/keys`.
+    layers: the paths of all layers of the model; that of a model that is itself a layer is empty.
+  """
+  parent = "/" + path.rpartition("/")[0]
+  return max((layer for layer in layers if parent.endswith(f"/{layer}".rstrip("/"))), key=len, default=None)
+
+
 def new_counts(
   layers: Mapping[str, TokenLayer], by_path: Mapping[str, int] | None, by_name: Mapping[str, int | None]
 ) -> dict[str, int]:
@@ -94,7 +109,7 @@ def new_counts(
         f"{entry}: the model has no such layer; its counts are {', '.join(counts)}, its layers {', '.join(layers)}."
         + nearest(entry.partition("=")[0].partition(":")[0].strip("'"), [*counts, *layers])
       )
-    if not isinstance(number, int) or number < 1:
+    if not isinstance(number, (int, np.integer)) or isinstance(number, bool) or number < 1:
       raise ValueError(f"{entry}: must be a whole number of at least 1.")
     for path in paths:
       if chosen.setdefault(path, number) != number:
@@ -114,9 +129,12 @@ def with_counts(model: nnx.Module, counts: Mapping[str, int]) -> None:
     if not isinstance(config, ModelConfig):
       continue
     start = "".join(f"{name}/" for name in map(str, prefix))
+    fields = {field.name for field in dataclasses.fields(config)}
     numbers: dict[str, int] = {}
     for path, layer in layers.items():
-      if path.startswith(start) and numbers.setdefault(layer.count, counts[path]) != counts[path]:
+      if not path.startswith(start) or layer.count not in fields:
+        continue  # The layer belongs to a module around the configured one and has a count of its own.
+      if numbers.setdefault(layer.count, counts[path]) != counts[path]:
         raise ValueError(
           f"{path}: {counts[path]} tokens where another layer under {layer.count} has {numbers[layer.count]}: the "
           f"model's configuration has one number for all of them; give {layer.count}=… instead of paths."

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from tokenformer_jax.config import GrowthConfig, ModelConfig
-from tokenformer_jax.growth.layers import TokenLayer, leaves_by_path, path_name, token_axis, token_layers
+from tokenformer_jax.growth.layers import TokenLayer, layer_of, leaves_by_path, path_name, token_axis, token_layers
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.theta import initial_tau
 
@@ -84,19 +84,20 @@ def plan_leaves(
       that of its layer.
   """
   _check_counts(layers, counts, growth)
-  owners = {f"{path}/{name}".lstrip("/"): (layer, name) for path, layer in layers.items() for name in layer.rows}
   plan = {}
   for path, leaf in leaves_by_path(shapes).items():
-    root, _, inside = path.partition("/")
-    layer = layers.get(inside.rpartition("/")[0])
-    if root == "tau" and layer is not None and counts[layer.path] != layer.num_tokens:
-      plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, *_tau_then(layer, counts[layer.path], growth))
-      continue
-    owner = next((owners[name] for name in owners if path.endswith("/" + name)), None)
-    if owner is None or counts[owner[0].path] == owner[0].num_tokens:
+    root, name = path.partition("/")[0], path.rpartition("/")[2]
+    owner = layer_of(path, layers)
+    if owner is None or counts[owner] == layers[owner].num_tokens:
       plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, NewRows.NONE)
       continue
-    layer, name = owner
+    layer = layers[owner]
+    if root == "tau":
+      plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, *_tau_then(layer, counts[layer.path], growth))
+      continue
+    if name not in layer.rows:
+      plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, NewRows.NONE)
+      continue
     axis = 0 if root == "born" else token_axis(layer.axes[name], leaf.shape)
     if leaf.shape[axis] != layer.num_tokens:
       raise ValueError(f"{path} {leaf.shape}: axis {axis} should have the model's {layer.num_tokens} tokens.")

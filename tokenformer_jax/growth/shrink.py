@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.growth.layers import TokenLayer, new_counts, path_name, token_layers, with_counts
+from tokenformer_jax.growth.layers import TokenLayer, layer_of, new_counts, path_name, token_layers, with_counts
 from tokenformer_jax.growth.plan import counts_of, layers_of
 from tokenformer_jax.growth.usage import Usage, batch_parts, tau_factor, token_usage
 from tokenformer_jax.models.language_model import LanguageModel
@@ -30,14 +30,14 @@ class Kept:
   """What stays of one layer.
 
   Attributes:
-    rows: indices of the tokens that stay, rising, [n] or [layer, n].
+    rows: indices of the tokens that stay, rising, [n] or [layer, n]; None where all of them do.
     tau_factor: the factor on τ, [] or [layer].
-    leaves: the names of the layer's leaves, e.g. `keys`, `values`, `tau`.
+    parameters: the names of the parameters that have these rows.
   """
 
-  rows: np.ndarray
+  rows: np.ndarray | None
   tau_factor: np.ndarray
-  leaves: tuple[str, ...] = ("keys", "values", "tau")
+  parameters: tuple[str, ...] = ("keys", "values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,7 @@ def least_used(
   elif isinstance(model, LanguageModel):
     losses = _language_model_loss(model, held_out), _language_model_loss(smaller, held_out)
   tokens = {
-    path: (layers[path].num_tokens, counts[path], _lost(one.use, kept[path].rows) if path in kept else 0.0)
-    for path, one in usage.items()
+    path: (layers[path].num_tokens, counts[path], _lost(one.use, kept[path].rows)) for path, one in usage.items()
   }
   old_size, new_size = (
     sum(leaf.size for leaf in jax.tree.leaves(nnx.state(one, nnx.Param))) for one in (model, smaller)
@@ -161,12 +160,15 @@ def _check_counts(layers: Mapping[str, TokenLayer], counts: Mapping[str, int]) -
 def most_used(
   usage: Mapping[str, Usage], layers: Mapping[str, TokenLayer], counts: Mapping[str, int]
 ) -> dict[str, Kept]:
-  """What stays of each layer that loses tokens: the most used; of those used alike, the oldest."""
+  """What stays of each layer: the most used tokens; of those that are used equally, the oldest."""
   kept = {}
   for path, one in usage.items():
-    if counts[path] < layers[path].num_tokens:
-      rows = np.sort(np.argsort(-one.use, axis=-1, kind="stable")[..., : counts[path]], axis=-1)
-      kept[path] = Kept(rows, tau_factor(layers[path], one.mass, rows), (*layers[path].rows, "tau"))
+    layer = layers[path]
+    if counts[path] == layer.num_tokens:
+      kept[path] = Kept(None, np.ones(one.use.shape[:-1]), tuple(layer.rows))
+      continue
+    rows = np.sort(np.argsort(-one.use, axis=-1, kind="stable")[..., : counts[path]], axis=-1)
+    kept[path] = Kept(rows, tau_factor(layer, one.mass, rows), tuple(layer.rows))
   return kept
 
 
@@ -176,18 +178,22 @@ def shrink_tree(tree: Any, kept: Mapping[str, Kept]) -> Any:
 
 
 def kept_of(path: str, kept: Mapping[str, Kept]) -> Kept | None:
-  """What stays of the layer that the leaf at `path` belongs to or mirrors; None where the leaf does not change."""
-  parent, _, name = path.rpartition("/")
-  # The path of a layer that is the whole model is empty.
-  return next(
-    (one for layer, one in kept.items() if parent.endswith(f"/{layer}".rstrip("/")) and name in one.leaves), None
-  )
+  """What stays of the layer whose parameter or τ the leaf at `path` is or mirrors; None where the leaf stays as it is.
+
+  Args:
+    kept: what stays of all layers of the model.
+  """
+  layer = layer_of(path, kept)
+  if layer is None or kept[layer].rows is None:
+    return None
+  is_parameter = path.rpartition("/")[2] in kept[layer].parameters
+  return kept[layer] if is_parameter or path.startswith("tau/") else None
 
 
 def shrink_leaf(path: str, leaf: Any, kept: Mapping[str, Kept], first_layer: int = 0) -> Any:
   """What stays of a leaf; of a stacked one possibly of a slice, its layers from `first_layer` on."""
   one = kept_of(path, kept)
-  if one is None:
+  if one is None or one.rows is None:
     return leaf
   if path.startswith("tau/"):
     factor = one.tau_factor if leaf.ndim == 0 else one.tau_factor[first_layer : first_layer + leaf.shape[0]]
@@ -210,7 +216,9 @@ def _smaller(model: Any, counts: Mapping[str, int], kept: Mapping[str, Kept]) ->
   return smaller
 
 
-def _lost(use: np.ndarray, kept: np.ndarray) -> float:
+def _lost(use: np.ndarray, kept: np.ndarray | None) -> float:
+  if kept is None:
+    return 0.0
   return float(1 - np.take_along_axis(use, kept, axis=-1).sum() / max(use.sum(), 1e-300))
 
 

@@ -58,9 +58,9 @@ def grown(leaf: LeafStream, plan: LeafPlan, seed: int, step: int) -> LeafStream:
   nameless = dataclasses.replace(plan, path="")  # Leaves of one shape share a program.
 
   def grow(old: np.ndarray, first_layer: int) -> np.ndarray:
-    if plan.new_rows is NewRows.LIVE:
-      check_leaf_rank(old, plan)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
+      if plan.new_rows is NewRows.LIVE:
+        check_leaf_rank(old, plan)
       return np.asarray(_grow_slice(old, nameless, leaf_key(plan, seed), np.int32(step), np.int32(first_layer)))
 
   if plan.axis == 0:  # Births of rows have no layer axis.
@@ -71,7 +71,7 @@ def grown(leaf: LeafStream, plan: LeafPlan, seed: int, step: int) -> LeafStream:
 def shrunk(path: str, leaf: LeafStream, kept: Mapping[str, Kept]) -> LeafStream:
   """The leaf that `shrink_leaf` would make, a slice at a time."""
   one = kept_of(path, kept)
-  if one is None:
+  if one is None or one.rows is None:
     return leaf
   if path.startswith("tau/"):
     return dataclasses.replace(leaf, read=lambda start, stop: shrink_leaf(path, leaf.read(start, stop), kept, start))

@@ -1,7 +1,7 @@
 """How much a model uses each of its parameter tokens, measured on data."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -138,7 +138,9 @@ def tau_factor(layer: TokenLayer, mass: np.ndarray, kept: np.ndarray) -> np.ndar
     mass: `Usage.mass`, [..., N].
     kept: indices of the kept tokens, [..., n].
   """
-  share = np.take_along_axis(mass, kept, axis=-1).sum(axis=-1) / np.maximum(mass.sum(axis=-1), 1e-300)
+  total = mass.sum(axis=-1)
+  share = np.take_along_axis(mass, kept, axis=-1).sum(axis=-1) / np.where(total > 0, total, 1.0)
+  share = np.where(total > 0, share, 1.0)
   return share if layer.theta == "softmax" else np.sqrt(share)
 
 
@@ -151,8 +153,3 @@ def batch_parts(batch: Any) -> tuple:
   if ids.ndim != 2 or ids.shape[1] < 2 or not ids.shape[0]:
     raise ValueError(f"batch {ids.shape}: expected token ids [B, T] with T of at least 2.")
   return ids[:, :-1], ids[:, 1:], np.ones((ids.shape[0], ids.shape[1] - 1), np.float32), None, None
-
-
-def tokens_of(usage: Mapping[str, Usage]) -> dict[str, int]:
-  """The number of tokens of each layer."""
-  return {path: one.use.shape[-1] for path, one in usage.items()}

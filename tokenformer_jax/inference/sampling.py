@@ -91,7 +91,7 @@ class Sampling:
       key=_key(seed),
       temperature=jnp.float32(temperature),
       top_k=jnp.int32(top_k),
-      top_p=jnp.float32(top_p),
+      top_p=jnp.float32(max(top_p, 1e-30)),  # In float32 a smaller one could be 0, which would keep no token.
       repetition_penalty=jnp.float32(repetition_penalty),
       vocab_size=jnp.int32(vocab_size),
     )

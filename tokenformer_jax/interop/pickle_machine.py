@@ -183,10 +183,10 @@ class _Machine:
     # The stride of an axis with one element has no meaning, and an empty array has no meaningful strides.
     if size and any(axis > 1 and a != b for axis, a, b in zip(shape, strides, contiguous, strict=True)):
       raise _Refused(
-        f"{self._where}: an array of shape {shape} has strides {strides}; call .contiguous() before saving it."
+        f"{self._where}: an array of shape {shape} has strides {quoted(strides)}; call .contiguous() before saving it."
       )
-    if not 0 <= offset <= storage.size - size:
-      raise ValueError(f"an array of {size} numbers begins at {offset} in a storage of {storage.size}")
+    if type(offset) is not int or not 0 <= offset <= storage.size - size:
+      raise ValueError(f"an array of {size} numbers begins at {quoted(offset)} in a storage of {storage.size}")
     return PickledArray(storage.key, storage.dtype, offset, shape)
 
   def _refusal(self, what: str) -> _Refused:

@@ -91,7 +91,12 @@ def _sharded(index: epath.Path) -> Weights:
       f"{index}: {quoted(lost[0])} is not in {weight_map[lost[0]]}, and {len(lost) - 1} other arrays are not in the "
       "files that the index names; get the files again."
     )
-  return Weights(str(index), {array: shards[name].arrays[array] for array, name in weight_map.items()})
+  metadata: dict[str, str] = {}
+  for name, shard in shards.items():
+    for key, value in shard.metadata.items():
+      if metadata.setdefault(key, value) != value:
+        raise ValueError(f"{index}: {name} has another {quoted(key)} in its metadata than the files before it.")
+  return Weights(str(index), {array: shards[name].arrays[array] for array, name in weight_map.items()}, metadata)
 
 
 def _description(first: bytes) -> str:

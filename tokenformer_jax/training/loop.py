@@ -14,7 +14,13 @@ from tokenformer_jax.config import Config
 from tokenformer_jax.config.data import MAIN_HELD_OUT
 from tokenformer_jax.distributed.axes import batch_sharding, whole_heads
 from tokenformer_jax.distributed.mesh import make_mesh
-from tokenformer_jax.distributed.processes import STOPPED_EXIT_CODE, check_agree, must_stop, share_of_rows
+from tokenformer_jax.distributed.processes import (
+  STOPPED_EXIT_CODE,
+  check_agree,
+  must_stop,
+  on_first_process,
+  share_of_rows,
+)
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.paths import replace_text, user_path
@@ -66,11 +72,11 @@ class _Run:
   """One call of `train`: its open data, checkpoints and logs, and its state."""
 
   def __init__(self, config: Config, workdir: str, allow_data_change: bool):
-    folder = user_path(workdir, "workdir")
+    user_path(workdir, "workdir")  # Refuses a path that means nothing before anything else is done.
     self.config, self.workdir = config, workdir
     self.mesh = make_mesh(config.mesh)
     check_same_run(config, workdir, allow_data_change)
-    check_trackers(config)
+    on_first_process(lambda: check_trackers(config))
     check_run(config, self.mesh)
     check_growths(config, self.mesh)
     index, count = share_of_rows(batch_sharding(self.mesh, (config.data.batch_size,)), (config.data.batch_size,))
@@ -94,12 +100,18 @@ class _Run:
       self.program, self.state = self._resume(latest, allow_data_change)
     self.peak = peak_flops(self.mesh)
 
-    if jax.process_index() == 0:
-      folder.mkdir(parents=True, exist_ok=True)
-      # This comes first, because it refuses to overwrite files of others.
-      data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
-      replace_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2))
-    self.log = RunLog(workdir, latest or 0, config)
+    on_first_process(lambda: self._open_folder(latest or 0))
+    if jax.process_index() != 0:
+      self.log = RunLog(workdir, latest or 0)
+
+  def _open_folder(self, step: int) -> None:
+    """Writes what the work folder holds beside checkpoints, and opens its logs."""
+    folder = user_path(self.workdir, "workdir")
+    folder.mkdir(parents=True, exist_ok=True)
+    # This comes first, because it refuses to overwrite files of others.
+    data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
+    replace_text(folder / CONFIG, json.dumps(self.config.to_dict(), indent=2))
+    self.log = RunLog(self.workdir, step, self.config)
 
   def _begin(self) -> tuple[Program, TrainState]:
     config = self.config
