@@ -29,8 +29,11 @@ from tokenformer_jax.config import (
 VOCAB = 384  # 256 bytes and the end of a document, padded to a multiple of 128
 
 
-def get_config(short: str = ""):
-  return (_short() if short else _full()).to_config_dict()
+def get_config(variant: str = ""):
+  variants = {"": _full, "short": _short}
+  if variant not in variants:
+    raise ValueError(f"the variant {variant!r} is unknown: choose 'short', or leave it out for the full run.")
+  return variants[variant]().to_config_dict()
 
 
 def _full() -> Config:

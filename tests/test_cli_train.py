@@ -86,6 +86,10 @@ MISTAKES = {
     ["--config={0}/good.py", "--workdir={0}/run", "--config.data.batch_size=0"],
     ["data", "batch_size=0", "at least 1"],
   ),
+  "out of range, set on the stored configuration": (
+    ["--workdir={0}/run", "--config.data.batch_size=0"],
+    ["data", "batch_size=0", "at least 1"],
+  ),
   "another run's folder": (
     ["--config={0}/good.py", "--workdir={0}/run"],
     ["{0}/run", "num_layers=7", "2", "another --workdir"],

@@ -294,3 +294,13 @@ def test_the_average_of_the_weights_is_that_of_float64():
     updates, state = average.update({"w": jnp.asarray(step, jnp.float32)}, state)
     np.testing.assert_array_equal(updates["w"], np.float32(step))
     np.testing.assert_allclose(weights - np.asarray(state.lag["w"]), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule, decay", [("warmup_stable_decay", 200), ("warmup_cosine", 0)])
+def test_no_rate_is_below_the_minimum(schedule, decay):
+  config = OptimizerConfig(
+    schedule=schedule, learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=50, decay_steps=decay
+  )
+  rate = learning_rate_schedule(config, 400)
+  rates = np.asarray(jax.vmap(rate)(jnp.arange(400)))
+  assert rates[-1] == 0.0 and rates.min() == 0.0

@@ -12,6 +12,7 @@ from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.training.resume import (
   changed_rate,
   check_same_model,
+  check_same_optimizer,
   check_same_run,
   check_same_tokenizer,
   check_same_weights,
@@ -187,3 +188,23 @@ def test_a_rate_that_jumps_because_the_run_is_longer_now_is_reported_with_both_v
     changed_rate(stored, longer, 50) == changed_rate(stored, decaying, 90) == changed_rate(stored, decaying, 100) == ""
   )
   assert changed_rate({}, longer, 100) == ""
+
+
+@pytest.mark.parametrize(
+  "stored, now, message",
+  [
+    ({"name": "adamw"}, {"name": "lion", "eps": 1e-8}, "optimizer.name='adamw', this one 'lion'"),
+    ({}, {"ema_decay": 0.9}, "optimizer.ema_decay=0.0, this one 0.9"),
+    ({"ema_decay": 0.9}, {}, "optimizer.ema_decay=0.9, this one 0.0"),
+    ({}, {"first_moment_dtype": "bfloat16"}, "first_moment_dtype='float32', this one 'bfloat16'"),
+  ],
+)
+def test_another_kind_of_optimizer_is_refused_by_its_field(stored, now, message):
+  config = small_run.replace(small_run.config(), optimizer=now)
+  with pytest.raises(ValueError, match=message):
+    check_same_optimizer({"optimizer": stored}, config, "run")
+
+
+def test_another_rate_or_decay_of_the_average_is_the_same_kind_of_optimizer():
+  config = small_run.replace(small_run.config(), optimizer=dict(ema_decay=0.99, learning_rate=1.0))
+  check_same_optimizer({"optimizer": {"ema_decay": 0.9, "learning_rate": 0.1}}, config, "run")

@@ -58,7 +58,8 @@ def prepare(
   folder = local_folder(folder)
   number, count = part or (1, 1)
   if not 1 <= number <= count:
-    raise ValueError(f"part={number}/{count}: parts are 1/{count} to {count}/{count}; add one to an index from 0.")
+    hint = " Add one to an index that begins at 0." if number == 0 else ""
+    raise ValueError(f"part={number}/{count}: choose one of 1/{count} to {count}/{count}.{hint}")
   if part:
     folder = part_folder(folder, number, count)
   # Megatron's index has no uint32.

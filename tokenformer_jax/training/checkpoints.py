@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 
 from tokenformer_jax import data
@@ -108,7 +109,7 @@ def load(
   """Returns the model of a training run, or one that `save` or `export` wrote, ready to call.
 
   Args:
-    workdir: a run's work folder, local or gs://BUCKET/FOLDER; or a folder of exported weights.
+    workdir: a run's work folder, local or gs://BUCKET/FOLDER; or a weight file, or a folder with one.
     step: which checkpoint; by default the newest.
     mesh: where the parameters go; by default the first device, or with several processes all devices, each
       with a copy.
@@ -119,7 +120,7 @@ def load(
     ValueError: there is no checkpoint, or none of that step.
   """
   folder = user_path(workdir, "workdir")
-  if (folder / "model.safetensors").exists() and not (folder / "checkpoints").exists():
+  if _is_weights(folder):
     if step is not None:
       raise ValueError(f"{workdir}: exported weights have no steps; leave step={step} out.")
     from tokenformer_jax.interop.pretrained import from_pretrained  # It imports this module for work folders.
@@ -148,6 +149,15 @@ def load(
     if average and (lag := _restore_lag(manager, step, target["params"])) is not None:
       params = jax.tree.map(jnp.subtract, params, lag)
   return nnx.merge(graphdef, params, item["tau"])
+
+
+def _is_weights(path: epath.Path) -> bool:
+  """Whether a path is a weight file, or a folder that holds one and is no work folder."""
+  if path.is_file():
+    return True
+  if not path.is_dir() or (path / "checkpoints").is_dir():
+    return False
+  return any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
 
 
 def load_tokenizer(workdir: str) -> data.Tokenizer:

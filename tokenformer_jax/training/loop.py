@@ -34,6 +34,7 @@ from tokenformer_jax.training.resume import (
   CONFIG,
   changed_rate,
   check_same_model,
+  check_same_optimizer,
   check_same_run,
   check_same_tokenizer,
   check_same_weights,
@@ -138,6 +139,7 @@ class _Run:
     check_same_tokenizer(record["tokenizer"], self.data.tokenizer, self.workdir)
     if not allow_data_change:
       data.check_same(record["fingerprint"], self.data.fingerprint, self.data.tokenizer)
+    check_same_optimizer(record["config"], self.config, self.workdir)
     self.notes.append(changed_rate(record["config"], self.config, step))
     program = make_program(self.config, model, self.mesh)
     state = self.checkpoints.restore(step, program.shapes)
@@ -186,8 +188,12 @@ class _Run:
         if stop:
           _say(f"step {step}: stopped by SIGTERM, and saved; run the same command again to resume.")
           sys.exit(STOPPED_EXIT_CODE)
-    if loss is None:  # The run was already complete.
+    if loss is None:
       loss = self._held_out_loss()
+      _say(
+        f"The run was complete: training.num_steps={training.num_steps:,} updates are done, and none was added. To train "
+        f"on, raise it, e.g. --config.training.num_steps={2 * step}."
+      )
     if jax.process_index() == 0:
       say(f"step {step}, held-out loss {loss:.4f} nats a token, loss curve {plot_losses(self.workdir)}")
     return loss

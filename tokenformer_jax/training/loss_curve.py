@@ -31,7 +31,8 @@ def plot_losses(workdir: str) -> str:
       )
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats a token)")
-  axes.legend()
+  if axes.get_lines():
+    axes.legend()
   path = user_path(workdir, "workdir") / "loss.png"
   with path.open("wb") as file:
     figure.savefig(file, dpi=120)

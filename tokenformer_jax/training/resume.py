@@ -131,6 +131,24 @@ def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> 
       )
 
 
+def check_same_optimizer(stored: dict[str, Any], config: Config, workdir: str) -> None:
+  """Raises ValueError if the optimizer's state in a checkpoint is that of another optimizer.
+
+  Args:
+    stored: the configuration in the checkpoint's record, nested dicts.
+    config: this run.
+    workdir: names the run in the message.
+  """
+  fields = {field.name: field for field in dataclasses.fields(OptimizerConfig)}
+  for name in ("name", "ema_decay", "first_moment_dtype", "second_moment_dtype"):
+    before, now = _stored(stored.get("optimizer", {}), fields[name]), getattr(config.optimizer, name)
+    if before != now and (name != "ema_decay" or not (before and now)):
+      raise ValueError(
+        f"{workdir}: its run has optimizer.{name}={before!r}, this one {now!r}, whose state is another; keep {before!r}, "
+        "or start a new run with --config.init_from."
+      )
+
+
 def changed_rate(stored: dict[str, Any], config: Config, step: int) -> str:
   """Returns a note if the learning rate jumps at `step` because the run resumes with another schedule, or "".
 

@@ -1,5 +1,6 @@
 """Learning-rate schedules: a linear warm-up, then a constant rate with a linear decay at the end, or a cosine."""
 
+import jax.numpy as jnp
 import optax
 
 from tokenformer_jax.config import OptimizerConfig
@@ -28,12 +29,16 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
   rise = optax.linear_schedule(0.0, peak, warmup)
   if config.schedule == "warmup_cosine":
     cosine = optax.cosine_decay_schedule(peak - floor, num_steps - warmup)
-    by_number = optax.join_schedules([rise, lambda count: floor + cosine(count)], [warmup])
+    by_number = optax.join_schedules([rise, lambda count: jnp.maximum(floor + cosine(count), floor)], [warmup])
   elif not config.decay_steps:
     by_number = optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
   else:
     fall_from = num_steps - config.decay_steps
-    fall = optax.linear_schedule(peak, floor, config.decay_steps)
+    line = optax.linear_schedule(peak, floor, config.decay_steps)
+
+    def fall(count):
+      return jnp.maximum(line(count), floor)  # Rounding could leave the last rate below the minimum, even negative.
+
     by_number = optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, fall_from])
   return lambda count: by_number(count + 1)
 
