@@ -367,7 +367,7 @@ def test_a_stopped_part_is_resumed(texts, small_batches, tmp_path):
 
 def test_parts_that_do_not_belong_together_are_not_merged(texts, tmp_path):
   out = tmp_path / "out"
-  with pytest.raises(ValueError, match="part=0/2: parts are 1/2 to 2/2"):
+  with pytest.raises(ValueError, match="part=0/2: choose one of 1/2 to 2/2"):
     prepare(texts, ByteTokenizer(), out, part=(0, 2))
   with pytest.raises(ValueError, match="holds no parts"):
     merge_parts(tmp_path)
