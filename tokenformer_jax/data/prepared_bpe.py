@@ -95,6 +95,6 @@ def _require_same(folder: pathlib.Path, asked: dict) -> None:
     raise ValueError(f"{folder / BPE} cannot be read ({error!r}): {way_out}.") from None
   require_same_bad_text(bad_text, asked["bad_text"], f"{folder} holds a BPE trained with", way_out)
   require_same_files(inputs, asked["inputs"], f"{folder} holds a BPE trained on", way_out)
-  # Of a finished folder, `prepare` compares the text itself.
+  # `prepare` itself compares the text of a finished folder.
   if inputs != asked["inputs"] and not (is_prepared and read_manifest(folder)["complete"]):
     raise ValueError(f"{folder} holds a BPE trained on files that were written again since: {way_out}.")
