@@ -47,7 +47,7 @@ class Torch:
     self._norm = [weight.requires_grad_() for weight in norm]
     weights = [self._embedding, *(weight for layer_ in self._layers for weight in layer_.values())]
     self._all = [*weights, *self._norm]
-    settings = Config().optimizer
+    settings = Config(model=model).optimizer
     self._optimizer = torch.optim.AdamW(
       [dict(params=weights, weight_decay=settings.weight_decay), dict(params=self._norm, weight_decay=0.0)],
       lr=1e-5,
@@ -77,7 +77,7 @@ class Torch:
       torch.nn.utils.clip_grad_norm_(self._all, self._clip_norm)
       self._optimizer.step()
     self._wait()
-    return (time.perf_counter() - begin) / steps, float(loss)
+    return (time.perf_counter() - begin) / steps, float(loss.detach())
 
   def peak(self) -> int:
     return self._torch.cuda.max_memory_allocated() if self._device == "cuda" else 0

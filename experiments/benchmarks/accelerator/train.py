@@ -93,7 +93,10 @@ def filling_step(name: str, length: int, remat: str, memory: float, least: int) 
   Raises:
     ValueError: not even `least` / 4 rows fit.
   """
-  small = compiled_step(name, length, remat, least, quick=True)
+  try:
+    small = compiled_step(name, length, remat, least, quick=True)
+  except jax.errors.JaxRuntimeError:  # A kernel that has no default form without the search.
+    small = compiled_step(name, length, remat, least)
   parameters = 4 * small.program.model.num_parameters
   fixed, row = small.peak, (small.peak - 4 * parameters) / least  # Parameters, two moments and the gradient stay.
   rows = _rounded(least + (memory - fixed) / row)
