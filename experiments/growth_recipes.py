@@ -65,9 +65,10 @@ from tokenformer_jax.cli import command
 from tokenformer_jax.config import Config, GrowthConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import logical_axes
 from tokenformer_jax.training.program import Program, make_program
-from tokenformer_jax.training.state import TrainState, abstract_model, fresh_state
+from tokenformer_jax.training.state import TrainState, fresh_state
 
 EVALUATED = [SEAM + k for k in (20, 50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 800, 900, 1000)]
 TAU_RULES = {f"τ {rule}": GrowthConfig(tau=rule) for rule in ("kept", "moved", "learned", "recomputed")}

@@ -13,8 +13,8 @@ from flax import nnx
 
 import tokenformer_jax as tf
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.training.state import abstract_model
 
 # The ways that claim to keep the function.
 CASES = [

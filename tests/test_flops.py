@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tests import small_run
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.flops import peak_flops, product_flops
-from tokenformer_jax.training.state import abstract_model
 
 
 def devices(kind, count):

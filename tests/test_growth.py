@@ -14,9 +14,9 @@ from tests.small_run import GROWN, MODEL
 from tokenformer_jax.config import GrowthConfig
 from tokenformer_jax.growth.grow import grow_leaf, grow_state, leaf_key
 from tokenformer_jax.growth.plan import NewRows, leaves_by_path, plan_growth
-from tokenformer_jax.nn.block import value_std
+from tokenformer_jax.models.model_class import abstract_model
+from tokenformer_jax.nn.initializers import value_std
 from tokenformer_jax.training.program import make_program
-from tokenformer_jax.training.state import abstract_model
 
 GROWN_FURTHER = GROWN.grown(qkv_tokens=24, ffn_tokens=40)
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (2, MODEL.seq_length))

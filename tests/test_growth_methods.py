@@ -14,7 +14,7 @@ from tests.small_run import MODEL
 from tokenformer_jax.config import GrowthConfig
 from tokenformer_jax.growth.grow import grow_leaf, grow_state
 from tokenformer_jax.growth.plan import LeafPlan, NewRows, leaves_by_path
-from tokenformer_jax.nn.block import KEY_STD, value_std
+from tokenformer_jax.nn.initializers import STD, value_std
 from tokenformer_jax.nn.theta import initial_tau
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 from tokenformer_jax.training.program import make_program
@@ -81,7 +81,7 @@ def test_released_rows_are_random_and_tau_is_that_of_a_new_layer(state):
   bigger, rows = grown(state, "released")
   for name in ("query", "proj"):
     new = {leaf: np.asarray(bigger.params["blocks"]["attention"][name][leaf][:, 8:]) for leaf in ("keys", "values")}
-    assert abs(new["keys"].std() / KEY_STD - 1) < 0.2 and abs(new["values"].std() / value_std(MODEL) - 1) < 0.2
+    assert abs(new["keys"].std() / STD - 1) < 0.2 and abs(new["values"].std() / value_std(MODEL) - 1) < 0.2
     np.testing.assert_array_equal(bigger.tau["blocks"]["attention"][name]["tau"], np.float32([4.0, 4.0]))
   assert rows["tau/blocks/ffn/tau"] is NewRows.NEW_TAU
   assert np.all(np.asarray(bigger.opt_state[1].mu["blocks"]["ffn"]["keys"][:, 16:]) == 0)

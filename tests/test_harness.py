@@ -35,7 +35,7 @@ from tokenformer_jax.evaluation.harness_model import HarnessModel  # noqa: E402
 from tokenformer_jax.evaluation.log_likelihood import encode_pair  # noqa: E402
 from tokenformer_jax.evaluation.perplexity import perplexity  # noqa: E402
 from tokenformer_jax.models.language_model import LanguageModel  # noqa: E402
-from tokenformer_jax.nn.kv_cache import KVCache  # noqa: E402
+from tokenformer_jax.nn.cache import KVCache  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # The harness and its dependencies warn.
 LENGTH = CONFIG.seq_length
@@ -202,7 +202,7 @@ def test_batched_generation_equals_generation_one_by_one(model, harness, monkeyp
 
 def test_the_rows_of_a_batch_are_a_power_of_two_whose_cache_is_within_the_limit(harness, monkeypatch):
   cache = KVCache.empty(CONFIG, jnp.zeros(1, jnp.int32), num_slots=32)  # 3 + 8 tokens, rounded up.
-  row_bytes = sum(leaf.nbytes for leaf in (*cache.keys, *cache.values))
+  row_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
   monkeypatch.setattr(harness_model, "_CACHE_BYTES", 3 * row_bytes)
   assert harness._max_rows(3, 8) == 2
   monkeypatch.setattr(harness_model, "_CACHE_BYTES", 2 * row_bytes - 1)

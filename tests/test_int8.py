@@ -14,7 +14,7 @@ from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.interop.export import export
 from tokenformer_jax.kernels.fused_pattention import fused_pattention
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.nn.kv_cache import KVCache
+from tokenformer_jax.nn.cache import KVCache
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention

@@ -18,7 +18,8 @@ from tokenformer_jax.config import NAMED_SIZES, REMAT_POLICIES, ModelConfig
 from tokenformer_jax.interop.names import released_names, to_released
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.block import Block
-from tokenformer_jax.nn.layer_norm import layer_norm
+from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.norm import Norm
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.rotary import rotation
 from tokenformer_jax.nn.theta import initial_tau
@@ -94,7 +95,7 @@ def test_causality():
   @jax.jacrev
   def jacobian(embedding):
     model = lively_model({**lively_parameters(), "embedding": embedding})
-    return model.hidden(jnp.arange(time)[None])[0] @ readout
+    return model.hidden(jnp.arange(time)[None])[0][0] @ readout
 
   reach_TxT = np.abs(jacobian(lively_parameters()["embedding"])[:, :time]).max(axis=-1)
   np.testing.assert_array_equal(reach_TxT[np.triu_indices(time, 1)], 0.0)
@@ -195,13 +196,14 @@ def test_scan_is_the_loop_over_layers():
 
   def unrolled(tokens):
     x_BxTxD = parameters["embedding"][tokens]
-    cos_sin = rotation(jnp.arange(12)[None], CONFIG.rotary_dims, CONFIG.rotary_base)
+    positions = jnp.arange(12)[None]
+    context = Context(positions, rotation(positions, CONFIG.rotary_dims, CONFIG.rotary_base))
     for i in range(CONFIG.num_layers):
       layer = jax.tree.map(lambda leaf: leaf[i], (parameters["blocks"], tau["blocks"]))
-      x_BxTxD = nnx.merge(block, *layer)(x_BxTxD, cos_sin)
-    return layer_norm(x_BxTxD)
+      x_BxTxD, _, _ = nnx.merge(block, *layer)(x_BxTxD, context)
+    return Norm("plain", CONFIG.hidden_size, rngs=nnx.Rngs(0))(x_BxTxD)
 
-  np.testing.assert_allclose(jax.jit(model.hidden)(tokens), jax.jit(unrolled)(tokens), atol=1e-5)
+  np.testing.assert_allclose(jax.jit(model.hidden)(tokens)[0], jax.jit(unrolled)(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -245,6 +247,10 @@ def test_the_config_counts_the_declared_parameters(name):
   config = ModelConfig.named(name)
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
   leaves = jax.tree.leaves(parameters)
+  rows = 3 * config.qkv_tokens + config.proj_tokens + config.ffn_tokens
+  matrices = config.num_layers * 2 * config.hidden_size * rows
+  assert config.num_non_embedding_parameters == matrices
+  assert config.num_parameters == config.vocab_size * config.hidden_size + 2 * config.hidden_size + matrices
   assert sum(leaf.size for leaf in leaves) == config.num_parameters
   assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 

@@ -7,18 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from tests import small_run
 from tokenformer_jax.config import GrowthConfig, OptimizerConfig
 from tokenformer_jax.growth.plan import leaves_by_path
-from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.models.model_class import abstract_model
+from tokenformer_jax.nn.parameters import declared, split
 from tokenformer_jax.training.new_rows import scale_by_adam_of_rows, scale_rows
 from tokenformer_jax.training.optimizer import make_optimizer
 from tokenformer_jax.training.schedules import learning_rate_schedule
-from tokenformer_jax.training.state import abstract_model
 from tokenformer_jax.training.weight_average import average_weights
 
 AXES = {"embedding": ("vocab", "embed"), "keys": ("layer", "param_token", "embed"), "norm": ("norm",)}
+DECAYED = {"embedding": True, "keys": True, "norm": False}
 SHAPES = {"embedding": (7, 3), "keys": (2, 6, 3), "norm": (3,)}
 OLD = 4  # The last two of the six rows of `keys` are new.
 
@@ -106,7 +108,7 @@ def test_adamw_is_that_of_float64():
     weight_decay=0.3,
     clip_norm=1.0,
   )
-  optimizer = make_optimizer(config, 8, GrowthConfig(), AXES)
+  optimizer = make_optimizer(config, 8, GrowthConfig(), AXES, DECAYED)
   rates = [0.05, 0.1, 0.1, 0.1, 0.1, 0.07, 0.04, 0.01]
   wide = {name: np.random.default_rng(9).normal(size=shape) for name, shape in SHAPES.items()}
   adams = {name: Adam(0.8, 0.97, 1e-3) for name in SHAPES}
@@ -126,10 +128,10 @@ def test_adamw_is_that_of_float64():
 
 
 def test_decay_falls_on_all_but_the_final_norm():
-  axes, _ = logical_axes(abstract_model(small_run.MODEL))
+  axes, decayed = (declared(abstract_model(small_run.MODEL), nnx.Param, name) for name in ("axes", "decayed"))
   _, shapes, _ = split(abstract_model(small_run.MODEL))
   config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
-  optimizer = make_optimizer(config, 10, GrowthConfig(), axes)
+  optimizer = make_optimizer(config, 10, GrowthConfig(), axes, decayed)
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
   ages = jax.tree.map(
     lambda leaf, axes: jnp.zeros(leaf.shape[1:2] if "param_token" in axes else (), jnp.int32), shapes, axes
@@ -185,7 +187,7 @@ def test_moments_in_bfloat16_are_rounded_between_updates_and_not_in_them():
 @pytest.mark.parametrize("birth", [1, 1000])
 def test_no_first_step_of_a_new_row_exceeds_the_learning_rate(beta2, birth):
   config = dataclasses.replace(small_run.OPTIMIZER, beta2=beta2, eps=1e-8, learning_rate=1e-3)
-  optimizer = make_optimizer(config, 10**4, GrowthConfig(warmup_steps=0), AXES)
+  optimizer = make_optimizer(config, 10**4, GrowthConfig(warmup_steps=0), AXES, DECAYED)
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
   gradients = {name: 10.0 ** np.linspace(-12, 6, np.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
   clip, adam, *rest = optimizer.init(params)
@@ -231,7 +233,7 @@ def test_a_parameter_that_did_not_grow_keeps_its_rate():
 
 def test_the_decay_of_new_rows_is_warmed_up_like_their_updates():
   config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
-  optimizer = make_optimizer(config, 10, GrowthConfig(warmup_steps=4, old_rows_rate=1.0), AXES)
+  optimizer = make_optimizer(config, 10, GrowthConfig(warmup_steps=4, old_rows_rate=1.0), AXES, DECAYED)
   params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
   zeros = jax.tree.map(jnp.zeros_like, params)
   clip, adam, *rest = optimizer.init(params)
@@ -244,7 +246,7 @@ def test_lion_is_that_of_float64():
   config = OptimizerConfig(
     learning_rate=0.1, warmup_steps=0, name="lion", beta1=0.8, beta2=0.9, weight_decay=0.3, clip_norm=1e9
   )
-  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES)
+  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES, DECAYED)
   wide = {name: np.random.default_rng(9).normal(size=shape) for name, shape in SHAPES.items()}
   momentum = {name: np.zeros(shape) for name, shape in SHAPES.items()}
   params = narrow(wide)
@@ -265,7 +267,7 @@ def test_muon_orthogonalises_every_layer_by_itself_and_leaves_the_rest_to_adam()
   config = OptimizerConfig(
     learning_rate=1.0, min_learning_rate=0.0, warmup_steps=0, name="muon", weight_decay=0.0, clip_norm=1e9
   )
-  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES)
+  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES, DECAYED)
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
   (gradients,) = draws(1)
   updates, state = optimizer.update(narrow(gradients), optimizer.init(params), params, born=born(0), step=0)

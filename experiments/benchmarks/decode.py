@@ -69,7 +69,7 @@ class Ours:
 
   def limit(self):
     """Returns the seconds to read weights and cache `new` times, and their size in bytes."""
-    leaves = self._leaves, self._cache.keys, self._cache.values
+    leaves = self._leaves, self._cache.layers
     self._read(leaves).block_until_ready()
     begin = time.perf_counter()
     for _ in range(_NEW.value // 4):

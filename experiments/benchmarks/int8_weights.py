@@ -28,7 +28,7 @@ from tokenformer_jax.distributed.topologies import kept_out_of_the_cache, parse_
 from tokenformer_jax.evaluation.perplexity import perplexity
 from tokenformer_jax.inference.generate import decoding_programs
 from tokenformer_jax.inference.int8 import int8_tokens
-from tokenformer_jax.nn.kv_cache import KVCache
+from tokenformer_jax.nn.cache import KVCache
 from tokenformer_jax.nn.parameters import split
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a trained model.")

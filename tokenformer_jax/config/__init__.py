@@ -6,7 +6,15 @@ so that any field can be set on the command line. The CLI turns the result back 
 """
 
 from tokenformer_jax.config.data import BAD_TEXTS, PACKINGS, DataConfig
-from tokenformer_jax.config.model import COMPUTE_DTYPES, GELUS, KERNELS, REMAT_POLICIES, THETAS, ModelConfig
+from tokenformer_jax.config.model import (
+  COMPUTE_DTYPES,
+  GELUS,
+  KERNELS,
+  REMAT_POLICIES,
+  THETAS,
+  TOKEN_COUNTS,
+  ModelConfig,
+)
 from tokenformer_jax.config.run import Config
 from tokenformer_jax.config.sizes import NAMED_SIZES
 from tokenformer_jax.config.training import (
@@ -34,6 +42,7 @@ __all__ = [
   "SCHEDULES",
   "TAU_RULES",
   "THETAS",
+  "TOKEN_COUNTS",
   "Config",
   "DataConfig",
   "GrowthConfig",

@@ -3,28 +3,43 @@
 import dataclasses
 from typing import Any
 
+from tokenformer_jax.config.parts import NORMS, AttentionConfig, FeedForwardConfig, ResidualConfig
+from tokenformer_jax.config.presets import PARTS, PRESETS
 from tokenformer_jax.config.sizes import NAMED_SIZES
-from tokenformer_jax.config.validation import Checked, nearest, require, require_choice
+from tokenformer_jax.config.validation import Checked, build, nearest, require, require_choice
 
 THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 GELUS = ("erf", "tanh")
 KERNELS = ("auto", "reference", "fused")
 REMAT_POLICIES = ("none", "dots", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+# The counts that growth changes, and whose rows each of them sets.
+TOKEN_COUNTS = {
+  "qkv_tokens": "each of query, key and value",
+  "proj_tokens": "the attention's output projection",
+  "ffn_tokens": "the feed-forward",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Checked):
-  """A TokenFormer language model (arXiv 2410.23168, section 3).
+  """A language model: TokenFormer (arXiv 2410.23168, section 3) by default, and others by their parts (`parts.py`).
 
   Attributes:
     vocab_size: token ids, those that only pad the vocabulary included.
     num_layers, hidden_size, num_heads: L, d and H; each head has d / H channels.
-    qkv_tokens: parameter tokens in each of query, key and value. Growth changes this and the next two numbers alone.
-    proj_tokens: parameter tokens in the attention's output projection.
-    ffn_tokens: parameter tokens in the feed-forward.
+    qkv_tokens: parameter tokens in each of query, key and value; 0 for dense projections. Growth changes this and the
+      next two numbers alone.
+    proj_tokens: parameter tokens in the attention's output projection; 0 where there is none or it is dense.
+    ffn_tokens: rows of the feed-forward: parameter tokens, or hidden units.
     seq_length: the most tokens that the model reads at once.
     theta, gelu: Θ and its GELU (`nn/theta.py`).
+    norm: the norms inside the blocks: `plain`, a layer norm without parameters; `layer_norm`, with scale and bias;
+      `rms_norm`, x / √(mean x² + ε) · scale; `rms_norm_outer`, x / (√mean x² + ε) · scale; or `none`, where only the
+      first block's attention has a norm, a layer norm.
+    final_norm: the norm before the logits.
+    norm_epsilon: ε of all norms.
+    tied: whether the logits' matrix is the embedding's, or one of its own.
     rotary_fraction: the share of each head's channels that rotate.
     rotary_base: the base of the rotary frequencies.
     compute_dtype: dtype of products and activations; parameters and sums are float32 or wider.
@@ -32,6 +47,7 @@ class ModelConfig(Checked):
       products with parameters. `full`: a whole layer from its input.
     kernel: how pattention is computed: by the `reference`, or `fused` on TPUs (`kernels/fused_pattention.py`). `auto`
       is the fastest that was measured, which is the reference so far.
+    attention, ffn, residual: the parts of a block.
   """
 
   vocab_size: int
@@ -44,24 +60,23 @@ class ModelConfig(Checked):
   seq_length: int = 2048
   theta: str = "l2_norm_gelu"
   gelu: str = "erf"
+  norm: str = "plain"
+  final_norm: str = "layer_norm"
+  norm_epsilon: float = 1e-5
+  tied: bool = True
   rotary_fraction: float = 0.25
   rotary_base: float = 10_000.0
   compute_dtype: str = "float32"
   remat: str = "none"
   kernel: str = "auto"
+  attention: AttentionConfig = AttentionConfig()
+  ffn: FeedForwardConfig = FeedForwardConfig()
+  residual: ResidualConfig = ResidualConfig()
 
   def validate(self) -> None:
-    for field in (
-      "vocab_size",
-      "num_layers",
-      "hidden_size",
-      "num_heads",
-      "qkv_tokens",
-      "proj_tokens",
-      "ffn_tokens",
-      "seq_length",
-    ):
+    for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_tokens", "seq_length"):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+    self._check_attention_tokens()
     require(
       self.hidden_size % self.num_heads == 0,
       "num_heads",
@@ -76,6 +91,15 @@ class ModelConfig(Checked):
       f"rotates {self.rotary_dims} of {self.head_dim} channels a head; the number must be even.",
     )
     require(self.rotary_base > 0, "rotary_base", self.rotary_base, "must be positive.")
+    require(
+      self.num_heads % self.num_kv_heads == 0,
+      "attention.num_kv_heads",
+      self.attention.num_kv_heads,
+      f"must divide num_heads={self.num_heads}.",
+    )
+    require_choice("norm", self.norm, NORMS)
+    require_choice("final_norm", self.final_norm, NORMS)
+    require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "must be positive.")
     require_choice("theta", self.theta, THETAS)
     require_choice("gelu", self.gelu, GELUS)
     require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
@@ -95,24 +119,44 @@ class ModelConfig(Checked):
   @property
   def rotary_dims(self) -> int:
     """Channels of each head that rotate: int(head_dim · rotary_fraction)."""
-    return int(self.head_dim * self.rotary_fraction)
+    return int(self.head_dim * self.rotary_fraction) if self.attention.positions == "rotary" else 0
+
+  @property
+  def num_kv_heads(self) -> int:
+    """Heads of keys and values."""
+    return self.attention.num_kv_heads or self.num_heads
 
   @property
   def num_parameters(self) -> int:
-    """Trained numbers: V·d + 2d + L·2d·(3·n_qkv + n_proj + n_ffn). τ is state and not counted."""
-    return self.vocab_size * self.hidden_size + 2 * self.hidden_size + self.num_non_embedding_parameters
+    """Trained numbers. τ is state and not counted."""
+    return _counts().num_parameters(self)
 
   @property
   def num_non_embedding_parameters(self) -> int:
-    rows = 3 * self.qkv_tokens + self.proj_tokens + self.ffn_tokens
-    return self.num_layers * 2 * self.hidden_size * rows
+    """Trained numbers in the matrices and parameter tokens of the blocks."""
+    return _counts().num_non_embedding_parameters(self)
 
   @property
   def forward_flops_per_token(self) -> int:
-    """Forward FLOPs a token at full context, causal attention counted at half; training is 3×."""
-    rows = 3 * self.qkv_tokens + self.proj_tokens + self.ffn_tokens
-    per_layer = 4 * self.hidden_size * rows + 2 * self.seq_length * self.hidden_size
-    return self.num_layers * per_layer + 2 * self.vocab_size * self.hidden_size
+    """Forward FLOPs in products for a token at full context, causal attention counted at half; training is 3×."""
+    return _counts().forward_flops_per_token(self)
+
+  @property
+  def has_first_block(self) -> bool:
+    """Whether the first block has parameters that the others lack, and so stands before the scanned ones."""
+    return self.norm == "none" or self.attention.values == "identity"
+
+  def _check_attention_tokens(self) -> None:
+    """Checks that there are parameter tokens exactly where a projection is made of them."""
+    tokens = self.attention.projection == "pattention"
+    has_proj = tokens and self.attention.values != "identity"
+    why = f"attention.projection={self.attention.projection!r}, attention.values={self.attention.values!r}"
+    for field, needed in (("qkv_tokens", tokens), ("proj_tokens", has_proj)):
+      value = getattr(self, field)
+      if needed:
+        require(value >= 1, field, value, "must be at least 1.")
+      else:
+        require(value == 0, field, value, f"{why}: there are no such tokens; choose 0.")
 
   def grown(self, **tokens: int) -> "ModelConfig":
     """The same model with other token counts, e.g. `config.grown(ffn_tokens=8560)`."""
@@ -120,27 +164,75 @@ class ModelConfig(Checked):
     return dataclasses.replace(self, **changes)
 
   @classmethod
-  def named(cls, name: str, **changes: Any) -> "ModelConfig":
-    """A named size; `changes` replace fields, e.g. `ModelConfig.named("tiny", vocab_size=384)`."""
-    if name not in NAMED_SIZES:
-      raise ValueError(
-        f"model size {name!r} is unknown: choose one of {', '.join(NAMED_SIZES)}." + nearest(name, NAMED_SIZES)
-      )
+  def from_dict(cls, fields: Any, path: str = "model") -> "ModelConfig":
+    """The configuration from nested dicts, as checkpoints and weight files have it; parts that it lacks are TokenFormer's.
+
+    Raises:
+      ValueError: an unknown field or a value that is refused, by its path below `path`.
+    """
+    return build(cls, fields, path)
+
+  @classmethod
+  def named(cls, name: str, preset: str = "tokenformer", projection: str = "", **changes: Any) -> "ModelConfig":
+    """A named size of a named architecture.
+
+        ModelConfig.named("tiny", vocab_size=384)
+        ModelConfig.named("small", "sas-p", projection="pattention")
+
+    Every preset has about as many parameters in its feed-forwards as TokenFormer of that size: a gated one gets two
+    thirds of the rows, for it has three matrices.
+
+    Args:
+      name: one of `NAMED_SIZES`.
+      preset: one of `PRESETS`.
+      projection: `pattention` or `dense`, for attention and feed-forward; by default the preset's.
+      changes: fields that replace those of size and preset; of a part, a dict of some of its fields.
+
+    Raises:
+      ValueError: an unknown size, preset or field, or values that contradict each other.
+    """
+    for kind, value, known in (("size", name, NAMED_SIZES), ("preset", preset, PRESETS)):
+      if value not in known:
+        raise ValueError(
+          f"model {kind} {value!r} is unknown: choose one of {', '.join(known)}." + nearest(value, known)
+        )
+    known_fields = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(changes) - set(known_fields)):
+      raise ValueError(f"model field {unknown[0]!r} is unknown." + nearest(unknown[0], known_fields))
+    fields = {**PRESETS[preset], **changes}
+    for part in PARTS:
+      if not dataclasses.is_dataclass(fields.get(part)):
+        fields[part] = {**PRESETS[preset].get(part, {}), **changes.get(part, {})}
+    if projection:
+      fields["attention"] |= dict(projection=projection)
+      if projection == "pattention":
+        fields["attention"] |= dict(bias="none")
+        fields["ffn"] = dict(kind="pattention")
+      elif fields["ffn"].get("kind", "pattention") == "pattention":
+        fields["ffn"] |= dict(kind="mlp")
+    for part in PARTS:
+      if not dataclasses.is_dataclass(fields[part]):
+        fields[part] = build(_PART_CLASSES[part], fields[part], f"model.{part}")
     layers, hidden, heads, attention_tokens, ffn_tokens, seq_length = NAMED_SIZES[name]
-    fields = dict(
+    is_dense, has_proj = fields["attention"].projection == "dense", fields["attention"].values != "identity"
+    size = dict(
       vocab_size=50304,
       num_layers=layers,
       hidden_size=hidden,
       num_heads=heads,
-      qkv_tokens=attention_tokens,
-      proj_tokens=attention_tokens,
-      ffn_tokens=ffn_tokens,
+      qkv_tokens=0 if is_dense else attention_tokens,
+      proj_tokens=0 if is_dense or not has_proj else attention_tokens,
+      ffn_tokens=ffn_tokens * 2 // 3 if fields["ffn"].kind == "gated" else ffn_tokens,
       seq_length=seq_length,
     )
-    unknown = set(changes) - {f.name for f in dataclasses.fields(cls)}
-    if unknown:
-      raise ValueError(
-        f"model field {sorted(unknown)[0]!r} is unknown."
-        + nearest(sorted(unknown)[0], [f.name for f in dataclasses.fields(cls)])
-      )
-    return cls(**{**fields, **changes})
+    return cls(**{**size, **fields})
+
+
+def _counts() -> Any:
+  # The counts are read from what the model's parameters declare. Configurations themselves need no jax.
+  from tokenformer_jax.models import counts
+
+  return counts
+
+
+_PART_CLASSES = {f.name: f.type for f in dataclasses.fields(ModelConfig) if f.name in PARTS}

@@ -101,6 +101,18 @@ def build(cls: Any, fields: Any, path: str) -> Any:
     raise ValueError(f"{path}: {error}") from None
 
 
+def flattened(config: Any) -> dict[str, Any]:
+  """The fields of a dataclass by their paths, e.g. `num_layers` and `attention.projection`, without its parts."""
+  fields: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      fields |= {f"{field.name}.{name}": inner for name, inner in flattened(value).items()}
+    else:
+      fields[field.name] = value
+  return fields
+
+
 def _field_types(cls: type) -> dict[str, Any]:
   """Returns the fields of a dataclass and their types."""
   hints = typing.get_type_hints(cls)

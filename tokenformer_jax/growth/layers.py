@@ -22,7 +22,7 @@ class TokenLayer:
     path: where the model has it, names joined by '/', e.g. `blocks/ffn`.
     count: the name of the count that sets N.
     num_tokens: N.
-    theta: its Θ.
+    theta: its Θ; None for hidden units, whose weights are an element-wise function of their scores.
     axes: name of each of its parameters, e.g. `keys` -> logical axes.
     rows: name of each of its parameters -> what its rows are.
   """
@@ -30,7 +30,7 @@ class TokenLayer:
   path: str
   count: str
   num_tokens: int
-  theta: str
+  theta: str | None
   axes: Mapping[str, Axes]
   rows: Mapping[str, Rows]
 
@@ -51,7 +51,8 @@ def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
       layers.setdefault(layer, {})[name] = variable
   found = {}
   for path, parameters in layers.items():
-    if path not in thetas:
+    elementwise = all(v.rows.elementwise for v in parameters.values())
+    if path not in thetas and not elementwise:
       raise ValueError(f"{path}: its parameter tokens have no τ beside them; declare one with nn.parameters.Tau.")
     counts = {name: v.shape[token_axis(v.axes, v.shape)] for name, v in parameters.items()}
     names = {v.rows.count for v in parameters.values()}
@@ -59,7 +60,7 @@ def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
       raise ValueError(f"{path}: its parameters have {counts} rows under the counts {sorted(names)}; expected one.")
     axes = {name: v.axes for name, v in parameters.items()}
     rows = {name: v.rows for name, v in parameters.items()}
-    found[path] = TokenLayer(path, names.pop(), next(iter(counts.values())), thetas[path], axes, rows)
+    found[path] = TokenLayer(path, names.pop(), next(iter(counts.values())), thetas.get(path), axes, rows)
   return found
 
 

@@ -5,17 +5,13 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
-from tokenformer_jax.config import GrowthConfig, ModelConfig
+from tokenformer_jax.config import TOKEN_COUNTS, GrowthConfig, ModelConfig
+from tokenformer_jax.config.validation import flattened
 from tokenformer_jax.growth.layers import TokenLayer, layer_of, leaves_by_path, path_name, token_axis, token_layers
-from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.theta import initial_tau
 
 __all__ = ["LeafPlan", "NewRows", "check_growth", "leaves_by_path", "path_name", "plan_growth", "plan_leaves"]
-
-# The counts of a language model.
-TOKEN_FIELDS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
 
 
 class NewRows(enum.Enum):
@@ -108,17 +104,18 @@ def plan_leaves(
 
 def check_growth(config: ModelConfig, new_config: ModelConfig, growth: GrowthConfig = GrowthConfig()) -> None:
   """Raises ValueError unless `new_config` is `config` with more parameter tokens, and `growth.method` can add them."""
-  for field in dataclasses.fields(ModelConfig):
-    old, new = getattr(config, field.name), getattr(new_config, field.name)
-    if field.name not in TOKEN_FIELDS and new != old:
-      raise ValueError(f"{field.name}: {old!r} -> {new!r}: growth changes parameter tokens alone; keep {old!r}.")
+  wanted = flattened(new_config)
+  for field, old in flattened(config).items():
+    new = wanted[field]
+    if field not in TOKEN_COUNTS and new != old:
+      raise ValueError(f"{field}: {old!r} -> {new!r}: growth changes parameter tokens alone; keep {old!r}.")
   layers = layers_of(config)
   _check_counts(layers, counts_of(layers, new_config), growth)
 
 
 def layers_of(config: ModelConfig) -> dict[str, TokenLayer]:
   """The layers of parameter tokens in the model of `config`, by path."""
-  return token_layers(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+  return token_layers(abstract_model(config))
 
 
 def counts_of(layers: Mapping[str, TokenLayer], config: ModelConfig) -> dict[str, int]:
@@ -151,6 +148,11 @@ def _check_counts(layers: Mapping[str, TokenLayer], counts: Mapping[str, int], g
         "theta='softmax': new rows with zero keys would still get weight exp(0), so method='exact' cannot "
         "keep the function; method='duplicate' does, for whole multiples of the counts."
       )
+    if growth.method == "live" and layer.theta is None:
+      raise ValueError(
+        f"{layer.count}: method='live' keeps a norm over parameter tokens, and these rows are hidden units; choose "
+        "method='exact'."
+      )
     if growth.method == "live" and layer.theta != "l2_norm_gelu":
       raise ValueError(
         f"theta={layer.theta!r}: method='live' keeps the function of l2_norm_gelu alone, whose norm is that of the "
@@ -175,9 +177,12 @@ def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: Growt
     return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
   match growth.method:
     case "released":
-      return NewRows.RANDOM, rows.std_of(count)
+      return (NewRows.RANDOM, rows.std_of(count)) if rows.std != 0.0 else (NewRows.ZERO, 0.0)
     case "live":
       return (NewRows.LIVE if is_key else NewRows.ZERO), 0.0
+  if layer.theta is None:
+    # With zero keys a ReLU or a gated unit would never learn.
+    return (NewRows.RANDOM, rows.std_of(count)) if is_key and rows.std else (NewRows.ZERO, 0.0)
   return (NewRows.ZERO, 0.0) if is_key else (NewRows.RANDOM, growth.value_scale * rows.std_of(count))
 
 

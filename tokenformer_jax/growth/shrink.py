@@ -202,8 +202,11 @@ def shrink_leaf(path: str, leaf: Any, kept: Mapping[str, Kept], first_layer: int
     # Births are the same for all layers. Where the layers keep different rows it is the latest birth, whose warm-up is
     # the longest.
     return leaf[one.rows].reshape(-1, one.rows.shape[-1]).max(axis=0)
-  rows = one.rows if leaf.ndim == 2 else one.rows[first_layer : first_layer + leaf.shape[0]]
-  return (jnp if isinstance(leaf, jax.Array) else np).take_along_axis(leaf, rows[..., None], axis=-2)
+  take = (jnp if isinstance(leaf, jax.Array) else np).take_along_axis
+  rows = one.rows if one.rows.ndim == 1 else one.rows[first_layer : first_layer + leaf.shape[0]]
+  if leaf.ndim == rows.ndim:  # Biases of hidden units have no channels.
+    return take(leaf, rows, axis=-1)
+  return take(leaf, rows[..., None], axis=-2)
 
 
 def _smaller(model: Any, counts: Mapping[str, int], kept: Mapping[str, Kept]) -> Any:

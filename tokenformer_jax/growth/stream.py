@@ -76,8 +76,9 @@ def shrunk(path: str, leaf: LeafStream, kept: Mapping[str, Kept]) -> LeafStream:
   if path.startswith("tau/"):
     return dataclasses.replace(leaf, read=lambda start, stop: shrink_leaf(path, leaf.read(start, stop), kept, start))
   count = one.rows.shape[-1]
-  if len(leaf.shape) == 1:
-    return LeafStream((count,), leaf.dtype, count, lambda *_: shrink_leaf(path, leaf.read(0, leaf.shape[0]), kept))
+  if len(leaf.shape) == 1 or one.rows.ndim == 1:  # Births of rows, and the layer before the stack, have no layer axis.
+    shape = (count, *leaf.shape[1:])
+    return LeafStream(shape, leaf.dtype, count, lambda *_: shrink_leaf(path, leaf.read(0, leaf.shape[0]), kept))
   return LeafStream(
     (leaf.shape[0], count, *leaf.shape[2:]),
     leaf.dtype,

@@ -12,6 +12,7 @@ from flax import nnx
 from tokenformer_jax.growth.layers import TokenLayer, leaves_by_path, token_layers
 from tokenformer_jax.kernels.products import row_products
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.feed_forward import MLP
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import Pattention, recorded_inputs
 from tokenformer_jax.parameter_tokens import ParameterTokens, token_weights
@@ -24,7 +25,7 @@ class Usage:
   Attributes:
     use: E|w_n| · ‖v_n‖₂, a token's mean absolute contribution to the output, for weights w = Θ(x Kᵀ).
     mass: the token's part of what Θ normalises by: E s_n² for l2_norm_gelu, E g_n² / ‖g‖² for gelu_l2_norm, E p_n for
-      softmax, up to a factor that all tokens share.
+      softmax, up to a factor that all tokens share; 0 for hidden units, which are not normalised.
   """
 
   use: np.ndarray
@@ -71,12 +72,13 @@ def _language_model_sums(model: LanguageModel) -> Callable[[Any], dict]:
 
   @jax.jit
   def sums(params, tau, inputs, real, positions, segments):
-    def count(block, x, *context):
+    def count(block, x, context):
       with recorded_inputs() as recorded:
-        x = block(x, *context, remat=lambda function: function)
-      return x, _by_path(block, recorded, real, "blocks/")
+        x, _, _ = block(x, context.observed())
+      return x, _by_path(block, recorded, real)
 
-    return nnx.merge(graphdef, params, tau).through_layers(count, inputs, positions, segments)[1]
+    observed = nnx.merge(graphdef, params, tau).through_layers(count, inputs, positions, segments)[1]
+    return {f"{root}/{path}": sums for root, layers in observed.items() for path, sums in layers.items()}
 
   def of_batch(batch):
     inputs, _, _, positions, segments = batch_parts(batch)
@@ -100,32 +102,37 @@ def _sums(model: nnx.Module, apply: Callable[[Any, Any], Any] | None) -> Callabl
     merged = nnx.merge(graphdef, state)
     with recorded_inputs() as recorded:
       apply(merged, batch)
-    return _by_path(merged, recorded, None, "")
+    return _by_path(merged, recorded, None)
 
   return lambda batch: sums(state, batch)
 
 
-def _by_path(
-  module: nnx.Module, recorded: list[tuple[Pattention, jax.Array]], real: jax.Array | None, prefix: str
-) -> dict:
+def _by_path(module: nnx.Module, recorded: list[tuple[Pattention | MLP, jax.Array]], real: jax.Array | None) -> dict:
   """(Σ|w|, Σ mass, number of rows) of each recorded layer, by its path below `module`."""
-  paths = {id(layer): prefix + "/".join(map(str, path)) for path, layer in nnx.iter_modules(module)}
+  paths = {id(layer): "/".join(map(str, path)) for path, layer in nnx.iter_modules(module)}
   found: dict[str, tuple] = {}
   for layer, x in recorded:
     rows_M = jnp.ones(x.size // x.shape[-1]) if real is None else jnp.reshape(real, -1)
-    tokens = ParameterTokens(layer.keys[...], layer.values[...], layer.tau[...])
-    weights_MxN = token_weights(x, tokens, layer.theta, layer.gelu)
-    match layer.theta:
-      case "l2_norm_gelu":
-        mass_MxN = jnp.square(row_products(x.reshape(-1, x.shape[-1]), tokens.keys.astype(x.dtype)))
-      case "gelu_l2_norm":
-        mass_MxN = jnp.square(weights_MxN)
-      case _:
-        mass_MxN = weights_MxN
+    weights_MxN, mass_MxN = _weights_and_mass(layer, x)
     sums = (rows_M @ jnp.abs(weights_MxN), rows_M @ mass_MxN, jnp.sum(rows_M))
     path = paths[id(layer)]
     found[path] = tuple(map(jnp.add, found[path], sums)) if path in found else sums
   return found
+
+
+def _weights_and_mass(layer: Pattention | MLP, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The weights of a layer's values for each row of x, and each row's part of what they are normalised by; both [M, N]."""
+  if isinstance(layer, MLP):
+    weights_MxN = layer.hidden_units(x.reshape(-1, x.shape[-1]))
+    return weights_MxN, jnp.zeros_like(weights_MxN)
+  tokens = ParameterTokens(layer.keys[...], layer.values[...], layer.tau[...])
+  weights_MxN = token_weights(x, tokens, layer.theta, layer.gelu)
+  match layer.theta:
+    case "l2_norm_gelu":
+      return weights_MxN, jnp.square(row_products(x.reshape(-1, x.shape[-1]), tokens.keys.astype(x.dtype)))
+    case "gelu_l2_norm":
+      return weights_MxN, jnp.square(weights_MxN)
+  return weights_MxN, weights_MxN
 
 
 def tau_factor(layer: TokenLayer, mass: np.ndarray, kept: np.ndarray) -> np.ndarray:

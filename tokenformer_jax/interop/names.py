@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.interop.stored_array import quoted
-from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import Tree, split
 
 EMBEDDING = "sequential.0.word_embeddings.weight"
@@ -59,7 +59,7 @@ def pattention_names(num_layers: int) -> dict[str, tuple[str, int]]:
 
 def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Maps the released name of every array of a model with this configuration to its shape."""
-  _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+  _, parameters, _ = split(abstract_model(config))
   shapes = {path: leaf.shape for path, leaf in _flat(parameters).items()}
   return {
     name: shapes[path] if layer is None else shapes[path][1:]

@@ -18,6 +18,7 @@ from tokenformer_jax.interop.stored_array import StoredArray, Weights, quoted
 from tokenformer_jax.interop.weight_config import config_for
 from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.nn.theta import initial_tau
 from tokenformer_jax.paths import user_path
@@ -71,7 +72,7 @@ def from_pretrained(
   for name, (place, _) in released_names(config.num_layers).items():
     places.setdefault(place, []).append(name)
 
-  abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+  abstract = abstract_model(config)
   graphdef, *shapes = split(abstract)
   mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
   shardings = [tree_shardings(mesh, axes, tree) for axes, tree in zip(logical_axes(abstract), shapes)]

@@ -6,10 +6,13 @@ matter of speed alone: a change of layout, of the order of the two sides, or of 
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from tokenformer_jax.distributed.axes import is_split
 
 # XLA:CPU copies the right side of a product into another layout. Up to `_FEW_ROWS` rows the table is the left side
 # instead; from `_MANY_ROWS` rows on, the products of the gradient are transposed.
@@ -45,6 +48,15 @@ def with_fast_gradient(table: Float[Array, "n d"], x: Float[Array, "*batch chann
   # are batched.
   transposed = x.size >= _MANY_ROWS * x.shape[-1] and 64 <= channels < min(num_tokens, 1024)
   return _with_transposed_gradient(table) if transposed and x.dtype == sum_dtype(x.dtype) else table
+
+
+def by_rows(function: Callable[[Array], Array], x: Float[Array, "*batch d"]) -> Float[Array, "*batch e"]:
+  """`function` [M, d] -> [M, e] of all rows of x, flattened: XLA:CPU takes half of the time of products on [B, T, d]."""
+  if x.ndim > 2 and is_split("time"):
+    # Flattened rows [B·T] cannot be split along both B and T, so each row of the batch is computed on its own.
+    return jax.vmap(lambda x: by_rows(function, x))(x)
+  y_MxE = function(x.reshape(-1, x.shape[-1]))
+  return y_MxE.reshape(*x.shape[:-1], y_MxE.shape[-1])
 
 
 def wide_einsum(equation: str, a: Array, b: Array) -> Array:

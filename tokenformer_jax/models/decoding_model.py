@@ -7,47 +7,42 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.models.vocabulary import embed, logits
-from tokenformer_jax.nn.block import Block
-from tokenformer_jax.nn.kv_cache import KVCache
-from tokenformer_jax.nn.layer_norm import LayerNorm
-from tokenformer_jax.nn.parameters import logical_axes, split, unstack_layers
-from tokenformer_jax.nn.rotary import rotation
+from tokenformer_jax.models.vocabulary import VocabularyEnds
+from tokenformer_jax.nn.cache import KVCache
+from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.nn.stack import each_block
 
 
-class DecodingModel(nnx.Module):
+class DecodingModel(VocabularyEnds, nnx.Module):
   """What `LanguageModel.for_decoding` returns: a copy that reads prompts and decodes, and does nothing else.
 
   Decoding reads every parameter once for each token. Here each layer has arrays of its own, because a scan would first
   copy a layer's parameters out of the stack; and parameters with channels are cast to `config.compute_dtype` once.
 
   It cannot be called, trained, grown or exported; these take the `LanguageModel`.
-
-  Attributes:
-    config: the configuration of the language model.
   """
 
   only_decodes: ClassVar[bool] = True  # `nn.pattention.require_float_tokens` refuses modules with this mark.
 
-  def __init__(self, config: ModelConfig, embedding: nnx.Param, blocks: nnx.List, final_norm: LayerNorm):
-    self.config = config
-    self.embedding = embedding
-    self.blocks = blocks
-    self.final_norm = final_norm
+  def __init__(self, model: nnx.Module):
+    self.config = model.config
+    self.embedding = model.embedding
+    self.blocks = each_block(model.first, model.blocks, model.config.num_layers)
+    self.final_norm = model.final_norm
+    self.position_embedding = model.position_embedding
+    self.head = model.head
 
   @classmethod
-  def of(cls, model: nnx.Module, config: ModelConfig) -> "DecodingModel":
-    """The copy of a `LanguageModel` and its configuration; the model stays as it is."""
+  def of(cls, model: nnx.Module) -> "DecodingModel":
+    """The copy of a `LanguageModel`, which stays as it is."""
     graphdef, parameters, tau = split(model)
     axes, _ = logical_axes(model)
 
     def narrowed(a, axes):
-      return a.astype(config.compute_dtype) if "embed" in axes and a.dtype != jnp.int8 else a
+      return a.astype(model.config.compute_dtype) if "embed" in axes and a.dtype != jnp.int8 else a
 
-    copy = nnx.merge(graphdef, jax.tree.map(narrowed, parameters, axes), tau)
-    blocks = unstack_layers(copy.blocks, config.num_layers)
-    return cls(config, copy.embedding, blocks, copy.final_norm)
+    return cls(nnx.merge(graphdef, jax.tree.map(narrowed, parameters, axes), tau))
 
   def __call__(self, *args, **kwargs):
     raise TypeError(
@@ -75,10 +70,13 @@ class DecodingModel(nnx.Module):
     Raises:
       ValueError: the prompts need more than `num_slots` slots.
     """
-    # The padding gets a segment of its own, so that no token of the prompt sees it.
-    segments = (jnp.arange(tokens.shape[1])[None] >= start[:, None]).astype(jnp.int32)
     cache = KVCache.empty(self.config, start, num_slots)
-    return self._through_layers(cache, tokens, Block.prefill, segments)
+    cache.check_free(tokens.shape[1])
+    positions = cache.positions(tokens.shape[1])
+    # The padding gets a segment of its own, so that no token of the prompt sees it.
+    real = jnp.arange(tokens.shape[1])[None] >= start[:, None]
+    context = Context(positions, self.rotation(positions), real.astype(jnp.int32), real, filled=cache.length)
+    return self._through_layers(tokens, context, cache)
 
   def extend(
     self, tokens: Int[Array, "batch time"], cache: KVCache
@@ -91,18 +89,14 @@ class DecodingModel(nnx.Module):
     Raises:
       ValueError: the tokens need more slots than are free.
     """
-    return self._through_layers(cache, tokens, Block.extend, cache.mask(tokens.shape[1]))
-
-  def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-    """Float32 scores of every vocabulary entry: [..., d] -> [..., vocab]."""
-    return logits(self.embedding[...], hidden)
-
-  def _through_layers(self, cache, tokens, read, visible):
-    """Applies `read`, `Block.prefill` or `Block.extend`, of each layer; `visible` are the segments or the mask."""
     num_new = tokens.shape[1]
     cache.check_free(num_new)
-    cos_sin = rotation(cache.positions(num_new), self.config.rotary_dims, self.config.rotary_base)
-    x_BxTxD = embed(self.embedding[...], tokens, self.config.compute_dtype)
-    for layer, block in enumerate(self.blocks):
-      x_BxTxD, cache = read(block, x_BxTxD, cos_sin, visible, cache, layer)
-    return self.final_norm(x_BxTxD), cache.advanced(num_new)
+    positions = cache.positions(num_new)
+    context = Context(positions, self.rotation(positions), visible=cache.mask(num_new), filled=cache.length)
+    return self._through_layers(tokens, context, cache)
+
+  def _through_layers(self, tokens: Array, context: Context, cache: KVCache) -> tuple[Array, KVCache]:
+    x_BxTxD, layers = self.embed(tokens, context.positions), list(cache.layers)
+    for index, block in enumerate(self.blocks):
+      x_BxTxD, layers[index], _ = block(x_BxTxD, context.observed(), layers[index])
+    return self.final_norm(x_BxTxD), cache.advanced(tuple(layers), tokens.shape[1])

@@ -1,26 +1,23 @@
-"""The TokenFormer language model."""
-
-from collections.abc import Callable
-from typing import Any
+"""The language model: TokenFormer by default, and every other architecture that its configuration describes."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.models.decoding_model import DecodingModel
-from tokenformer_jax.models.vocabulary import embed, logits, whole_channels
-from tokenformer_jax.nn.block import Block
-from tokenformer_jax.nn.layer_norm import LayerNorm
-from tokenformer_jax.nn.parameters import logical_axes, parameter, split, stack_layers
-from tokenformer_jax.nn.remat import LAYER_REMAT, gathered
-from tokenformer_jax.nn.rotary import rotation
+from tokenformer_jax.models.vocabulary import VocabularyEnds
+from tokenformer_jax.nn.block import Block, Said
+from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.initializers import STD
+from tokenformer_jax.nn.norm import Norm
+from tokenformer_jax.nn.parameters import parameter
+from tokenformer_jax.nn.stack import Apply, make_blocks, mean_over_layers, through_blocks
 
 
-class LanguageModel(nnx.Module):
-  """Embedding, `num_layers` blocks under one scan, a final norm, and logits from the same embedding.
+class LanguageModel(VocabularyEnds, nnx.Module):
+  """Embedding, `num_layers` blocks under one scan, a final norm, and logits from the embedding or a matrix of their own.
 
   Parameters are float32; products run in `config.compute_dtype`, sums in float32 or wider.
 
@@ -32,15 +29,21 @@ class LanguageModel(nnx.Module):
     ValueError: `compute_dtype` is float64 and JAX has 64-bit types switched off.
   """
 
+  position_embedding: nnx.Param | None = None
+  head: nnx.Param | None = None
+
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
       raise ValueError("compute_dtype='float64': JAX has it switched off; set jax_enable_x64, or choose float32.")
     self.config = config
-    self.embedding = parameter(
-      rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), nnx.initializers.normal(0.02)
-    )
-    self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
-    self.final_norm = LayerNorm(config.hidden_size, rngs=rngs)
+    normal, size = nnx.initializers.normal(STD), config.hidden_size
+    self.embedding = parameter(rngs, (config.vocab_size, size), ("vocab", "embed"), normal)
+    self.first, self.blocks = make_blocks(config, rngs=rngs)
+    self.final_norm = Norm(config.final_norm, size, config.norm_epsilon, rngs=rngs)
+    if config.attention.positions == "learned":
+      self.position_embedding = parameter(rngs, (config.seq_length, size), (None, "embed"), normal)
+    if not config.tied:
+      self.head = parameter(rngs, (config.vocab_size, size), ("vocab", "embed"), normal)
 
   def __call__(
     self,
@@ -52,69 +55,56 @@ class LanguageModel(nnx.Module):
 
     Args:
       tokens: ids in [0, vocab_size). They are not checked here; the CLI and `generate` check them on the host.
-      positions: position of each token, for the rotary embedding; by default 0 … T − 1.
+      positions: position of each token in its document; by default 0 … T − 1.
       segments: document of each token; attention stays inside a document. By default one document.
     """
-    return self.logits(self.hidden(tokens, positions, segments))
+    return self.logits(self.hidden(tokens, positions, segments)[0])
 
   def hidden(
     self,
     tokens: Int[Array, "batch time"],
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
-  ) -> Float[Array, "batch time embed"]:
-    """Outputs of the final norm, [B, T, d], for the same arguments as a call of the model."""
-    hidden, _ = self.through_layers(lambda block, *inputs: (block(*inputs), None), tokens, positions, segments)
-    return hidden
+    real: Bool[Array, "batch time"] | None = None,
+  ) -> tuple[Float[Array, "batch time embed"], Said]:
+    """(outputs of the final norm [B, T, d], what the blocks say beside them: scalars by name, means over the layers).
+
+    Args:
+      tokens, positions, segments: as for a call of the model.
+      real: which tokens are not padding, for the statistics of routers; by default all.
+    """
+
+    def apply(block: Block, x: Array, context: Context) -> tuple[Array, Said]:
+      x, _, said = block(x, context)
+      return x, said
+
+    hidden, said = self.through_layers(apply, tokens, positions, segments, real)
+    return hidden, mean_over_layers(said)
 
   def through_layers(
     self,
-    apply: Callable[..., tuple[Array, Any]],
+    apply: Apply,
     tokens: Int[Array, "batch time"],
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
-  ) -> tuple[Float[Array, "batch time embed"], Any]:
-    """Scans a function over the layers, by default what `hidden` does, and collects what it observes.
+    real: Bool[Array, "batch time"] | None = None,
+  ) -> tuple[Float[Array, "batch time embed"], dict]:
+    """Applies a function to each layer, by default what `hidden` does, and collects what it observes.
 
     Args:
-      apply: `(block, x [B, T, d], cos_sin, segments) -> (x, observed)`, called in the place of each block.
-      tokens, positions, segments: as for a call of the model.
+      apply: `(block, x [B, T, d], context) -> (x, observed)`, called in the place of each block.
+      tokens, positions, segments, real: as for `hidden`.
 
     Returns:
-      (outputs of the final norm [B, T, d], what `apply` observed, each leaf with a leading layer axis).
+      (outputs of the final norm [B, T, d], what `apply` observed, by path as in `nn.stack.through_blocks`).
     """
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None]
-    cos_sin = rotation(positions, self.config.rotary_dims, self.config.rotary_base)
-    graphdef, *leaves = split(self.blocks)
-    axes, _ = logical_axes(self.blocks)
-
-    def layer(x_BxTxD, leaves):
-      # Without this constraint the partitioner splits the channels along fsdp and gathers the batch.
-      x_BxTxD = constrain(x_BxTxD, "batch", "time", None)
-      parameters, tau = leaves
-      if self.config.remat != "none":
-        # Gather the fsdp-sharded parameters once per layer; otherwise XLA gathers them again in the rematerialised
-        # forward pass. Without remat this would keep the gathered parameters of all layers for the backward pass.
-        parameters = jax.tree.map(
-          lambda a, axes: gathered(a.astype(self.config.compute_dtype), axes[1:]) if "embed" in axes else a,
-          parameters,
-          axes,
-        )
-      return apply(nnx.merge(graphdef, parameters, tau), x_BxTxD, cos_sin, segments)
-
-    x_BxTxD = embed(self.embedding[...], tokens, self.config.compute_dtype)
-    x_BxTxD, observed = jax.lax.scan(LAYER_REMAT[self.config.remat](layer), x_BxTxD, leaves)
-    return self.final_norm(constrain(x_BxTxD, "batch", "time", None)), observed
-
-  def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-    """Float32 scores of every vocabulary entry, hidden · Eᵀ: [..., d] -> [..., vocab]."""
-    return logits(self.embedding[...], hidden)
-
-  def table(self) -> Float[Array, "vocab embed"]:
-    """The embedding, which is also the matrix of the logits, with all its channels on each device."""
-    return whole_channels(self.embedding[...])
+    x_BxTxD = self.embed(tokens, positions)
+    context = Context(positions, self.rotation(positions), segments, real)
+    x_BxTxD, observed = through_blocks(self.first, self.blocks, x_BxTxD, context, self.config, apply)
+    return self.final_norm(x_BxTxD), observed
 
   def for_decoding(self) -> DecodingModel:
     """A copy of the model for `prefill` and `extend`, in the form that decodes fastest."""
-    return DecodingModel.of(self, self.config)
+    return DecodingModel.of(self)

@@ -1,94 +1,111 @@
-"""Causal attention between tokens, whose four projections are pattention layers."""
+"""Causal attention between tokens, with projections of parameter tokens or dense ones."""
 
-from collections.abc import Callable
+import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import constrain
-from tokenformer_jax.nn.kv_cache import KVCache
-from tokenformer_jax.nn.rotary import Rotation, rotate
+from tokenformer_jax.nn.cache import LayerCache
+from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.initializers import STD, output_std
+from tokenformer_jax.nn.projection import IdentityPlus, give_zero, make_projection
+from tokenformer_jax.nn.rotary import rotate
+from tokenformer_jax.nn.shaping import Shaping
 from tokenformer_jax.nn.token_attention import causal_attention, masked_attention
+
+# The initial β of values and outputs α x + β x W: in the one layer that has them, and where all layers do.
+_FIRST_BETA, _EVERY_BETA = 1.0, 0.2
 
 
 class Attention(nnx.Module):
-  """Multi-head attention of the released models: separate q, k, v and proj, partial rotary embedding.
+  """Multi-head attention with queries, keys, values and an output projection.
 
   Args:
-    num_heads: the number of attention heads H.
-    projection: makes one `hidden -> hidden` projection, given the name of the count in the model's configuration that
-      sets its number of parameter tokens.
+    config: sizes and choices of the model; `config.attention` describes this part.
+    is_first: whether this is the first layer, the only one with a value projection where `values` is `identity`.
+    rngs: parameters are drawn from `rngs.params()`.
   """
 
-  def __init__(self, num_heads: int, projection: Callable[[str], nnx.Module]):
-    self.num_heads = num_heads
-    self.query = projection("qkv_tokens")
-    self.key = projection("qkv_tokens")
-    self.value = projection("qkv_tokens")
-    self.proj = projection("proj_tokens")
+  proj: nnx.Module | None = None
+  shaping: Shaping | None = None
 
-  def project(self, x_BxTxD: Float[Array, "batch time embed"], cos_sin: Rotation) -> tuple[Array, Array, Array]:
-    """Rotated queries, rotated keys, and values: three arrays [B, T, H, C]."""
-    q, k, v = (self._split_heads(projection(x_BxTxD)) for projection in (self.query, self.key, self.value))
-    return rotate(q, cos_sin), rotate(k, cos_sin), v
+  def __init__(self, config: ModelConfig, *, is_first: bool = False, rngs: nnx.Rngs):
+    part = config.attention
+    self.head_dim = config.head_dim
+    d, d_kv = config.hidden_size, config.num_kv_heads * config.head_dim
+    make = functools.partial(make_projection, config, rngs=rngs)
+    into_heads = functools.partial(make, count="qkv_tokens", axes=("embed", "heads"))
+    out_of_heads = functools.partial(make, d, d, "proj_tokens", axes=("heads", "embed"), bias=part.bias == "all")
+    normal, orthogonal = nnx.initializers.normal(STD), nnx.initializers.orthogonal()
 
-  def attend(
-    self, q: Array, k: Array, v: Array, segments: Int[Array, "batch time"] | None = None
-  ) -> Float[Array, "batch time embed"]:
-    """The output [B, T, d] for q, k and v [B, T, H, C].
+    self.query = into_heads(d, d, init=normal, bias=part.bias != "none")
+    self.key = into_heads(d, d_kv, init=normal, bias=part.bias != "none")
+    if part.values in ("projected", "orthogonal"):
+      is_orthogonal = part.values == "orthogonal"
+      self.value = into_heads(d, d_kv, init=orthogonal if is_orthogonal else normal, bias=part.bias == "all")
+      self.proj = out_of_heads(init=orthogonal if is_orthogonal else nnx.initializers.normal(output_std(config)))
+    elif part.values == "identity_plus":
+      self.value = IdentityPlus(into_heads(d, d, init=normal), _EVERY_BETA, rngs=rngs)
+      self.proj = IdentityPlus(out_of_heads(init=normal), _EVERY_BETA, rngs=rngs)
+    else:
+      self.value = IdentityPlus(into_heads(d, d, init=normal), _FIRST_BETA, rngs=rngs) if is_first else None
+    if part.shaped != "none":
+      give_zero(self.query)  # All scores are 0 then, and the centred attention of a new model is the identity.
+      self.shaping = Shaping(config.num_heads, part.shaped, rngs=rngs)
 
-    Every token attends to itself and to the tokens before it in its segment; by default there is one segment.
+  def project(self, x_BxTxD: Float[Array, "batch time embed"], context: Context) -> tuple[Array, Array, Array]:
+    """Rotated queries [B, T, H, C], rotated keys and values [B, T, Hkv, C]."""
+    q, k = self._split_heads(self.query(x_BxTxD)), self._split_heads(self.key(x_BxTxD))
+    v = self._split_heads(x_BxTxD if self.value is None else self.value(x_BxTxD))
+    if context.rotation is not None:
+      q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+    return q, k, v
+
+  def mix(
+    self, q: Array, k: Array, v: Array, context: Context, cache: LayerCache | None = None
+  ) -> tuple[Float[Array, "batch time embed"], LayerCache | None]:
+    """The output [B, T, d] for what `project` returned, and the cache with these keys and values.
+
+    Every token attends to itself and to the tokens before it in its segment, or to the slots that are visible to it.
     """
+    past = cache
+    if cache is not None:
+      cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2), context.filled)
+    if context.visible is None:
+      mixed = self._among_themselves(q, k, v, context)
+    else:
+      mixed = self._to_cache(q, k, v, context, past, cache)
+    if self.shaping is not None:
+      mixed, cache = self.shaping(mixed, v, context, cache)
+    y_BxTxD = mixed.reshape(*mixed.shape[:2], -1)
+    if context.visible is None:
+      y_BxTxD = constrain(y_BxTxD, "batch", "time", None)
+    return y_BxTxD if self.proj is None else self.proj(y_BxTxD), cache
+
+  def _among_themselves(self, q, k, v, context):
     k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-    y_BxTxD = _merge_heads(causal_attention(q, k, v, segments))
-    return self.proj(constrain(y_BxTxD, "batch", "time", None))
+    return causal_attention(q, k, v, context.segments)
 
-  def prefill(
-    self,
-    x_BxTxD: Float[Array, "batch time embed"],
-    cos_sin: Rotation,
-    segments: Int[Array, "batch time"],
-    cache: KVCache,
-    layer: int,
-  ) -> tuple[Array, KVCache]:
-    """`project` and `attend` for the first tokens of an empty cache.
-
-    Returns:
-      (output [B, T, d], the cache with the keys and values of this layer in it).
-    """
-    q, k, v = self.project(x_BxTxD, cos_sin)
-    return self.attend(q, k, v, segments), cache.write(layer, k.swapaxes(1, 2), v.swapaxes(1, 2))
-
-  def extend(
-    self,
-    x_BxTxD: Float[Array, "batch time embed"],
-    cos_sin: Rotation,
-    mask: Bool[Array, "batch 1 time slot"],
-    cache: KVCache,
-    layer: int,
-  ) -> tuple[Array, KVCache]:
-    """`prefill` for tokens that follow those in the cache; `mask` says which slots each of them may see."""
-    q, k, v = (a.swapaxes(1, 2) for a in self.project(x_BxTxD, cos_sin))
-    past, cache = cache, cache.write(layer, k, v)
-    if x_BxTxD.shape[:2] == (1, 1):
+  def _to_cache(self, q, k, v, context, past, cache):
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    if q.shape[0] == q.shape[2] == 1:
       # XLA:CPU would copy the buffer of a single row between writing and reading it. Reading the buffer as it was
       # before the write, and the new key and value beside it, avoids the copy.
-      filled = (jnp.arange(past.num_slots) < past.length)[None, None, None]
-      mask = jnp.concatenate([mask & filled, jnp.ones_like(mask[..., :1])], axis=-1)
-      y_BxHxTxC = masked_attention(q, (past.keys[layer], k), (past.values[layer], v), mask)
+      filled = (jnp.arange(past.num_slots) < context.filled)[None, None, None]
+      visible = jnp.concatenate([context.visible & filled, jnp.ones_like(context.visible[..., :1])], axis=-1)
+      mixed = masked_attention(q, (past.keys, k), (past.values, v), visible)
     else:
-      y_BxHxTxC = masked_attention(q, cache.keys[layer : layer + 1], cache.values[layer : layer + 1], mask)
-    return self.proj(_merge_heads(y_BxHxTxC.swapaxes(1, 2))), cache
+      mixed = masked_attention(q, (cache.keys,), (cache.values,), context.visible)
+    return mixed.swapaxes(1, 2)
 
-  def _split_heads(self, x_BxTxD):
-    """[B, T, d] -> [B, T, H, C], with the heads split along the token axis of the mesh; docs/sharding.md says why."""
+  def _split_heads(self, x_BxTxD: jax.Array) -> jax.Array:
+    """[B, T, H · C] -> [B, T, H, C], with the heads split along the token axis of the mesh; docs/sharding.md says why."""
     # Replicate before reshaping; otherwise the partitioner splits the sum over parameter tokens by heads and reshards
     # the [rows, N] weights.
     x_BxTxD = constrain(x_BxTxD, "batch", "time", None)
-    x_BxTxHxC = x_BxTxD.reshape(*x_BxTxD.shape[:2], self.num_heads, -1)
+    x_BxTxHxC = x_BxTxD.reshape(*x_BxTxD.shape[:2], -1, self.head_dim)
     return constrain(x_BxTxHxC, "batch", "time", "heads", None)
-
-
-def _merge_heads(x_BxTxHxC):
-  return x_BxTxHxC.reshape(*x_BxTxHxC.shape[:2], -1)

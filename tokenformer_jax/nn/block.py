@@ -1,101 +1,86 @@
-"""One TokenFormer layer (arXiv 2410.23168, eq. 6–8)."""
+"""One block: attention between tokens, a feed-forward, and how they are added up.
 
-import math
+    sequential   U = a X + b Attention(N X),        Y = c U + d FeedForward(N' U)
+    post-norm    U = N(a X + b Attention(X)),       Y = N'(c U + d FeedForward(U))
+    parallel     Y = c X + b Attention(N X) + d FeedForward(N' X)
+
+TokenFormer (arXiv 2410.23168, eq. 6–8) is the sequential block with a = b = c = d = 1, norms without parameters, and
+parameter tokens in the place of every matrix.
+"""
+
 from collections.abc import Callable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.nn.attention import Attention
-from tokenformer_jax.nn.kv_cache import KVCache
-from tokenformer_jax.nn.layer_norm import layer_norm
-from tokenformer_jax.nn.pattention import Pattention
-from tokenformer_jax.nn.remat import keep_scores
-from tokenformer_jax.nn.rotary import Rotation
+from tokenformer_jax.nn.cache import LayerCache
+from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.feed_forward import make_feed_forward
+from tokenformer_jax.nn.gain import Gain, total
+from tokenformer_jax.nn.norm import Norm
 
-# Standard deviation of new keys in the released code.
-KEY_STD = 0.02
+# What a block says beside its output: scalars by name, such as the statistics of a router.
+Said = dict[str, jax.Array]
 
 
 class Block(nnx.Module):
-  """y = x + Attention(LN(x)), then y + Pattention(LN(y)); the norms have no parameters.
+  """[B, T, d] -> [B, T, d], by the parts that the configuration describes.
 
   Args:
     config: sizes and choices of the model.
+    is_first: whether this is the model's first block, which may have parameters that the others lack.
     rngs: parameters are drawn from `rngs.params()`.
   """
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, *, is_first: bool = False, rngs: nnx.Rngs):
+    part, size = config.residual, config.hidden_size
+    self.parallel = part.parallel
+    self.attention = Attention(config, is_first=is_first, rngs=rngs)
+    self.ffn = make_feed_forward(config, rngs=rngs)
 
-    def projection(count: str) -> Pattention:
-      return Pattention(
-        config.hidden_size,
-        config.hidden_size,
-        getattr(config, count),
-        theta=config.theta,
-        gelu=config.gelu,
-        kernel=config.kernel,
-        key_std=KEY_STD,
-        value_std=value_std(config),
-        count=count,
-        rngs=rngs,
-      )
+    first_kind = "layer_norm" if config.norm == "none" and is_first else config.norm
+    norm = Norm(first_kind, size, config.norm_epsilon, rngs=rngs)
+    ffn_norm = None if part.norms == "shared" else Norm(config.norm, size, config.norm_epsilon, rngs=rngs)
+    self.norms = part.norms
+    self.norm, self.ffn_norm = norm, ffn_norm
 
-    self.attention = Attention(config.num_heads, projection)
-    self.ffn = projection("ffn_tokens")
+    self.attention_skip = Gain(0.0 if part.parallel else part.attention_skip, part.trained, rngs=rngs)
+    self.attention_gain = Gain(part.attention_gain, part.trained, rngs=rngs)
+    self.ffn_skip = Gain(part.ffn_skip, part.trained, rngs=rngs)
+    self.ffn_gain = Gain(part.ffn_gain, part.trained, rngs=rngs)
 
   def __call__(
-    self,
-    x_BxTxD: Float[Array, "batch time embed"],
-    cos_sin: Rotation,
-    segments: Int[Array, "batch time"] | None = None,
-    remat: Callable[[Callable], Callable] = keep_scores,
-  ) -> Float[Array, "batch time embed"]:
-    """[B, T, d] -> [B, T, d].
+    self, x: Float[Array, "batch time embed"], context: Context, cache: LayerCache | None = None
+  ) -> tuple[Float[Array, "batch time embed"], LayerCache | None, Said]:
+    """(output [B, T, d], the cache with these tokens in it, what the block says).
 
     Args:
-      x_BxTxD: the residual stream.
-      cos_sin: the rotary tables of the tokens' positions.
-      segments: document of each token; attention stays inside a document. By default one document.
-      remat: wraps each norm with the projections that read it. Pass `lambda f: f` to disable rematerialisation, so
-        that values from inside can be observed (shrinking records activations in this way).
+      x: the residual stream.
+      context: where the tokens stand, and which of them see each other.
+      cache: the layer's cache in decoding; None otherwise.
     """
-    q, k, v = remat(lambda x: self.attention.project(layer_norm(x), cos_sin))(x_BxTxD)
-    x_BxTxD += self.attention.attend(q, k, v, segments)
-    return x_BxTxD + remat(self._feed_forward)(x_BxTxD)
+    q, k, v = context.remat(lambda x: self.attention.project(self._before(self.norm)(x), context))(x)
+    attended, cache = self.attention.mix(q, k, v, context, cache)
+    if self.parallel:
+      fed, said = self._feed_forward(x, context)
+      return total(self.ffn_skip(x), self.attention_gain(attended), self.ffn_gain(fed)), cache, said
+    u = self._after(self.norm)(total(self.attention_skip(x), self.attention_gain(attended)))
+    fed, said = self._feed_forward(u, context)
+    return self._after(self.ffn_norm)(total(self.ffn_skip(u), self.ffn_gain(fed))), cache, said
 
-  def prefill(
-    self,
-    x_BxTxD: Float[Array, "batch time embed"],
-    cos_sin: Rotation,
-    segments: Int[Array, "batch time"],
-    cache: KVCache,
-    layer: int,
-  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
-    """`__call__` for the first tokens of an empty cache; returns (output, cache)."""
-    attended, cache = self.attention.prefill(layer_norm(x_BxTxD), cos_sin, segments, cache, layer)
-    x_BxTxD += attended
-    return x_BxTxD + self._feed_forward(x_BxTxD), cache
+  def _feed_forward(self, x: jax.Array, context: Context) -> tuple[jax.Array, Said]:
+    norm = self._before(self.norm if self.ffn_norm is None else self.ffn_norm)
+    return context.remat(lambda x: self.ffn(norm(x)))(x), {}
 
-  def extend(
-    self,
-    x_BxTxD: Float[Array, "batch time embed"],
-    cos_sin: Rotation,
-    mask: Bool[Array, "batch 1 time slot"],
-    cache: KVCache,
-    layer: int,
-  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
-    """`__call__` for tokens that follow those in the cache; returns (output, cache)."""
-    attended, cache = self.attention.extend(layer_norm(x_BxTxD), cos_sin, mask, cache, layer)
-    x_BxTxD += attended
-    return x_BxTxD + self._feed_forward(x_BxTxD), cache
+  def _before(self, norm: Norm) -> Callable[[jax.Array], jax.Array]:
+    return _identity if self.norms == "post" else norm
 
-  def _feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
-    return self.ffn(layer_norm(x_BxTxD))
+  def _after(self, norm: Norm | None) -> Callable[[jax.Array], jax.Array]:
+    return norm if self.norms == "post" and norm is not None else _identity
 
 
-def value_std(config: ModelConfig) -> float:
-  """Standard deviation of new values in the released code, 2 / (L √d): GPT-NeoX's `wang_init`."""
-  return 2.0 / (config.num_layers * math.sqrt(config.hidden_size))
+def _identity(x):
+  return x

@@ -24,11 +24,13 @@ class Rows:
     count: the name of the count that sets their number, e.g. `ffn_tokens`: growth changes all rows of one count.
     role: `key` or `value`, the side of the parameter tokens that the rows are.
     std: the standard deviation of random new rows; None is 1/√N for a layer of N tokens.
+    elementwise: whether a row's weight depends on that row alone, as a hidden unit's does. Such a layer has no τ.
   """
 
   count: str
   role: str
   std: float | None
+  elementwise: bool = False
 
   def std_of(self, num_tokens: int) -> float:
     """The standard deviation of the rows of a new layer with `num_tokens` parameter tokens."""
@@ -44,7 +46,12 @@ class Tau(nnx.Variable):
 
 
 def parameter(
-  rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: nnx.Initializer, rows: Rows | None = None
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: Axes,
+  init: nnx.Initializer,
+  rows: Rows | None = None,
+  decayed: bool = True,
 ) -> nnx.Param:
   """A float32 parameter.
 
@@ -53,8 +60,9 @@ def parameter(
     axes: the logical name of each axis, None for one that is never split.
     init: its initialiser.
     rows: what its rows are, where one axis is `param_token`.
+    decayed: whether weight decay acts on it, as it does on matrices and not on norms, biases and gains.
   """
-  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, rows=rows)
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, rows=rows, decayed=decayed)
 
 
 def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
@@ -97,11 +105,19 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
 
 def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
   """The logical axes of every parameter and every τ, as trees like those of `split`."""
-  _, parameters, tau = nnx.split(module, nnx.Param, Tau)
+  return declared(module, nnx.Param, "axes"), declared(module, Tau, "axes")
 
-  def axes_of(state: nnx.State) -> Tree:
-    return nnx.to_pure_dict(
-      jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    )
 
-  return axes_of(parameters), axes_of(tau)
+def declared(module: nnx.Module, kind: type[nnx.Variable], name: str, default: Any = None) -> Tree:
+  """What each variable of a kind declares under a name, as a tree like those of `split`.
+
+  Args:
+    module: any NNX module; it may be abstract.
+    kind: `nnx.Param` or `Tau`.
+    name: `axes`, `rows` or `decayed`.
+    default: what a variable says that was not made by `parameter`.
+  """
+  state = nnx.state(module, kind)
+  return nnx.to_pure_dict(
+    jax.tree.map(lambda v: v.replace(getattr(v, name, default)), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+  )

@@ -19,21 +19,27 @@ from tokenformer_jax.nn.remat import OUTPUT
 from tokenformer_jax.nn.theta import check_choices, initial_tau
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
 
-_RECORDED: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded pattention inputs", default=None)
+_RECORDED: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded inputs of rows", default=None)
 
 
 @contextlib.contextmanager
-def recorded_inputs() -> Iterator[list[tuple["Pattention", Array]]]:
-  """A context in which every call of a `Pattention` appends (layer, x) to the list that the context gives.
+def recorded_inputs() -> Iterator[list[tuple[nnx.Module, Array]]]:
+  """A context in which every call of a `Pattention` or an `MLP` appends (layer, x) to the list that the context gives.
 
   Under a JAX transformation the inputs are tracers of that transformation: use them before it ends.
   """
-  recorded: list[tuple[Pattention, Array]] = []
+  recorded: list[tuple[nnx.Module, Array]] = []
   token = _RECORDED.set(recorded)
   try:
     yield recorded
   finally:
     _RECORDED.reset(token)
+
+
+def record(layer: nnx.Module, x: Array) -> None:
+  """Appends a layer and its input to the list of `recorded_inputs`, if there is one."""
+  if (recorded := _RECORDED.get()) is not None:
+    recorded.append((layer, x))
 
 
 class Pattention(nnx.Module):
@@ -106,8 +112,7 @@ class Pattention(nnx.Module):
       x = x.astype(self.dtype)
     scales = [scale if scale is None else scale[...] for scale in (self.key_scales, self.value_scales)]
     tokens = ParameterTokens(self.keys[...], self.values[...], self.tau[...], *scales)
-    if (recorded := _RECORDED.get()) is not None:
-      recorded.append((self, x))
+    record(self, x)
     y = self._fused(x, tokens) if self.kernel == "fused" else self._reference(x, tokens)
     return checkpoint_name(y, OUTPUT)
 

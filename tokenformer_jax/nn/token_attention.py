@@ -22,8 +22,8 @@ _BLOCKS, _LEAST_BLOCK = 4, 64
 
 def causal_attention(
   q: Float[Array, "batch time head channel"],
-  k: Float[Array, "batch time head channel"],
-  v: Float[Array, "batch time head channel"],
+  k: Float[Array, "batch time kv_head channel"],
+  v: Float[Array, "batch time kv_head channel"],
   segments: Int[Array, "batch time"] | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "batch time head channel"]:
@@ -31,8 +31,8 @@ def causal_attention(
 
   Args:
     q: queries [B, T, H, C].
-    k: keys [B, T, H, C].
-    v: values [B, T, H, C].
+    k: keys [B, T, K, C], each head of which is read by H / K query heads that follow one another.
+    v: values [B, T, K, C].
     segments: document of each token; by default one document.
     implementation: `xla`, for every device; `cudnn`, for GPUs; `splash`, for TPUs. By default the one that
       `default_implementation` gives for this device, dtype and shape.
@@ -58,6 +58,7 @@ def causal_attention(
         f"implementation='splash' takes a multiple of {_TILE} positions that devices do not split, and there are "
         f"{q.shape[1]}{' split ones' if is_split('time') else ''}; choose 'xla'."
       )
+    k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) if q.shape[2] != k.shape[2] else a for a in (k, v))
     return _splash(q, k, v, segments)
   if implementation == "xla":
     return _plain(q, k, v, segments)
@@ -110,10 +111,18 @@ def masked_attention(
 
   Args:
     q: queries [batch, head, time, channel].
-    keys: one or several arrays [batch, head, slot, channel], whose slots follow one another.
+    keys: one or several arrays [batch, kv_head, slot, channel], whose slots follow one another; head / kv_head query
+      heads that follow one another read the same one.
     values: arrays like `keys`.
     visible: which slots each query may see.
   """
+  heads, kv_heads = q.shape[1], keys[0].shape[1]
+  if heads != kv_heads:
+    # Query heads that share keys are further queries of one head, so that no key is repeated.
+    shared = heads // kv_heads
+    q_BxKxGTxC = q.reshape(q.shape[0], kv_heads, shared * q.shape[2], q.shape[3])
+    y_BxKxGTxC = masked_attention(q_BxKxGTxC, keys, values, jnp.tile(visible, (1, 1, shared, 1)))
+    return y_BxKxGTxC.reshape(q.shape)
   scores_BxHxTxS = jnp.concatenate([wide_einsum("bhtc,bhsc->bhts", q, k) for k in keys], axis=-1) * q.shape[-1] ** -0.5
   masked_BxHxTxS = jnp.where(visible, scores_BxHxTxS, jnp.finfo(scores_BxHxTxS.dtype).min)
   weights_BxHxTxS = jax.nn.softmax(masked_BxHxTxS, axis=-1).astype(q.dtype)

@@ -26,9 +26,10 @@ from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.plan import leaves_by_path, path_name
 from tokenformer_jax.growth.stream import save_args, stream_handler
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import Tree, logical_axes, split
 from tokenformer_jax.paths import is_uri, user_path
-from tokenformer_jax.training.state import TrainState, abstract_model
+from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.weight_average import LAG
 
 TOKENIZER = "tokenizer.json"
@@ -128,7 +129,7 @@ def load(
     return from_pretrained(folder, mesh=mesh)
   with _open(workdir, ocp.StandardCheckpointHandler, create=False) as manager:
     step = _chosen_step(manager, workdir, step)
-    abstract = abstract_model(ModelConfig(**_record(manager, step)["model"]))
+    abstract = abstract_model(ModelConfig.from_dict(_record(manager, step)["model"], f"{workdir}: model"))
     mesh = mesh or make_mesh(MeshConfig(), devices=None if jax.process_count() > 1 else jax.devices()[:1])
     graphdef, *shapes = split(abstract)
     target = dict(

@@ -197,7 +197,13 @@ def _for_decoding(program: Program):
   stacked = [program.shapes.params, program.shapes.tau]
   graphdef, *shapes = split(nnx.eval_shape(lambda leaves: nnx.merge(program.graphdef, *leaves).for_decoding(), stacked))
 
-  sources = [{**tree, "blocks": dict.fromkeys(range(program.model.num_layers), tree["blocks"])} for tree in stacked]
+  def layers_of(tree):
+    stacked = [tree["first"]] if "first" in tree else []
+    stacked += [tree["blocks"]] * (program.model.num_layers - len(stacked))
+    rest = {name: branch for name, branch in tree.items() if name not in ("first", "blocks")}
+    return {**rest, "blocks": dict(enumerate(stacked))}
+
+  sources = [layers_of(tree) for tree in stacked]
 
   def placed(shape, source):
     spec = PartitionSpec(*source.sharding.spec[source.ndim - shape.ndim :])

@@ -22,6 +22,7 @@ from tokenformer_jax.distributed.processes import (
   share_of_rows,
 )
 from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.paths import replace_text, user_path
 from tokenformer_jax.progress import Progress, say
@@ -42,7 +43,7 @@ from tokenformer_jax.training.resume import (
 )
 from tokenformer_jax.training.run_checks import check_growths, check_samples, check_trackers, check_vocabulary
 from tokenformer_jax.training.run_log import RunLog
-from tokenformer_jax.training.state import TrainState, abstract_model, fresh_state
+from tokenformer_jax.training.state import TrainState, fresh_state
 from tokenformer_jax.training.timing import Clock, Trace
 
 

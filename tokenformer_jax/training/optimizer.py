@@ -18,17 +18,16 @@ _MUON_RMS = 0.2
 
 
 def make_optimizer(
-  config: OptimizerConfig, num_steps: int, growth: GrowthConfig, axes: Tree
+  config: OptimizerConfig, num_steps: int, growth: GrowthConfig, axes: Tree, decayed: Tree
 ) -> optax.GradientTransformationExtraArgs:
   """Clipping by global norm, the optimizer's direction, decoupled decay, learning rate, and factors for new rows.
-
-  Embeddings and parameter tokens are decayed; the final norm's scale and bias are not.
 
   Args:
     config: which optimizer, and its settings.
     num_steps: length of the run in updates.
     growth: warm-up and rates of the rows that growth adds.
     axes: the parameters' logical axes, a tree of tuples of names.
+    decayed: which parameters are decayed, a tree of booleans: what they declare themselves.
 
   Returns:
     A transformation whose `update` takes `born` and `step` too, see `new_rows`.
@@ -36,7 +35,6 @@ def make_optimizer(
   Raises:
     ValueError: see `learning_rate_schedule`.
   """
-  decayed = _map_axes(lambda names: names != ("norm",), axes)
   # The order is that of the state in checkpoints: parts with a state must keep their places.
   parts = [
     optax.clip_by_global_norm(config.clip_norm),

@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.distributed.axes import parts_of, traced_on
-from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.models.model_class import abstract_model
+from tokenformer_jax.nn.parameters import declared, split
 from tokenformer_jax.training.optimizer import make_optimizer
 from tokenformer_jax.training.schedules import check_schedule, learning_rate_schedule
-from tokenformer_jax.training.state import TrainState, abstract_model, initial_state, state_shardings
+from tokenformer_jax.training.state import TrainState, initial_state, state_shardings
 from tokenformer_jax.training.step import make_eval_step, make_train_step
 from tokenformer_jax.training.tau import TauRule, make_tau_rule
 
@@ -56,8 +58,8 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
   check_run(config, mesh)
   abstract = abstract_model(model)
   graphdef, _, _ = split(abstract)
-  axes, _ = logical_axes(abstract)
-  optimizer = make_optimizer(config.optimizer, config.training.num_steps, config.growth, axes)
+  axes, decayed = (declared(abstract, nnx.Param, name) for name in ("axes", "decayed"))
+  optimizer = make_optimizer(config.optimizer, config.training.num_steps, config.growth, axes, decayed)
   tau_rule = make_tau_rule(config)
   schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
 

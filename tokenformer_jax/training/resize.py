@@ -23,13 +23,14 @@ from tokenformer_jax.growth.plan import counts_of, layers_of, path_name, plan_gr
 from tokenformer_jax.growth.report import GrowthReport
 from tokenformer_jax.growth.shrink import ShrinkReport, check_shrink, least_used
 from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory, shrunk
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.paths import is_uri, user_path
 from tokenformer_jax.progress import Progress
 from tokenformer_jax.training.checkpoints import TOKENIZER, CheckpointStreams, load, load_tokenizer
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.resume import CONFIG, check_same_model, check_same_tokenizer, stored_config
-from tokenformer_jax.training.state import TrainState, abstract_model
+from tokenformer_jax.training.state import TrainState
 
 # Where no terminal is, seconds between two lines about the leaves that are written.
 _SECONDS_BETWEEN_LINES = 30.0

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
-from tokenformer_jax.config.validation import build
+from tokenformer_jax.config.validation import build, flattened
 from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.checkpoints import TOKENIZER
 from tokenformer_jax.training.schedules import learning_rate_schedule
@@ -31,11 +31,12 @@ def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir:
     ValueError: names the first field that differs, both values and the way out.
   """
   model = config.model_at(step - 1)
-  for field in dataclasses.fields(model):
-    have, want = _stored(stored, field), getattr(model, field.name)
-    if field.name not in _FREE_MODEL_FIELDS and have != want:
+  had = flattened(ModelConfig.from_dict(stored, f"{workdir}: model"))
+  for field, want in flattened(model).items():
+    have = had[field]
+    if field not in _FREE_MODEL_FIELDS and have != want:
       raise ValueError(
-        f"{workdir}: its model at step {step} has {field.name}={have!r}, this run's would have {want!r}; "
+        f"{workdir}: its model at step {step} has {field}={have!r}, this run's would have {want!r}; "
         f"use another --workdir, or the value in its {CONFIG}."
       )
   return model
@@ -122,12 +123,12 @@ def check_tokenizer_file(workdir: str, tokenizer: data.Tokenizer) -> None:
 def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> None:
   """Raises ValueError unless weights of `model`, read from `source`, fit a run of `config`."""
   free = (*_FREE_MODEL_FIELDS, "seq_length", "compute_dtype")
-  for field in dataclasses.fields(ModelConfig):
-    have, want = getattr(model, field.name), getattr(config, field.name)
-    if field.name not in free and have != want:
+  had = flattened(model)
+  for field, want in flattened(config).items():
+    have = had[field]
+    if field not in free and have != want:
       raise ValueError(
-        f"init_from={source}: its model has {field.name}={have!r}, this run's {want!r}; "
-        f"set model.{field.name}={have!r}."
+        f"init_from={source}: its model has {field}={have!r}, this run's {want!r}; set model.{field}={have!r}."
       )
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import replicated, tree_shardings
-from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.model_class import abstract_model, model_class
 from tokenformer_jax.nn.parameters import Tree, logical_axes, split
 from tokenformer_jax.training.tau import TauRule
 
@@ -42,11 +42,6 @@ class TrainState:
   born: Tree
 
 
-def abstract_model(config: ModelConfig) -> LanguageModel:
-  """The model with `jax.ShapeDtypeStruct`s instead of arrays."""
-  return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-
-
 def initial_state(
   config: ModelConfig, optimizer: optax.GradientTransformation, tau_rule: TauRule, seed: int
 ) -> TrainState:
@@ -54,7 +49,7 @@ def initial_state(
 
   Call it under `jax.jit` with `out_shardings`, so that no device ever holds a whole leaf that is to be split.
   """
-  _, params, tau = split(LanguageModel(config, rngs=nnx.Rngs(seed)))
+  _, params, tau = split(model_class(config)(config, rngs=nnx.Rngs(seed)))
   return fresh_state(params, tau, logical_axes(abstract_model(config))[0], optimizer, tau_rule)
 
 

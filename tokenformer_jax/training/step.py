@@ -83,5 +83,5 @@ def make_eval_step(graphdef: nnx.GraphDef):
 
 def _loss(graphdef, params, tau, batch, z_loss) -> tuple[jax.Array, LossSums]:
   model = nnx.merge(graphdef, params, tau)
-  hidden = model.hidden(batch.inputs, batch.positions, batch.segments)
+  hidden, _ = model.hidden(batch.inputs, batch.positions, batch.segments)
   return loss_sums(hidden, model.table(), batch.labels, batch.weights, z_loss)

@@ -13,7 +13,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.interop.export import export
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.nn.kv_cache import KVCache
+from tokenformer_jax.nn.cache import KVCache
 from tokenformer_jax.nn.parameters import split
 
 LENGTHS = (9, 4, 1)
@@ -99,7 +99,7 @@ def test_a_chunk_of_tokens_is_causal_within_itself(model, extend, sequences):
   for piece in jnp.split(ids, 3, axis=1):
     hidden, cache = extend(piece, cache)
     pieces.append(hidden)
-  expected = np.asarray(jax.jit(model.hidden)(ids))
+  expected = np.asarray(jax.jit(model.hidden)(ids)[0])
   np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -116,8 +116,8 @@ def test_neither_padding_nor_empty_slots_are_seen(model, read, extend, sequences
   expected, _ = extend(step, cache)
   empty = jnp.arange(20) >= cache.length
   empty = empty[None, None, :, None]
-  rubbish = [tuple(jnp.where(empty, 1e3, buffer) for buffer in buffers) for buffers in (cache.keys, cache.values)]
-  seen, _ = extend(step, KVCache(*rubbish, cache.start, cache.length))
+  rubbish = jax.tree.map(lambda buffer: jnp.where(empty, 1e3, buffer), cache.layers)
+  seen, _ = extend(step, KVCache(rubbish, cache.start, cache.length))
   np.testing.assert_array_equal(seen, expected)
 
 
@@ -163,15 +163,15 @@ def test_the_cache_has_the_compute_dtype():
   hidden, cache = jax.eval_shape(
     lambda leaves, cache: nnx.merge(graphdef, *leaves).extend(jnp.ones((2, 3), jnp.int32), cache), leaves, cache
   )
-  assert hidden.dtype == jnp.bfloat16 and {a.dtype for a in (*cache.keys, *cache.values)} == {jnp.dtype("bfloat16")}
+  assert hidden.dtype == jnp.bfloat16 and {a.dtype for a in jax.tree.leaves(cache.layers)} == {jnp.dtype("bfloat16")}
 
 
 def test_a_full_cache_is_refused_and_left_as_it_was(model, decoding):
   cache = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), 4).advanced(3)
-  before = np.asarray(cache.keys[0])
+  before = np.asarray(cache.layers[0].keys)
   with pytest.raises(ValueError, match="cache has 4 slots, of which 3 are filled, and 2 more tokens do not fit"):
     decoding.extend(jnp.ones((1, 2), jnp.int32), cache)
-  np.testing.assert_array_equal(cache.keys[0], before)
+  np.testing.assert_array_equal(cache.layers[0].keys, before)
   with pytest.raises(ValueError, match="5 more tokens do not fit"):
     jax.eval_shape(lambda cache: decoding.extend(jnp.ones((1, 5), jnp.int32), cache), cache)
   with pytest.raises(ValueError, match="5 more tokens do not fit"):

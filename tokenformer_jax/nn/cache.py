@@ -1,4 +1,4 @@
-"""The cache of keys and values for decoding: one buffer for each layer, updated in place."""
+"""The cache of keys and values for decoding: buffers for each layer, updated in place."""
 
 import dataclasses
 import functools
@@ -10,23 +10,55 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenformer_jax.config import ModelConfig
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "start", "length"])
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "value_sum"])
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """What one layer keeps of the tokens read so far.
+
+  Attributes:
+    keys: rotated keys, [batch, head, slot, channel].
+    values: [batch, head, slot, channel].
+    value_sum: the sum of the values of each row's real tokens, float32 [batch, head, channel], for centred attention;
+      None without it.
+  """
+
+  keys: Float[Array, "batch head slot channel"]
+  values: Float[Array, "batch head slot channel"]
+  value_sum: Float[Array, "batch head channel"] | None = None
+
+  @property
+  def num_slots(self) -> int:
+    return self.keys.shape[2]
+
+  def write(
+    self,
+    keys: Float[Array, "batch head time channel"],
+    values: Float[Array, "batch head time channel"],
+    filled: Int[Array, ""],
+  ) -> "LayerCache":
+    """The cache with new keys and values in the slots from `filled` on."""
+
+    def written(buffer, new):
+      return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), filled, axis=2)
+
+    return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=["layers", "start", "length"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Rotated keys and values of the tokens read so far.
+  """The caches of all layers.
 
   Rows of a batch end together: a shorter prompt is padded on its left, and `start` is its first real slot. All rows
   write the same slots next, `length` onwards.
 
   Attributes:
-    keys: for each layer, [batch, head, slot, channel].
-    values: for each layer, [batch, head, slot, channel].
+    layers: one cache for each layer.
     start: [batch], the first real slot of each row.
     length: [], the number of slots filled so far. Inside `jax.jit` the caller keeps it within the number of slots.
   """
 
-  keys: tuple[Float[Array, "batch head slot channel"], ...]
-  values: tuple[Float[Array, "batch head slot channel"], ...]
+  layers: tuple[LayerCache, ...]
   start: Int[Array, "batch"]
   length: Int[Array, ""]
 
@@ -39,13 +71,18 @@ class KVCache:
       start: the first real slot of each row, [batch].
       num_slots: the number of tokens that fit into each row, padding included.
     """
-    shape = (start.shape[0], config.num_heads, num_slots, config.head_dim)
-    keys, values = (tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers)) for _ in range(2))
-    return cls(keys, values, start, jnp.int32(0))
+    batch, heads, channels = start.shape[0], config.num_kv_heads, config.head_dim
+
+    def layer() -> LayerCache:
+      keys, values = (jnp.zeros((batch, heads, num_slots, channels), config.compute_dtype) for _ in range(2))
+      is_centred = config.attention.shaped == "centred"
+      return LayerCache(keys, values, jnp.zeros((batch, heads, channels), jnp.float32) if is_centred else None)
+
+    return cls(tuple(layer() for _ in range(config.num_layers)), start, jnp.int32(0))
 
   @property
   def num_slots(self) -> int:
-    return self.keys[0].shape[2]
+    return self.layers[0].num_slots
 
   def check_free(self, num_new: int) -> None:
     """Raises ValueError unless `num_new` more tokens fit. Inside `jax.jit` `length` is unknown and taken as 0."""
@@ -69,22 +106,6 @@ class KVCache:
     real = key_slots[None, None, :] >= self.start[:, None, None]
     return (causal & real)[:, None]
 
-  def write(
-    self,
-    layer: int,
-    keys: Float[Array, "batch head time channel"],
-    values: Float[Array, "batch head time channel"],
-  ) -> "KVCache":
-    """The cache with one layer's new keys and values; `length` stays until every layer has written."""
-
-    def written(buffers, new):
-      buffer = jax.lax.dynamic_update_slice_in_dim(
-        buffers[layer], new.astype(buffers[layer].dtype), self.length, axis=2
-      )
-      return (*buffers[:layer], buffer, *buffers[layer + 1 :])
-
-    return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
-
-  def advanced(self, num_new: int) -> "KVCache":
+  def advanced(self, layers: tuple[LayerCache, ...], num_new: int) -> "KVCache":
     """The cache after all layers have written `num_new` tokens."""
-    return dataclasses.replace(self, length=self.length + num_new)
+    return dataclasses.replace(self, layers=layers, length=self.length + num_new)

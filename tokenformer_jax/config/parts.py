@@ -1,0 +1,128 @@
+"""The independent parts of a block. Every field has a neutral default, and together the defaults are TokenFormer's block.
+
+A field that its kind does not use must be at its default, so that one model has one description.
+"""
+
+import dataclasses
+
+from tokenformer_jax.config.validation import Checked, require, require_choice
+
+PROJECTIONS = ("pattention", "dense")
+VALUES = ("projected", "orthogonal", "identity", "identity_plus")
+SHAPES = ("none", "skip", "centred")
+POSITIONS = ("rotary", "learned", "sinusoidal")
+BIASES = ("none", "query_key", "all")
+FEED_FORWARDS = ("pattention", "mlp", "gated")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+NORM_PLACES = ("pre", "shared", "post")
+NORMS = ("plain", "layer_norm", "rms_norm", "rms_norm_outer", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(Checked):
+  """Attention between input tokens.
+
+  Attributes:
+    projection: what makes queries, keys, values and the output: `pattention`, or a `dense` matrix each.
+    num_kv_heads: heads of keys and values, each read by the same number of query heads; 0 means as many as queries.
+    bias: which dense projections have a bias: `none`, `query_key` or `all`.
+    values: `projected`; `orthogonal`, where value and output matrices begin as random orthogonal ones; `identity`, where
+      there are none but for the first layer's value, α x + β x W with W = 0 at first (SAS); or `identity_plus`, where
+      value and output are of that form in every layer (arXiv 2311.01906, eq. 6).
+    shaped: the attention matrix: `none`, the softmax A; `skip`, α I + β A with β = 0 at first (V-SkipInit, eq. 4);
+      `centred`, α I + β A − γ C, where C is A for scores of zero (eq. 5). Queries then begin at 0, so that attention
+      is the identity in a new model. α, β and γ are trained, one for each head.
+    positions: `rotary`, or an embedding added to the tokens': `learned` or `sinusoidal`.
+  """
+
+  projection: str = "pattention"
+  num_kv_heads: int = 0
+  bias: str = "none"
+  values: str = "projected"
+  shaped: str = "none"
+  positions: str = "rotary"
+
+  def validate(self) -> None:
+    require_choice("projection", self.projection, PROJECTIONS)
+    require_choice("bias", self.bias, BIASES)
+    require_choice("values", self.values, VALUES)
+    require_choice("shaped", self.shaped, SHAPES)
+    require_choice("positions", self.positions, POSITIONS)
+    require(self.num_kv_heads >= 0, "num_kv_heads", self.num_kv_heads, "must not be negative; 0 is as many as heads.")
+    if self.projection == "pattention":
+      require(self.bias == "none", "bias", self.bias, "pattention has no bias; choose 'none' or projection='dense'.")
+      require(
+        self.values != "orthogonal",
+        "values",
+        self.values,
+        "parameter tokens have no orthogonal start; choose another or projection='dense'.",
+      )
+    if self.values.startswith("identity"):
+      require(
+        self.num_kv_heads == 0,
+        "num_kv_heads",
+        self.num_kv_heads,
+        f"values={self.values!r} are the inputs themselves, one for each head; choose 0.",
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardConfig(Checked):
+  """The feed-forward. Its rows, `ModelConfig.ffn_tokens`, are parameter tokens or hidden units.
+
+  Attributes:
+    kind: `pattention`; `mlp`, activation(x Kᵀ) V; or `gated`, (activation(x Gᵀ) · x Kᵀ) V.
+    activation: of `mlp` and `gated`: `gelu` (exact), `gelu_tanh`, `relu` or `silu`.
+    bias: whether the products of `mlp` and `gated` have biases.
+  """
+
+  kind: str = "pattention"
+  activation: str = "gelu"
+  bias: bool = False
+
+  def validate(self) -> None:
+    require_choice("kind", self.kind, FEED_FORWARDS)
+    require_choice("activation", self.activation, ACTIVATIONS)
+    if self.kind == "pattention":
+      way_out = "kind='pattention' has Θ and no bias; leave it, or choose kind='mlp'."
+      require(self.activation == "gelu", "activation", self.activation, way_out)
+      require(not self.bias, "bias", self.bias, way_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualConfig(Checked):
+  """How attention and feed-forward are added up (arXiv 2311.01906, eq. 1 and 7). N is the norm before each of them.
+
+      sequential   U = a X + b Attention(N X),    Y = c U + d FeedForward(N' U)
+      parallel     Y = c X + b Attention(N X) + d FeedForward(N' X)
+
+  Attributes:
+    parallel: whether the feed-forward reads the block's input instead of U.
+    norms: `pre`, a norm before each; `shared`, one norm for both, of a parallel block; `post`, a norm after each sum
+      and none before, of a sequential block.
+    trained: whether the gains below are trained, one number each, without decay. One that is 0 is an absent term.
+    attention_skip, attention_gain, ffn_skip, ffn_gain: a, b, c and d.
+  """
+
+  parallel: bool = False
+  norms: str = "pre"
+  trained: bool = False
+  attention_skip: float = 1.0
+  attention_gain: float = 1.0
+  ffn_skip: float = 1.0
+  ffn_gain: float = 1.0
+
+  def validate(self) -> None:
+    require_choice("norms", self.norms, NORM_PLACES)
+    if self.parallel:
+      require(self.norms != "post", "norms", self.norms, "a parallel block has 'pre' or 'shared' norms.")
+      require(
+        self.attention_skip == 1.0,
+        "attention_skip",
+        self.attention_skip,
+        "a parallel block has ffn_skip alone; leave 1.",
+      )
+    else:
+      require(self.norms != "shared", "norms", self.norms, "needs parallel=True; choose 'pre' or 'post'.")
+    for field in ("attention_gain", "ffn_gain"):
+      require(getattr(self, field) != 0.0, field, getattr(self, field), "must not be 0: the layer would be absent.")

@@ -1,0 +1,52 @@
+"""Named architectures: what their parts are, and where each comes from. A name is not stored; the parts are."""
+
+from typing import Any
+
+_SIMPLIFIED = dict(
+  norm="rms_norm_outer",
+  ffn=dict(kind="mlp", activation="relu"),
+  attention=dict(projection="dense", bias="query_key", positions="learned"),
+)
+_SHAPED = _SIMPLIFIED["attention"] | dict(shaped="centred")
+_SKIPLESS = dict(trained=True, attention_skip=0.0, ffn_gain=0.1)
+_SKIPLESS_PARALLEL = dict(trained=True, parallel=True, norms="shared", ffn_skip=0.0, ffn_gain=0.1)
+
+# Name -> fields of ModelConfig, those of its parts as dicts.
+PRESETS: dict[str, dict[str, Any]] = {
+  # arXiv 2410.23168
+  "tokenformer": {},
+  # Llama's block (arXiv 2302.13971), with as many key-value heads as heads.
+  "transformer": dict(
+    norm="rms_norm",
+    final_norm="rms_norm",
+    tied=False,
+    rotary_fraction=1.0,
+    attention=dict(projection="dense"),
+    ffn=dict(kind="gated", activation="silu"),
+  ),
+  "gpt2": dict(
+    norm="layer_norm",
+    attention=dict(projection="dense", bias="all", positions="learned"),
+    ffn=dict(kind="mlp", activation="gelu_tanh", bias=True),
+  ),
+  # The block of Pythia (arXiv 2304.01373).
+  "gpt-neox": dict(
+    norm="layer_norm",
+    tied=False,
+    attention=dict(projection="dense", bias="all"),
+    ffn=dict(kind="mlp", activation="gelu", bias=True),
+    residual=dict(parallel=True),
+  ),
+  # The rest is of arXiv 2311.01906: its two baselines and its simplified blocks.
+  "pre-ln": _SIMPLIFIED,
+  "parallel": _SIMPLIFIED | dict(residual=dict(parallel=True, norms="shared")),
+  "v-skipinit": _SIMPLIFIED | dict(attention=_SHAPED | dict(values="orthogonal"), residual=_SKIPLESS),
+  "v-skipinit-eq4": _SIMPLIFIED
+  | dict(attention=_SHAPED | dict(shaped="skip", values="orthogonal"), residual=_SKIPLESS),
+  "sas": _SIMPLIFIED | dict(attention=_SHAPED | dict(values="identity"), residual=_SKIPLESS),
+  "sas-eq6": _SIMPLIFIED | dict(attention=_SHAPED | dict(values="identity_plus"), residual=_SKIPLESS),
+  "sas-p": _SIMPLIFIED | dict(attention=_SHAPED | dict(values="identity"), residual=_SKIPLESS_PARALLEL),
+}
+PRESETS |= {f"{name}-no-norm": PRESETS[name] | dict(norm="none") for name in ("sas", "sas-p")}
+
+PARTS = ("attention", "ffn", "residual")
