@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_SIMPLIFIED = dict(
+_SIMPLIFIED: dict[str, Any] = dict(
   norm="rms_norm_outer",
   ffn=dict(kind="mlp", activation="relu"),
   attention=dict(projection="dense", bias="query_key", positions="learned"),

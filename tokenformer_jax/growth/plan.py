@@ -188,6 +188,7 @@ def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: Growt
 
 def _tau_then(layer: TokenLayer, new: int, growth: GrowthConfig) -> tuple[NewRows, float]:
   """What growth to `new` tokens makes of a layer's τ."""
+  assert layer.theta is not None  # Only layers with a Θ have a τ.
   if growth.method in ("duplicate", "live"):
     return NewRows.SCALED_TAU, initial_tau(layer.theta, new) / initial_tau(layer.theta, layer.num_tokens)
   if growth.method == "released" or growth.tau == "recomputed":

@@ -14,7 +14,7 @@ from tokenformer_jax.kernels.products import row_products
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.feed_forward import MLP
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.nn.pattention import Pattention, recorded_inputs
+from tokenformer_jax.nn.pattention import recorded_inputs
 from tokenformer_jax.parameter_tokens import ParameterTokens, token_weights
 
 
@@ -107,7 +107,7 @@ def _sums(model: nnx.Module, apply: Callable[[Any, Any], Any] | None) -> Callabl
   return lambda batch: sums(state, batch)
 
 
-def _by_path(module: nnx.Module, recorded: list[tuple[Pattention | MLP, jax.Array]], real: jax.Array | None) -> dict:
+def _by_path(module: nnx.Module, recorded: list[tuple[nnx.Module, jax.Array]], real: jax.Array | None) -> dict:
   """(Σ|w|, Σ mass, number of rows) of each recorded layer, by its path below `module`."""
   paths = {id(layer): "/".join(map(str, path)) for path, layer in nnx.iter_modules(module)}
   found: dict[str, tuple] = {}
@@ -120,7 +120,7 @@ def _by_path(module: nnx.Module, recorded: list[tuple[Pattention | MLP, jax.Arra
   return found
 
 
-def _weights_and_mass(layer: Pattention | MLP, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _weights_and_mass(layer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The weights of a layer's values for each row of x, and each row's part of what they are normalised by; both [M, N]."""
   if isinstance(layer, MLP):
     weights_MxN = layer.hidden_units(x.reshape(-1, x.shape[-1]))

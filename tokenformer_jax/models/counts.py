@@ -32,7 +32,7 @@ def forward_flops_per_token(config: ModelConfig) -> int:
 
 
 def _parameters(config: ModelConfig) -> list[tuple[tuple, nnx.Param]]:
-  return nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param))
+  return list(nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param)))
 
 
 def _matrices(config: ModelConfig) -> list[int]:

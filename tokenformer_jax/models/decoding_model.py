@@ -1,6 +1,7 @@
 """A language model in the form that decodes fastest: unstacked layers, parameters in the dtype of the products."""
 
-from typing import ClassVar
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from tokenformer_jax.nn.cache import KVCache
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.nn.stack import each_block
+
+if TYPE_CHECKING:
+  from tokenformer_jax.models.language_model import LanguageModel
 
 
 class DecodingModel(VocabularyEnds, nnx.Module):
@@ -25,7 +29,7 @@ class DecodingModel(VocabularyEnds, nnx.Module):
 
   only_decodes: ClassVar[bool] = True  # `nn.pattention.require_float_tokens` refuses modules with this mark.
 
-  def __init__(self, model: nnx.Module):
+  def __init__(self, model: "LanguageModel"):
     self.config = model.config
     self.embedding = model.embedding
     self.blocks = each_block(model.first, model.blocks, model.config.num_layers)
@@ -34,7 +38,7 @@ class DecodingModel(VocabularyEnds, nnx.Module):
     self.head = model.head
 
   @classmethod
-  def of(cls, model: nnx.Module) -> "DecodingModel":
+  def of(cls, model: "LanguageModel") -> "DecodingModel":
     """The copy of a `LanguageModel`, which stays as it is."""
     graphdef, parameters, tau = split(model)
     axes, _ = logical_axes(model)
@@ -99,4 +103,4 @@ class DecodingModel(VocabularyEnds, nnx.Module):
     x_BxTxD, layers = self.embed(tokens, context.positions), list(cache.layers)
     for index, block in enumerate(self.blocks):
       x_BxTxD, layers[index], _ = block(x_BxTxD, context.observed(), layers[index])
-    return self.final_norm(x_BxTxD), cache.advanced(tuple(layers), tokens.shape[1])
+    return self.final_norm(x_BxTxD), dataclasses.replace(cache, layers=tuple(layers)).advanced(tokens.shape[1])

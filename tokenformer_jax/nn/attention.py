@@ -12,7 +12,8 @@ from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.nn.cache import LayerCache
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.initializers import STD, output_std
-from tokenformer_jax.nn.projection import IdentityPlus, give_zero, make_projection
+from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.nn.projection import Dense, IdentityPlus, give_zero, make_projection
 from tokenformer_jax.nn.rotary import rotate
 from tokenformer_jax.nn.shaping import Shaping
 from tokenformer_jax.nn.token_attention import causal_attention, masked_attention
@@ -30,7 +31,8 @@ class Attention(nnx.Module):
     rngs: parameters are drawn from `rngs.params()`.
   """
 
-  proj: nnx.Module | None = None
+  value: Pattention | Dense | IdentityPlus | None
+  proj: Pattention | Dense | IdentityPlus | None = None
   shaping: Shaping | None = None
 
   def __init__(self, config: ModelConfig, *, is_first: bool = False, rngs: nnx.Rngs):
@@ -74,6 +76,7 @@ class Attention(nnx.Module):
     """
     past = cache
     if cache is not None:
+      assert context.filled is not None
       cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2), context.filled)
     if context.visible is None:
       mixed = self._among_themselves(q, k, v, context)

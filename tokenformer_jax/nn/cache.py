@@ -106,6 +106,6 @@ class KVCache:
     real = key_slots[None, None, :] >= self.start[:, None, None]
     return (causal & real)[:, None]
 
-  def advanced(self, layers: tuple[LayerCache, ...], num_new: int) -> "KVCache":
+  def advanced(self, num_new: int) -> "KVCache":
     """The cache after all layers have written `num_new` tokens."""
-    return dataclasses.replace(self, layers=layers, length=self.length + num_new)
+    return dataclasses.replace(self, length=self.length + num_new)

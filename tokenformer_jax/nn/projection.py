@@ -49,7 +49,7 @@ class IdentityPlus(nnx.Module):
     rngs: parameters are drawn from `rngs.params()`.
   """
 
-  def __init__(self, projection: nnx.Module, beta: float, *, rngs: nnx.Rngs):
+  def __init__(self, projection: "Pattention | Dense", beta: float, *, rngs: nnx.Rngs):
     self.projection = give_zero(projection)
     self.alpha = parameter(rngs, (), (), nnx.initializers.constant(1.0), decayed=False)
     self.beta = parameter(rngs, (), (), nnx.initializers.constant(beta), decayed=False)
@@ -105,7 +105,7 @@ def token_projection(config: ModelConfig, d_in: int, d_out: int, count: str, *, 
   )
 
 
-def give_zero(projection: nnx.Module) -> nnx.Module:
+def give_zero(projection: Pattention | Dense) -> Pattention | Dense:
   """The projection itself, with zeros in its matrix or in the values of its parameter tokens."""
   weight = projection.values if isinstance(projection, Pattention) else projection.weight
   weight[...] = jnp.zeros_like(weight[...])
