@@ -3,42 +3,67 @@
 WORKDIR/checkpoints/STEP/model       parameters and τ
                         /optimizer   step, moments, the step at which each row was added
                         /record      JSON: model and run configuration, data position and fingerprint
+                        /manifest.json   sizes and SHA-256 of all files, see `manifest`
 WORKDIR/config.json, tokenizer.json  the run's configuration as last given, and its tokenizer
 
 WORKDIR is a local folder or gs://BUCKET/FOLDER. Orbax commits a checkpoint by renaming its folder on a disk, and by a
 file of its own in a bucket.
 """
 
-import dataclasses
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from flax import nnx
 
 from tokenformer_jax import data
-from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import make_mesh
+from tokenformer_jax.distributed.processes import on_first_process
 from tokenformer_jax.growth.plan import leaves_by_path, path_name
-from tokenformer_jax.growth.stream import save_args, stream_handler
+from tokenformer_jax.growth.stream import save_args
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import Tree, logical_axes, split
-from tokenformer_jax.paths import is_uri, user_path
+from tokenformer_jax.paths import user_path
+from tokenformer_jax.training.checkpoint_files import (
+  ASYNC_OPTIONS,
+  check_leaves,
+  checkpoints_folder,
+  chosen_step,
+  record_of,
+  restore_parts,
+  state_parts,
+  step_handler,
+  stored_model,
+)
+from tokenformer_jax.training.lock import WorkFolderLock
+from tokenformer_jax.training.manifest import FORMAT
 from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step_folders import (
+  newest_good_step,
+  remove,
+  remove_unfinished,
+  set_aside,
+  tidy,
+  whole_steps,
+)
 from tokenformer_jax.training.weight_average import LAG
 
 TOKENIZER = "tokenizer.json"
+# Failed saves in a row that end a run.
+_FAILURES = 3
 
 
 class Checkpoints:
   """The checkpoints under one work folder; a save is committed as a whole or not at all.
 
-  Nothing is written before the first save.
+  Nothing is written before `claim` or the first save.
   """
 
   def __init__(self, workdir: str, kept: int | None = None):
@@ -47,42 +72,109 @@ class Checkpoints:
     Args:
       workdir: the work folder; it need not exist.
       kept: how many of the newest checkpoints a save keeps; None keeps all.
+    """
+    self._folder, self._kept = checkpoints_folder(workdir), kept
+    self._lock: WorkFolderLock | None = None
+    self._claimed = False
+    self._checkpointer = ocp.AsyncCheckpointer(
+      step_handler(ocp.StandardCheckpointHandler), async_options=ASYNC_OPTIONS
+    )
+    self._saving: tuple[int, threading.Thread, list[Exception]] | None = None
+    self._failures = 0
+
+  def claim(self) -> None:
+    """Takes the work folder for this run, and puts out of the way what is no checkpoint. `save` does it otherwise.
 
     Raises:
-      ValueError: something that is not a checkpoint would prevent Orbax from saving.
+      ValueError: another run has it.
     """
-    self._manager = _open(workdir, ocp.StandardCheckpointHandler, max_to_keep=kept, create=False)
-    newest = self._manager.latest_step()
-    if newest != self.latest_step():
-      raise ValueError(
-        f"{self._manager.directory / str(newest)}: no whole checkpoint, but newer than those that are: move it away."
-      )
+    if not self._claimed:
+      on_first_process(self._claim)
+      self._claimed = True
+
+  def _claim(self) -> None:
+    self._lock = WorkFolderLock(self._folder.parent)
+    tidy(self._folder)
 
   def latest_step(self) -> int | None:
-    """Returns the step of the newest whole checkpoint, None if there is none."""
-    return max(_whole_steps(self._manager), default=None)
+    """Returns the step of the newest checkpoint whose files are those that were saved, None if there is none."""
+    return newest_good_step(self._folder, put_aside=self._claimed)
 
   def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-    """Starts an asynchronous save; the state may be donated as soon as this returns.
+    """Starts an asynchronous save; the state may be donated as soon as this returns. `check` tells how it ended.
 
     Raises:
-      RuntimeError: Orbax declined to save.
+      FloatingPointError: a parameter, a moment or τ is not finite.
+      ValueError: two leaves would have the same name on disk, or one has no entries.
+      OSError: saves failed, see `check`.
     """
-    model, optimizer = _items(state)
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.StandardSave(model, save_args=jax.tree.map(save_args, model)),
-        optimizer=ocp.args.StandardSave(optimizer, save_args=jax.tree.map(save_args, optimizer)),
-        record=ocp.args.JsonSave(record),
-      ),
+    self.claim()
+    self._end_save(_FAILURES)
+    check_leaves(state, self._folder / str(step))
+    model, optimizer = state_parts(state)
+    args = ocp.args.Composite(
+      model=ocp.args.StandardSave(model, save_args=jax.tree.map(save_args, model)),
+      optimizer=ocp.args.StandardSave(optimizer, save_args=jax.tree.map(save_args, optimizer)),
+      record=ocp.args.JsonSave({**record, "format": FORMAT}),
     )
-    if not saved:
-      raise RuntimeError(f"checkpoint of step {step} was not saved; the folder holds {self._manager.all_steps()}.")
+    errors: list[Exception] = []
+
+    def finish() -> None:
+      try:
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0 and self._kept:
+          for old in whole_steps(self._folder)[: -self._kept]:
+            remove(self._folder / str(old))
+      except Exception as error:  # tensorstore and Orbax raise many kinds; `check` reports it.
+        errors.append(error)
+
+    try:
+      if jax.process_index() == 0:
+        set_aside(self._folder / str(step))
+      self._checkpointer.save(self._folder / str(step), args=args, force=True)
+    except Exception as error:
+      errors.append(error)
+    self._saving = step, threading.Thread(target=finish if not errors else lambda: None), errors
+    self._saving[1].start()
+
+  def check(self) -> None:
+    """Reports how the last save ended, if it has ended; called after every step.
+
+    A failed save is reported in one line and what it left is removed; the run saves again at its next interval.
+
+    Raises:
+      OSError: it was the third failure in a row, or one in a run of several processes, or another process took the
+        work folder.
+    """
+    if self._lock is not None and self._lock.lost:
+      raise OSError(self._lock.lost)
+    if self._saving is not None and not self._saving[1].is_alive():
+      self._end_save(_FAILURES)
+
+  def _end_save(self, failures: int) -> None:
+    """Waits for the last save. Raises OSError if it failed and so did the ones before, `failures` in a row."""
+    if self._saving is None:
+      return
+    step, thread, errors = self._saving
+    thread.join()
+    self._saving = None
+    if not errors:
+      self._failures = 0
+      return
+    self._failures += 1
+    if jax.process_index() == 0:
+      remove_unfinished(self._folder, step)
+    cause = " ".join(str(errors[0]).split())[:300] or type(errors[0]).__name__
+    text = f"{self._folder / str(step)}: the checkpoint could not be saved ({self._failures} in a row): {cause}"
+    if self._failures >= failures or jax.process_count() > 1:
+      kept = whole_steps(self._folder)
+      last = f"The newest checkpoint is that of step {kept[-1]}." if kept else "There is no checkpoint."
+      raise OSError(f"{text} {last}") from errors[0]
+    logging.warning("%s; the run saves again at its next interval.", text)
 
   def record(self, step: int) -> dict[str, Any]:
     """Returns the record saved at `step`."""
-    return _record(self._manager, step)
+    return record_of(self._folder / str(step))
 
   def restore(self, step: int, shapes: TrainState) -> TrainState:
     """Returns the state of `step`.
@@ -94,14 +186,24 @@ class Checkpoints:
     Raises:
       ValueError: names the first leaf whose shape or dtype differs, or that only one side has.
     """
-    model, optimizer = _items(shapes)
-    items = _restore(self._manager, step, ocp.args.StandardRestore, model=model, optimizer=optimizer)
+    model, optimizer = state_parts(shapes)
+    items = restore_parts(
+      self._checkpointer, self._folder / str(step), ocp.args.StandardRestore, model=model, optimizer=optimizer
+    )
     return TrainState(**items["model"], **items["optimizer"])
 
   def close(self) -> None:
-    """Waits for pending saves and raises the errors that occurred in them."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for the last save and gives the work folder back.
+
+    Raises:
+      OSError: the last save failed, so that the newest updates are in no checkpoint.
+    """
+    try:
+      self._end_save(1)
+    finally:
+      if self._lock is not None:
+        self._lock.release()
+      self._checkpointer.close()
 
 
 def load(
@@ -127,27 +229,27 @@ def load(
     from tokenformer_jax.interop.pretrained import from_pretrained  # It imports this module for work folders.
 
     return from_pretrained(folder, mesh=mesh)
-  with _open(workdir, ocp.StandardCheckpointHandler, create=False) as manager:
-    step = _chosen_step(manager, workdir, step)
-    abstract = abstract_model(ModelConfig.from_dict(_record(manager, step)["model"], f"{workdir}: model"))
-    mesh = mesh or make_mesh(MeshConfig(), devices=None if jax.process_count() > 1 else jax.devices()[:1])
-    graphdef, *shapes = split(abstract)
-    target = dict(
-      zip(
-        ("params", "tau"),
-        (
-          jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            tree,
-            tree_shardings(mesh, axes, tree),
-          )
-          for tree, axes in zip(shapes, logical_axes(abstract))
-        ),
-      )
+  where = checkpoints_folder(workdir) / str(chosen_step(workdir, step))
+  abstract = abstract_model(stored_model(record_of(where), where))
+  mesh = mesh or make_mesh(MeshConfig(), devices=None if jax.process_count() > 1 else jax.devices()[:1])
+  graphdef, *shapes = split(abstract)
+  target = dict(
+    zip(
+      ("params", "tau"),
+      (
+        jax.tree.map(
+          lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+          tree,
+          tree_shardings(mesh, axes, tree),
+        )
+        for tree, axes in zip(shapes, logical_axes(abstract))
+      ),
     )
-    item = _restore(manager, step, ocp.args.StandardRestore, model=target)["model"]
+  )
+  with ocp.Checkpointer(step_handler(ocp.StandardCheckpointHandler)) as checkpointer:
+    item = restore_parts(checkpointer, where, ocp.args.StandardRestore, model=target)["model"]
     params = item["params"]
-    if average and (lag := _restore_lag(manager, step, target["params"])) is not None:
+    if average and (lag := _restore_lag(checkpointer, where, target["params"])) is not None:
       params = jax.tree.map(jnp.subtract, params, lag)
   return nnx.merge(graphdef, params, item["tau"])
 
@@ -162,93 +264,30 @@ def _is_weights(path: epath.Path) -> bool:
 
 
 def load_tokenizer(workdir: str) -> data.Tokenizer:
-  """Returns the tokenizer in a work folder. Raises ValueError where there is none."""
-  return data.load_tokenizer(user_path(workdir, "workdir") / TOKENIZER)
+  """Returns the tokenizer in a work folder.
+
+  Raises:
+    ValueError: there is none, or not the one that the newest checkpoint was trained with.
+  """
+  folder = user_path(workdir, "workdir")
+  tokenizer = data.load_tokenizer(folder / TOKENIZER)
+  if (folder / "checkpoints").is_dir() and (steps := whole_steps(folder / "checkpoints")):
+    stored = record_of(folder / "checkpoints" / str(steps[-1])).get("tokenizer")
+    if isinstance(stored, str) and not tokenizer.matches(stored):
+      raise ValueError(
+        f"{folder / TOKENIZER}: this is not the tokenizer {stored} that the model was trained with, but "
+        f"{tokenizer.fingerprint}: ids would mean other text; put the model's own in its place."
+      )
+  return tokenizer
 
 
-class CheckpointStreams:
-  """The same checkpoints with `LeafStream`s in the place of arrays, to copy one that does not fit into memory."""
-
-  def __init__(self, workdir: str, written: Callable[[str], None] = lambda name: None):
-    """Args: `written` is called with the name of each leaf once it is on disk."""
-    self._workdir = workdir
-    self._manager = _open(workdir, lambda: stream_handler(written), enable_async_checkpointing=False, create=False)
-
-  def record(self, step: int | None) -> tuple[int, dict[str, Any]]:
-    """Returns (step, its record), by default of the newest step. Raises ValueError where there is none."""
-    step = _chosen_step(self._manager, self._workdir, step)
-    return step, _record(self._manager, step)
-
-  def open(self, step: int, shapes: TrainState) -> TrainState:
-    """Returns the state of `step` with its leaves still on disk. Raises ValueError where `restore` would."""
-    model, optimizer = _items(shapes)
-    items = _restore(self._manager, step, lambda target: ocp.args.PyTreeRestore(), model=model, optimizer=optimizer)
-    leaves = leaves_by_path({**items["model"], **items["optimizer"]})
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], shapes)
-
-  def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-    """Writes the leaves one after the other and commits them together."""
-    model, optimizer = _items(state)
-    if not self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.PyTreeSave(model), optimizer=ocp.args.PyTreeSave(optimizer), record=ocp.args.JsonSave(record)
-      ),
-    ):
-      raise RuntimeError(f"checkpoint of step {step} was not saved.")
-
-  def close(self) -> None:
-    self._manager.close()
-
-
-def _open(workdir: str, arrays: Callable[[], ocp.CheckpointHandler], **options) -> ocp.CheckpointManager:
-  folder = user_path(workdir, "workdir") / "checkpoints"
-  if is_uri(folder) and not str(folder).startswith("gs://"):
-    raise ValueError(
-      f"workdir={workdir!r}: checkpoints are kept in local folders and gs:// buckets; choose one of these."
-    )
-  # Orbax reads the metadata of an item before its arrays only if it knows the item's handler.
-  handlers = {"model": arrays(), "optimizer": arrays(), "record": ocp.JsonCheckpointHandler()}
-  return ocp.CheckpointManager(folder, item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options))
-
-
-def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  return manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-
-
-def _chosen_step(manager: ocp.CheckpointManager, workdir: str, step: int | None) -> int:
-  steps = _whole_steps(manager)
-  if not steps:
-    raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.")
-  if step is not None and step not in steps:
-    raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-  return steps[-1] if step is None else step
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, args: Callable[[Any], ocp.args.CheckpointArgs], **targets):
-  """Returns parts of a checkpoint in the shapes and dtypes of `targets`; Orbax alone would cast silently."""
-  stored = manager.item_metadata(step)
-  for part, target in targets.items():
-    there, here = (
-      {path: f"{leaf.dtype} {tuple(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
-      for tree in (stored[part].tree, target)
-    )
-    for path in [*here, *there]:
-      if here.get(path) != there.get(path):
-        raise ValueError(
-          f"{manager.directory / str(step)}: {path} is {there.get(path, 'not there')}, and "
-          f"{here.get(path, 'nothing')} in this run; use the configuration that it was saved with."
-        )
-  return manager.restore(step, args=ocp.args.Composite(**{part: args(target) for part, target in targets.items()}))
-
-
-def _restore_lag(manager: ocp.CheckpointManager, step: int, params: Tree) -> Tree | None:
+def _restore_lag(checkpointer: ocp.Checkpointer, where: epath.Path, params: Tree) -> Tree | None:
   """Returns the distance of the weights from their average (`weight_average`), None if the run keeps no average.
 
   Args:
     params: the shapes and shardings of the parameters, which are also those of the distance.
   """
-  stored = manager.item_metadata(step)["optimizer"].tree
+  stored = checkpointer.metadata(where).item_metadata["optimizer"].tree
   shapes = {f"/{LAG}/{path}": leaf for path, leaf in leaves_by_path(params).items()}
 
   def wanted(path, _):
@@ -261,27 +300,12 @@ def _restore_lag(manager: ocp.CheckpointManager, step: int, params: Tree) -> Tre
     lambda leaf: leaf if leaf is ocp.PLACEHOLDER else ocp.ArrayRestoreArgs(sharding=leaf.sharding), target
   )
   # Only this handler leaves placeholders unread.
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    restored = checkpointer.restore(
-      manager.directory / str(step) / "optimizer",
+  with ocp.PyTreeCheckpointer() as partial:
+    restored = partial.restore(
+      where / "optimizer",
       args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args),
     )
   leaves = {
     path.rpartition(f"/{LAG}/")[2]: leaf for path, leaf in leaves_by_path(restored).items() if f"/{LAG}/" in path
   }
   return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], params)
-
-
-def _whole_steps(manager: ocp.CheckpointManager) -> list[int]:
-  """Returns the committed steps that have all their parts, rising; Orbax also lists stray and half-deleted folders."""
-  return sorted(
-    step
-    for step in manager.all_steps()
-    if all((manager.directory / str(step) / part).exists() for part in ("model", "optimizer", "record"))
-  )
-
-
-def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-  model = {name: fields.pop(name) for name in ("params", "tau")}
-  return model, fields

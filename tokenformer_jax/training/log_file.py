@@ -1,5 +1,6 @@
 """Files that grow during a run and can be read meanwhile, on a disk or in an object store."""
 
+import os
 import time
 
 from etils import epath
@@ -35,12 +36,23 @@ class LogFile:
       self.flush()
 
   def flush(self) -> None:
-    """Makes all that was written visible."""
+    """Makes all that was written visible, and keeps a local file through a loss of power.
+
+    Raises:
+      FileNotFoundError: the file was deleted or replaced, so that nobody would see what is written to it.
+    """
+    if self._file:
+      os.fsync(self._file.fileno())
+      if not self._path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+        raise FileNotFoundError(f"{self._path}: it was deleted or replaced while this run was writing it.")
     if self._changed:
       self._path.write_bytes(bytes(self._content))
       self._changed, self._uploaded_at = False, time.monotonic()
 
   def close(self) -> None:
-    self.flush()
-    if self._file:
-      self._file.close()
+    """Closes the file. Raises as `flush` does."""
+    try:
+      self.flush()
+    finally:
+      if self._file:
+        self._file.close()

@@ -34,6 +34,7 @@ from tokenformer_jax.training.program import Program, check_run, make_program
 from tokenformer_jax.training.resume import (
   CONFIG,
   changed_rate,
+  check_position,
   check_same_model,
   check_same_optimizer,
   check_same_run,
@@ -64,6 +65,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, allow_data_cha
 
   Raises:
     ValueError: data, vocabulary, mesh, growth or work folder do not fit the config; nothing is written then.
+    OSError: checkpoints could not be saved; the message names the newest one.
     FloatingPointError: the loss or the gradient is no longer finite; the newest checkpoint is from before.
     SystemExit: with code 143 after SIGTERM, where the CLI handles that signal; the state is saved then.
   """
@@ -93,18 +95,26 @@ class _Run:
       for name, batches in self.data.named_held_out_batches(config.training.eval_batches).items()
     }
     self.checkpoints = Checkpoints(workdir, config.training.checkpoints_kept)
-    latest = self.checkpoints.latest_step()
-    check_agree(configuration=config.to_dict(), data=self.data.fingerprint, latest_checkpoint=latest)
     self.notes: list[str] = []
+    self.peak = peak_flops(self.mesh)
+    self.checkpoints.claim()
+    try:
+      self._start(allow_data_change)
+    except BaseException:
+      self.checkpoints.close()
+      raise
+
+  def _start(self, allow_data_change: bool) -> None:
+    """Makes or restores the state, and opens the logs."""
+    latest = self.checkpoints.latest_step()
+    check_agree(configuration=self.config.to_dict(), data=self.data.fingerprint, latest_checkpoint=latest)
     if latest is None:
       self.program, self.state = self._begin()
     else:
       self.program, self.state = self._resume(latest, allow_data_change)
-    self.peak = peak_flops(self.mesh)
-
     on_first_process(lambda: self._open_folder(latest or 0))
     if jax.process_index() != 0:
-      self.log = RunLog(workdir, latest or 0)
+      self.log = RunLog(self.workdir, latest or 0)
 
   def _open_folder(self, step: int) -> None:
     """Writes what the work folder holds beside checkpoints, and opens its logs."""
@@ -144,6 +154,7 @@ class _Run:
     self.notes.append(changed_rate(record["config"], self.config, step))
     program = make_program(self.config, model, self.mesh)
     state = self.checkpoints.restore(step, program.shapes)
+    check_position(record, int(state.step), step, self.workdir)
     self.batches.set_state(record["data"])
     return program, state
 
@@ -164,6 +175,7 @@ class _Run:
           clock = None
         self.state, metrics = self.program.train_step(self.state, self._put(next(self.batches)))
         step += 1
+        self.checkpoints.check()
         trace.step(self.state)
         if clock is None:  # The step that compiles is neither timed nor traced.
           jax.block_until_ready(metrics)

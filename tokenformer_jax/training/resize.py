@@ -27,7 +27,8 @@ from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.paths import is_uri, user_path
 from tokenformer_jax.progress import Progress
-from tokenformer_jax.training.checkpoints import TOKENIZER, CheckpointStreams, load, load_tokenizer
+from tokenformer_jax.training.checkpoint_streams import CheckpointStreams
+from tokenformer_jax.training.checkpoints import TOKENIZER, load, load_tokenizer
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.resume import CONFIG, check_same_model, check_same_tokenizer, stored_config
 from tokenformer_jax.training.state import TrainState

@@ -120,6 +120,23 @@ def check_tokenizer_file(workdir: str, tokenizer: data.Tokenizer) -> None:
     )
 
 
+def check_position(record: dict[str, Any], updates: int, step: int, workdir: str) -> None:
+  """Raises ValueError unless a checkpoint is that of its step: a run takes one batch for each update.
+
+  Args:
+    record: the checkpoint's record.
+    updates: how many the restored state counts.
+    step: that of the checkpoint's folder.
+    workdir: for the message.
+  """
+  batches = record["data"].get("next_batch") if isinstance(record.get("data"), dict) else None
+  if (updates, batches) != (step, step):
+    raise ValueError(
+      f"{workdir}/checkpoints/{step}: its state counts {updates} updates and its data position {batches} batches, not "
+      f"{step}: it was changed by hand; move it away to resume from the checkpoint before."
+    )
+
+
 def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> None:
   """Raises ValueError unless weights of `model`, read from `source`, fit a run of `config`."""
   free = (*_FREE_MODEL_FIELDS, "seq_length", "compute_dtype")

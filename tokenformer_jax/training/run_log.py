@@ -111,7 +111,7 @@ def _read_rows(path) -> tuple[list[dict[str, float]], list[int]]:
       if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise ValueError(line)
       rows.append(row)
-    except ValueError:
+    except (ValueError, RecursionError):
       if number <= len(lines):
         broken.append(number)
   return rows, broken
