@@ -251,7 +251,11 @@ MISTAKES = {
     dict(ffn_tokens=32),
     "no checkpoint there; train first",
   ),
-  "a damaged source": (damage, dict(ffn_tokens=32), "cannot be read"),
+  "a damaged source": (
+    damage,
+    dict(ffn_tokens=32),
+    "no checkpoint there; .*checkpoints/40: its file .* has another size",
+  ),
   "another model's configuration": (
     lambda run: overwrite(run, "config.json", json.dumps(OTHER.to_dict())),
     dict(ffn_tokens=32),

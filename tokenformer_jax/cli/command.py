@@ -117,6 +117,8 @@ class _Reporting:
     if full := next((cause for cause in _causes(error) if _is_full(cause)), None):
       _discard_stdout()
       fail(f"the device is full, and what was being written is not complete: {full}", code=1)
+    if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):  # A checkpoint that could not be saved, too.
+      fail(str(error), code=1)
     if isinstance(error, FloatingPointError):
       fail(str(error), code=1)
     message = str(error) if isinstance(error, _FILE_ERRORS) else _mistake(error)

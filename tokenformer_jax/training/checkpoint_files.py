@@ -14,7 +14,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.config.validation import build
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.paths import is_uri, user_path
-from tokenformer_jax.training.manifest import read_record, write_manifest
+from tokenformer_jax.training.manifest import damaged, read_record, write_manifest
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step_folders import damage, newest_good_step, numbered, whole_steps
 
@@ -61,11 +61,8 @@ def chosen_step(workdir: str, step: int | None) -> int:
   if step is None:
     step = newest_good_step(folder)
     if step is None:
-      found = numbered(folder)
-      raise ValueError(
-        f"{workdir}: no checkpoint there; train first, or give the work folder of a run."
-        + (f" The folders of steps {', '.join(map(str, found))} are not whole or damaged." if found else "")
-      )
+      found = "".join(f" {folder / str(number)}: {damaged(folder / str(number))}." for number in numbered(folder))
+      raise ValueError(f"{workdir}: no checkpoint there; train first, or give the work folder of a run.{found}")
     return step
   steps = whole_steps(folder)
   if step not in steps:

@@ -76,9 +76,7 @@ class Checkpoints:
     self._folder, self._kept = checkpoints_folder(workdir), kept
     self._lock: WorkFolderLock | None = None
     self._claimed = False
-    self._checkpointer = ocp.AsyncCheckpointer(
-      step_handler(ocp.StandardCheckpointHandler), async_options=ASYNC_OPTIONS
-    )
+    self._checkpointer = ocp.AsyncCheckpointer(step_handler(ocp.StandardCheckpointHandler), async_options=ASYNC_OPTIONS)
     self._saving: tuple[int, threading.Thread, list[Exception]] | None = None
     self._failures = 0
 
