@@ -387,7 +387,7 @@ def test_F12_a_field_that_this_version_does_not_know_is_named(workdir):
   forget_manifest(workdir / "checkpoints" / "4", model=model)
   with pytest.raises(ValueError, match="checkpoints/4: its model cannot be built .*model.hyper_loops is unknown"):
     tf.load(str(workdir))
-  with pytest.raises(ValueError, match="at step 4 has the field hyper_loops=3, which this version"):
+  with pytest.raises(ValueError, match="run: model.hyper_loops is unknown"):
     check_same_model(model, small_run.config(), 4, str(workdir))
 
 

@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.config.validation import build
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.paths import is_uri, user_path
 from tokenformer_jax.training.manifest import damaged, read_record, write_manifest
@@ -82,7 +81,7 @@ def record_of(folder: epath.Path) -> dict[str, Any]:
 def stored_model(record: dict[str, Any], where: epath.Path) -> ModelConfig:
   """Returns the model's configuration in a record. Raises ValueError where this version does not know a field."""
   try:
-    return build(ModelConfig, record.get("model"), "model")
+    return ModelConfig.from_dict(record.get("model"))
   except ValueError as error:
     raise ValueError(f"{where}: its model cannot be built by this version of tokenformer_jax: {error}") from None
 
