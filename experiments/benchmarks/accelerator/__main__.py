@@ -11,11 +11,13 @@ Sections run in processes of their own, started one after the other, so that a s
 itself. Each may begin until its share of the minutes is over; time that a section leaves is the next one's.
 """
 
+import faulthandler
 import importlib
 import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,12 +29,12 @@ from experiments.benchmarks.accelerator.results import Results
 
 # Section -> (module, function, share of the minutes until which it may run).
 SECTIONS = {
-  "products": ("rates", "run", 0.08),
-  "train": ("train", "run", 0.45),
-  "pattention": ("layers", "run_pattention", 0.53),
-  "attention": ("layers", "run_attention", 0.60),
+  "products": ("rates", "run", 0.06),
+  "train": ("train", "run", 0.40),
+  "torch": ("torch_model", "run", 0.60),
   "decode": ("decode", "run", 0.74),
-  "torch": ("torch_model", "run", 0.92),
+  "attention": ("layers", "run_attention", 0.80),
+  "pattention": ("layers", "run_pattention", 0.90),
   "growth": ("growth", "run", 1.0),
 }
 # How long a section may overrun, in which its case ends, before its process is stopped.
@@ -102,8 +104,11 @@ def _run_process(names, ends, end, cache):
       now = time.time()
       running = [name for name in names if Results(_OUT.value).status(name) == "running"]
       if now > end or (running and now > ends[running[0]] + _GRACE):
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGABRT)  # It prints where it was.
+        try:
+          process.wait(5.0)
+        except subprocess.TimeoutExpired:
+          pass
         return "a stop after its time"
       time.sleep(1.0)
   finally:
@@ -116,6 +121,7 @@ def _measure(ends):
 
   from experiments.benchmarks.accelerator.timing import Clock
 
+  faulthandler.enable()
   results, device = Results(_OUT.value), jax.devices()[0]
   memory = (device.memory_stats() or {}).get("bytes_limit")
   results.about.update(

@@ -1,5 +1,8 @@
 """Pattention beside an MLP of equal products, and implementations of attention, forward and backward."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -44,8 +47,6 @@ def _variants(width):
   def fused(x, a, b):
     from tokenformer_jax.kernels.fused_pattention import fused_pattention
 
-    if platform() == "cpu":
-      raise ValueError("there is no fused kernel for CPUs.")
     return fused_pattention(x, tokens(a, b, "l2_norm_gelu"))
 
   variants = {
@@ -55,7 +56,7 @@ def _variants(width):
     "gelu_l2_norm": lambda x, a, b: pattention(x, tokens(a, b, "gelu_l2_norm"), "gelu_l2_norm"),
     "softmax": lambda x, a, b: pattention(x, tokens(a, b, "softmax"), "softmax"),
   }
-  return variants | ({"fused l2_norm_gelu": fused} if platform() != "cpu" else {})
+  return variants | ({"fused l2_norm_gelu": fused} if platform() == "tpu" else {})
 
 
 def _gradients(function):
@@ -68,65 +69,60 @@ def _gradients(function):
 def run_attention(results, clock, tiny):
   """Causal attention of one document, and of several in a row; first each result's error, then its time."""
   implementations = {"gpu": ["cudnn", "xla"], "tpu": ["splash", "xla"]}.get(platform(), ["xla"])
-  for rows, length, heads, channels in (
-    [(2, 128, 2, 16)] if tiny else [(8, 2048, 16, 64), (16, 1024, 12, 64), (8, 2048, 16, 96)]
-  ):
-    shape = (rows, length, heads, channels)
-    arrays = [normal(seed, shape) for seed in range(4)]
-    documents = jnp.broadcast_to(jnp.arange(length) // (length // 4), (rows, length))
-    pairs = 4 * rows * heads * channels * length * length / 2  # FLOPs of both products for the causal half.
-    for segments in (None, documents):
-      expected = _attention_gradients("xla", True)(arrays, segments)
-      for implementation in implementations:
-        if clock.left < 0:
-          return
-        label = {"B×T×H×C": "×".join(map(str, shape)), "documents": 1 if segments is None else 4}
-        try:
-          function = _attention_gradients(implementation, False)
-          got = function(arrays, segments)
-          errors = [_relative_error(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected))]
-          forward = seconds(
-            jax.jit(lambda q, k, v, segments: causal_attention(q, k, v, segments, implementation=implementation)),
-            *arrays[:3],
-            segments,
-          )
-          both = seconds(function, arrays, segments)
-        except Exception as error:
-          note = f"{type(error).__name__}: {str(error)[:200]}"
-          results.add("attention", "Causal attention", **label, implementation=implementation, note=note)
-          continue
-        results.add(
-          "attention",
-          "Causal attention",
-          **label,
-          implementation=implementation,
-          **{
-            "forward ms": 1e3 * forward,
-            "forward and backward ms": 1e3 * both,
-            "forward TFLOP/s": 1e-12 * pairs / forward,
-            "forward and backward TFLOP/s": 1e-12 * 3.5 * pairs / both,
-            "error of y": errors[0],
-            "largest error of a gradient": max(errors[1:]),
-          },
-        )
+  shapes = [(2, 128, 2, 16)] if tiny else [(8, 2048, 16, 64), (16, 1024, 12, 64), (8, 2048, 16, 96)]
+  # All shapes with the first implementation, before XLA's, whose many products take long to compile on a GPU.
+  for implementation, shape, documents in itertools.product(implementations, shapes, (1, 4)):
+    if clock.left < 0:
+      return
+    label = {"B×T×H×C": "×".join(map(str, shape)), "documents": documents, "implementation": implementation}
+    try:
+      results.add("attention", "Causal attention", **label, **_attention(implementation, shape, documents))
+    except Exception as error:
+      results.add("attention", "Causal attention", **label, note=f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def _attention_gradients(implementation, wide):
-  """Jitted `([q, k, v, d_y], segments) -> (y, the gradients of q, k and v)`, in float32 where `wide`."""
+def _attention(implementation, shape, documents):
+  rows, length, heads, channels = shape
+  arrays = [normal(seed, shape) for seed in range(4)]
+  segments = jnp.broadcast_to(jnp.arange(length) // (length // documents), (rows, length)) if documents > 1 else None
+  both, forward = _attention_gradients(implementation), jax.jit(functools.partial(_attend, implementation))
+  got = jax.tree.map(lambda a: a[:1], both(arrays, segments))
+  errors = [_relative_error(a, b) for a, b in zip(jax.tree.leaves(got), _expected(arrays, segments))]
+  seconds_forward, seconds_both = seconds(forward, segments, *arrays[:3]), seconds(both, arrays, segments)
+  pairs = 4 * rows * heads * channels * length * length / 2  # FLOPs of both products for the causal half.
+  return {
+    "forward ms": 1e3 * seconds_forward,
+    "forward and backward ms": 1e3 * seconds_both,
+    "forward TFLOP/s": 1e-12 * pairs / seconds_forward,
+    "forward and backward TFLOP/s": 1e-12 * 3.5 * pairs / seconds_both,
+    "error of y": errors[0],
+    "largest error of a gradient": max(errors[1:]),
+  }
+
+
+def _attend(implementation, segments, q, k, v):
+  return causal_attention(q, k, v, segments, implementation=implementation)
+
+
+def _attention_gradients(implementation):
+  """Jitted `([q, k, v, d_y], segments) -> (y, the gradients of q, k and v)`."""
 
   def apply(arrays, segments):
-    q, k, v, d_y = (a.astype(jnp.float32) if wide else a for a in arrays)
-    y, pull_back = jax.vjp(lambda *qkv: causal_attention(*qkv, segments, implementation=implementation), q, k, v)
+    *qkv, d_y = arrays
+    y, pull_back = jax.vjp(functools.partial(_attend, implementation, segments), *qkv)
     return y, pull_back(d_y)
 
-  if not wide:
-    return jax.jit(apply)
+  return jax.jit(apply)
 
-  def precise(arrays, segments):
-    with jax.default_matmul_precision("highest"):
-      return jax.jit(apply)(arrays, segments)
 
-  return precise
+def _expected(arrays, segments):
+  """y and gradients of the first row, in float32."""
+  arrays, segments = jax.tree.map(lambda a: a[:1], (arrays, segments))
+  with jax.default_matmul_precision("highest"):
+    lowered = _attention_gradients("xla").lower([a.astype(jnp.float32) for a in arrays], segments)
+  # XLA:GPU's search for the fastest of each product would take longer than all that is measured here.
+  compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+  return jax.tree.leaves(compiled([a.astype(jnp.float32) for a in arrays], segments))
 
 
 def _relative_error(a, b):

@@ -20,7 +20,7 @@ _CONTAINER = re.compile(r"(while|conditional|call)[.\d]*$")
 # What a kernel's name says about it, first match first.
 _KINDS = [
   ("attention", r"cudnn|flash|fmha|sdpa|splash|attention"),
-  ("product", r"gemm|cublas|cutlass|nvjet|wgmma|dot|conv|matmul|ynn"),
+  ("product", r"gemm|cublas|cutlass|nvjet|wgmma|\bdot|convolution|matmul|ynn"),
   ("copy", r"memcpy|memset|copy|transpose"),
   ("reduction or fusion with one", r"reduce"),
   ("elementwise", r"fusion|loop|wrapped|scatter|gather|dynamic"),
@@ -88,6 +88,8 @@ def _operations(path: str) -> dict[tuple[str, str], list]:
           operation = str(stats.get("hlo_op", event.name))
           if (not devices and "hlo_op" not in stats) or _CONTAINER.match(operation):
             continue
+          if operation.startswith("command_buffer"):  # A GPU's kernels of many operations; `fusion_8` is of `fusion.8`.
+            operation = re.sub(r"_(\d+)$", r".\1", event.name)
           entry = found.setdefault((operation, event.name), [0.0, 0])
           entry[0] += event.duration_ns
           entry[1] += 1
