@@ -83,7 +83,7 @@ class MLP(nnx.Module):
     def feed_forward(x_MxD: Array) -> Array:
       h_MxN = self.hidden_units(x_MxD).astype(x.dtype)
       y_MxE = weighted_sums(h_MxN, with_fast_gradient(self.values[...].astype(x.dtype), x_MxD))
-      return (y_MxE if self.bias is None else y_MxE + self.bias[...].astype(y_MxE.dtype)).astype(x.dtype)
+      return (y_MxE if self.bias is None else y_MxE + self.bias[...].astype(y_MxE.dtype)[None]).astype(x.dtype)
 
     return checkpoint_name(by_rows(feed_forward, x), OUTPUT)
 
@@ -98,7 +98,7 @@ class MLP(nnx.Module):
   def _scores(self, x_MxD: Array, keys: nnx.Param, biases: nnx.Param | None) -> Array:
     s_MxN = row_products(x_MxD, with_fast_gradient(keys[...].astype(x_MxD.dtype), x_MxD))
     s_MxN = checkpoint_name(s_MxN.astype(x_MxD.dtype), SCORES).astype(s_MxN.dtype)
-    return s_MxN if biases is None else s_MxN + biases[...].astype(s_MxN.dtype)
+    return s_MxN if biases is None else s_MxN + biases[...].astype(s_MxN.dtype)[None]
 
 
 def make_feed_forward(config: ModelConfig, *, rngs: nnx.Rngs) -> Pattention | MLP:

@@ -34,7 +34,7 @@ class Dense(nnx.Module):
     def product(x_MxD):
       y_MxE = weighted_sums(x_MxD, with_fast_gradient(weight, x_MxD))
       if self.bias is not None:
-        y_MxE = y_MxE + self.bias[...].astype(y_MxE.dtype)
+        y_MxE = y_MxE + self.bias[...].astype(y_MxE.dtype)[None]
       return y_MxE.astype(x.dtype)
 
     return checkpoint_name(by_rows(product, x), OUTPUT)
