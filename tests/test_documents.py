@@ -14,6 +14,7 @@ import pytest
 from absl import flags
 
 from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.config.presets import PRESETS
 from tokenformer_jax.growth.layers import token_layers
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,6 +51,17 @@ def test_a_model_of_ones_own_grows_without_changing_and_learns_on(capsys):
   counts = {path: layer.num_tokens for path, layer in token_layers(names["wider"]).items()}
   assert counts == {"hidden/0": 48, "hidden/1": 64, "write": 32}
   assert names["report"].summary in (ROOT / "docs/growing_your_own_model.md").read_text(encoding="utf-8")
+
+
+def test_an_architecture_of_ones_own_is_made_and_grows():
+  presets, own = blocks("python", "docs/architectures.md")
+  names = {}
+  exec(presets, names)
+  assert names["config"].attention.num_kv_heads == 2
+  exec(own, names)
+  assert names["logits"].shape == (1, 16, 384) and names["bigger"].config.ffn_tokens == 512
+  document = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
+  assert [name for name in PRESETS if f"`{name}`" not in document] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
