@@ -29,7 +29,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # The files that take longest begin first, so that all processes of pytest-xdist end at about the same time.
-_LONGEST = ("test_processes", "test_loop", "test_meshes", "test_stream", "test_documents", "test_real_text")
+_LONGEST = (
+  "test_processes",
+  "test_loop",
+  "test_meshes",
+  "test_stream",
+  "test_documents",
+  "test_storage_kills",
+  "test_real_text",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -43,6 +43,8 @@ def main(argv):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")
     case "an exceeded quota":
       raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "run/metrics.jsonl")
+    case "a broken disk":
+      raise OSError("run/checkpoints/8: the checkpoint could not be saved")
     case "a full device behind a library":
       raise ValueError("RESOURCE_EXHAUSTED: Error writing run/d/0: No space left on device")
     case "a foreign ValueError":
@@ -106,6 +108,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, arguments, message):
     ("a full device", "the device is full, and what was being written is not complete: .*run/metrics.jsonl"),
     ("an exceeded quota", "the device is full, .*run/metrics.jsonl"),
     ("a full device behind a library", "the device is full, .*run/d/0"),
+    ("a broken disk", "run/checkpoints/8: the checkpoint could not be saved"),
   ],
 )
 def test_a_run_that_cannot_continue_is_one_line_and_exit_code_1(command, what, message):

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import tokenformer_jax as tf
 from tests import small_run
 from tests.small_run import MODEL
 from tokenformer_jax import data
+from tokenformer_jax.interop.convert import convert
 from tokenformer_jax.training import checkpoint_files, lock, manifest
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.lock import WorkFolderLock
@@ -140,7 +142,10 @@ def test_F4_a_damaged_file_of_the_newest_step_is_named_and_the_step_before_is_ta
     path.unlink() if changed is None else path.write_bytes(changed)
     caplog.clear()
     assert newest(folder.parent) == 2, path
-    with pytest.raises(ValueError, match=r"no checkpoint of step 4; there are 2|4: its file|its manifest.json"):
+    with pytest.raises(
+      ValueError,
+      match=r"checkpoints/4: its (file .*|manifest.json) (is|has|cannot)|/4: it has no (model|optimizer|record)|/4: its record",
+    ):
       checkpoint_files.chosen_step(str(workdir), 4)
     path.write_bytes(content)
   assert newest(folder.parent) == 4
@@ -198,6 +203,33 @@ def test_F6_the_damage_that_another_process_sees_is_damage_here(workdir, monkeyp
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda bad: np.array([bad, 1]))
   assert damage(epath.Path(workdir / "checkpoints" / "4")) == "process 1 cannot use it"
+
+
+@pytest.mark.slow
+def test_F6_two_processes_take_the_same_good_step_and_save_the_next(workdir):
+  for name in files_of(workdir / "checkpoints" / "4"):
+    if name.endswith("d/" + os.path.basename(name)):  # One file with arrays.
+      (workdir / "checkpoints" / "4" / name).unlink()
+      break
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  command = [sys.executable, "-m", "tests.faults.newest_step", str(workdir), address]
+  two = [
+    subprocess.Popen(
+      [*command, str(number)],
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
+    for number in range(2)
+  ]
+  for out, errors in [process.communicate(timeout=200) for process in two]:
+    assert "newest 2 then 4 of 2" in out, errors
+  content = json.loads((workdir / "checkpoints" / "4" / "manifest.json").read_text())
+  assert any("process_1" in name for name in content["files"]) and "4.set_aside" in names(workdir)
+  small_run.assert_same(Checkpoints(str(workdir)).restore(4, SHAPES), STATES[2])
 
 
 # F7: saves that fail.
@@ -426,12 +458,15 @@ def test_F19_a_record_that_was_edited_is_damage_and_in_an_old_checkpoint_a_mista
       check_position(record, updates, 4, "run")
 
 
-def test_F20_a_swapped_tokenizer_is_refused(workdir):
+def test_F20_a_swapped_tokenizer_is_refused(workdir, tmp_path):
   assert tf.load_tokenizer(str(workdir)).fingerprint == BYTES.fingerprint
   other = data.open_tokenizer("bytes")
   forget_manifest(workdir / "checkpoints" / "4", tokenizer="another")
   with pytest.raises(ValueError, match=f"tokenizer.json: this is not the tokenizer another .* but {other.fingerprint}"):
     tf.load_tokenizer(str(workdir))
+  with pytest.raises(ValueError, match="this is not the tokenizer another"):
+    convert(workdir, tmp_path / "exported")
+  assert not (tmp_path / "exported").exists()
 
 
 # F29: names that Orbax would mix up.

@@ -109,6 +109,7 @@ def kill_saves(request, library, saving, count):
     check_saved(folder / f"0.{number}", [4] if outcomes[number][0] == 0 else [2, 4])
 
 
+@pytest.mark.slow
 def test_F1_F2_a_save_that_is_killed_at_a_file_operation_costs_at_most_itself(request, library, saving):
   kill_saves(request, library, saving, 6)
 
@@ -127,6 +128,7 @@ def spoil_saves(request, library, saving, error, count):
     check_saved(folder / f"{error}.{number}", [4] if code == 0 else [2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 def test_F7_a_save_with_an_error_at_a_file_operation_is_told_or_complete(request, library, saving, error):
   spoil_saves(request, library, saving, error, 4)
@@ -173,10 +175,11 @@ def kill_growths(request, library, growing, count):
     assert os.listdir(target.parent) == ["grown"]
 
 
+@pytest.mark.slow
 def test_F13_a_growth_that_is_killed_at_a_file_operation_leaves_no_target_and_can_be_done_again(
   request, library, growing
 ):
-  kill_growths(request, library, growing, 3)
+  kill_growths(request, library, growing, 2)
 
 
 @pytest.mark.every_operation

@@ -176,7 +176,13 @@ def _tokenizer(folder: epath.Path, config: ModelConfig) -> data.Tokenizer | None
   path = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
   if not path.is_file():
     return None
-  tokenizer = data.load_tokenizer(path)
+  if (path.parent / "checkpoints").is_dir():
+    # `training` may import this package, which therefore imports it only in this case.
+    from tokenformer_jax.training.checkpoints import load_tokenizer
+
+    tokenizer = load_tokenizer(str(path.parent))
+  else:
+    tokenizer = data.load_tokenizer(path)
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
       f"{path}: this tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of {config.vocab_size}; "

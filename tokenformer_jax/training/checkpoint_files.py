@@ -13,7 +13,7 @@ from etils import epath
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.paths import is_uri, user_path
-from tokenformer_jax.training.manifest import damaged, read_record, write_manifest
+from tokenformer_jax.training.manifest import damaged, incomplete, read_record, write_manifest
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step_folders import damage, newest_good_step, numbered, whole_steps
 
@@ -65,7 +65,10 @@ def chosen_step(workdir: str, step: int | None) -> int:
     return step
   steps = whole_steps(folder)
   if step not in steps:
-    raise ValueError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'no others'}.")
+    why = f" {folder / str(step)}: {incomplete(folder / str(step))}." if step in numbered(folder) else ""
+    raise ValueError(
+      f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'no others'}.{why}"
+    )
   if problem := damage(folder / str(step)):
     raise ValueError(f"{folder / str(step)}: {problem}; choose another step of {', '.join(map(str, steps))}.")
   return step
