@@ -109,7 +109,7 @@ def test_F2_a_half_deleted_step_is_never_offered(workdir):
   files = [path for path in (workdir / "checkpoints" / "4").rglob("*") if path.is_file()]
   for path in files[::3]:
     path.unlink()
-  assert newest(workdir / "checkpoints") == 2
+  assert whole_steps(epath.Path(workdir / "checkpoints")) == [2] and newest(workdir / "checkpoints") == 2
 
 
 def test_F2_an_old_step_leaves_by_one_rename(tmp_path, monkeypatch):
