@@ -115,6 +115,32 @@ def test_model_refusals(changes, message):
   "make, message",
   [
     (lambda: ModelConfig.named("150"), "model size '150' is unknown: choose .* Did you mean '150m'?"),
+    (lambda: ModelConfig.named("tiny", "sasp"), "model preset 'sasp' is unknown: choose .* Did you mean 'sas-p'?"),
+    (
+      lambda: ModelConfig.named("tiny", "transformer", attention=dict(positions="learned")),
+      "rotary_fraction=1.0: attention.positions='learned': nothing rotates; leave it at 0.25",
+    ),
+    (
+      lambda: ModelConfig.named("tiny", "gpt2", theta="softmax"),
+      "theta='softmax': attention.projection='dense', ffn.kind='mlp': there are no parameter tokens; leave it at",
+    ),
+    (lambda: ModelConfig.named("tiny", "gpt2", kernel="fused"), "kernel='fused': attention.projection='dense'"),
+    (
+      lambda: ModelConfig.named("tiny", "gpt2", proj_tokens=8),
+      "proj_tokens=8: attention.projection='dense', .*: there are no such tokens; choose 0",
+    ),
+    (
+      lambda: ModelConfig.named("tiny", "sas", attention=dict(num_kv_heads=1)),
+      "model.attention: num_kv_heads=1: values='identity' are the inputs themselves",
+    ),
+    (
+      lambda: ModelConfig.named("tiny", ffn=dict(bias=True)),
+      "model.ffn: bias=True: kind='pattention' has Θ and no bias",
+    ),
+    (
+      lambda: ModelConfig.named("tiny", "parallel", residual=dict(attention_skip=0.5)),
+      "model.residual: attention_skip=0.5: a parallel block has ffn_skip alone",
+    ),
     (lambda: DataConfig(source=""), "source='': name a source"),
     (lambda: DataConfig(held_out_fraction=0.0), "held_out_fraction=0.0: must be between 0 and 1"),
     (lambda: DataConfig(packing="document"), "packing='document': .* Did you mean 'documents'?"),
@@ -199,6 +225,7 @@ def test_dictionaries_that_do_not_fit(change, message):
 def test_there_and_back(through):
   stages = (GrowthStage(5, 64, 80, 256), GrowthStage(9, 96, 80, 300))
   config = run(
+    model=ModelConfig.named("tiny", "parallel", projection="pattention", attention=dict(shaped="skip")),
     growth=GrowthConfig(stages=stages),
     optimizer=OptimizerConfig(beta2=0.5),
     init_from="elsewhere",
@@ -211,8 +238,11 @@ def test_a_field_set_on_the_command_line_arrives():
   fields = run().to_config_dict()
   fields.optimizer.learning_rate = 1e-3
   fields.model.theta = "softmax"
+  fields.model.attention.shaped = "centred"
+  fields.model.residual.attention_skip = 0.0
   config = Config.from_dict(fields)
   assert (config.optimizer.learning_rate, config.model.theta) == (1e-3, "softmax")
+  assert (config.model.attention.shaped, config.model.residual.attention_skip) == ("centred", 0.0)
 
 
 def test_model_at_each_step_of_its_growth():

@@ -127,3 +127,9 @@ def test_a_missing_qwix_is_named(model, monkeypatch):
   monkeypatch.setitem(sys.modules, "qwix", None)
   with pytest.raises(ValueError, match=r"int8 needs qwix: pip install 'tokenformer_jax\[int8\]'"):
     int8_tokens(model)
+
+
+def test_a_model_without_parameter_tokens_is_refused():
+  config = ModelConfig.named("tiny", "gpt2", vocab_size=16, num_layers=1)
+  with pytest.raises(ValueError, match="int8 rounds parameter tokens, and this model has none: its matrices are dense"):
+    int8_tokens(LanguageModel(config, rngs=nnx.Rngs(0)))

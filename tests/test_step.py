@@ -35,7 +35,7 @@ class Bigram(nnx.Module):
     self.tau = Tau(jnp.ones([]), axes=())
 
   def hidden(self, tokens, positions, segments):
-    return jax.nn.one_hot(tokens, VOCAB)
+    return jax.nn.one_hot(tokens, VOCAB), {}
 
   def table(self):
     return self.matrix[...].T
@@ -83,6 +83,33 @@ def test_micro_batches_are_one_batch(accumulation, weights, z_loss):
   assert new.step == 1
 
 
+class Speaker(Bigram):
+  """A `Bigram` that says the mean of its ids, and pulls its matrix down by as much."""
+
+  def hidden(self, tokens, positions, segments):
+    hidden, _ = super().hidden(tokens, positions, segments)
+    level = jnp.mean(tokens.astype(jnp.float32))
+    return hidden, {"level": level, "loss/pull": level * jnp.sum(self.matrix[...])}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_what_blocks_say_is_logged_and_added_to_the_loss_by_the_weight_of_each_micro_batch(accumulation):
+  batch = small_run.batch(weights=True)
+  graphdef, params, tau = split(Speaker())
+  optimizer = optax.with_extra_args_support(optax.sgd(1.0))
+  kept = make_tau_rule(small_run.replace(CONFIG, growth=dict(tau="kept")))
+  step = make_train_step(graphdef, optimizer, kept, optax.constant_schedule(1.0), 0.0, accumulation)
+  state = TrainState(jnp.int32(0), params, tau, optimizer.init(params), (), born=None)
+  new, metrics = jax.jit(step)(state, batch)
+  parts = range(accumulation)  # Every accumulation-th row is a micro-batch.
+  weights = [batch.weights[part::accumulation].sum(dtype=np.float64) for part in parts]
+  level = np.average([batch.inputs[part::accumulation].mean() for part in parts], weights=weights)
+  loss, gradient = bigram_loss_and_gradient(params["matrix"], batch, 0.0)
+  np.testing.assert_allclose(params["matrix"] - new.params["matrix"], gradient + level, rtol=1e-5)
+  assert metrics["loss"] == pytest.approx(loss, rel=1e-6) and metrics["level"] == pytest.approx(level, rel=1e-6)
+  assert metrics["loss/pull"] == pytest.approx(level * np.asarray(params["matrix"], np.float64).sum(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
   "sizes, rows, accumulation, refused",
   [
@@ -109,9 +136,22 @@ def test_micro_batches_that_devices_would_have_to_repeat_are_refused(sizes, rows
   assert f"choose a data.batch_size that {8 * accumulation} divides" in str(error.value)
 
 
-def test_a_run_is_refused_before_its_data_is_read(tmp_path):
-  config = small_run.replace(small_run.config(f"text:{tmp_path}/none.txt"), optimizer=dict(warmup_steps=1001))
-  with pytest.raises(ValueError, match="optimizer.warmup_steps=1001 .* do not fit into training.num_steps=1000"):
+CENTRED = dataclasses.replace(small_run.MODEL.attention, shaped="centred")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(optimizer=dict(warmup_steps=1001)), "optimizer.warmup_steps=1001 .* do not fit into training.num_steps=1000"),
+    (
+      dict(mesh=dict(data=1, sequence=8), model=dict(attention=CENTRED)),
+      "mesh.sequence=8 with attention.shaped='centred': .* choose mesh.sequence=1",
+    ),
+  ],
+)
+def test_a_run_is_refused_before_its_data_is_read(tmp_path, changes, message):
+  config = small_run.replace(small_run.config(f"text:{tmp_path}/none.txt"), **changes)
+  with pytest.raises(ValueError, match=message):
     train(config, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 

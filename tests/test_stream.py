@@ -41,14 +41,15 @@ def write_source(workdir, config=CONFIG):
   tokenizer = data.open_tokenizer("bytes")
   # Noise, but for the counts of updates: a row cannot be younger than its optimizer.
   state = jax.tree.map(
-    lambda leaf: leaf if leaf.ndim or leaf.dtype.kind != "i" else jax.numpy.int32(STEP), small_run.noise(shapes(config))
+    lambda leaf: leaf if leaf.ndim or leaf.dtype.kind != "i" else jax.numpy.int32(STEP),
+    small_run.noise(shapes(config, config.model)),
   )
   checkpoints = Checkpoints(str(workdir))
   checkpoints.save(
     STEP,
     state,
     {
-      "model": dataclasses.asdict(MODEL),
+      "model": dataclasses.asdict(config.model),
       "config": config.to_dict(),
       "data": {"next_batch": 7},
       "fingerprint": {"a": 1},

@@ -4,13 +4,9 @@ from typing import Any
 
 from absl import flags
 
-flags.disclaim_key_flags()  # They belong to the command that defines them.
+from tokenformer_jax.config import TOKEN_COUNTS
 
-_TOKENS = {
-  "qkv_tokens": "each of query, key and value",
-  "proj_tokens": "the attention's output projection",
-  "ffn_tokens": "the feed-forward",
-}
+flags.disclaim_key_flags()  # They belong to the command that defines them.
 
 
 def define() -> None:
@@ -18,8 +14,8 @@ def define() -> None:
   flags.DEFINE_string("workdir", None, "Work folder of the run, local or in a gs:// bucket.")
   flags.DEFINE_string("output", None, "The new work folder, on a local disk.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint to read; by default the newest.")
-  for name, place in _TOKENS.items():
-    flags.DEFINE_integer(name, None, f"New number of parameter tokens in {place}; by default it stays.")
+  for name, place in TOKEN_COUNTS.items():
+    flags.DEFINE_integer(name, None, f"New number of rows of {place}; by default it stays.")
   flags.DEFINE_integer(
     "mesh.token", None, "Number of devices that share the parameter tokens in the new run; by default it stays."
   )
@@ -34,5 +30,5 @@ def values() -> dict[str, Any]:
     output=given.output,
     step=given.step,
     token_axis=given["mesh.token"].value,
-    **{name: given[name].value for name in _TOKENS},
+    **{name: given[name].value for name in TOKEN_COUNTS},
   )

@@ -111,6 +111,7 @@ class ModelConfig(Checked):
       self.kernel,
       f"theta={self.theta!r} has none; choose reference.",
     )
+    self._check_unused()
 
   @property
   def head_dim(self) -> int:
@@ -157,6 +158,21 @@ class ModelConfig(Checked):
         require(value >= 1, field, value, "must be at least 1.")
       else:
         require(value == 0, field, value, f"{why}: there are no such tokens; choose 0.")
+
+  def _check_unused(self) -> None:
+    """Checks that fields without a meaning for these parts are at their defaults."""
+    unused = []
+    if self.attention.positions != "rotary":
+      way_out = f"attention.positions={self.attention.positions!r}: nothing rotates"
+      unused += [("rotary_fraction", way_out), ("rotary_base", way_out)]
+    if self.attention.projection != "pattention" and self.ffn.kind != "pattention":
+      way_out = (
+        f"attention.projection={self.attention.projection!r}, ffn.kind={self.ffn.kind!r}: there are no parameter tokens"
+      )
+      unused += [("theta", way_out), ("gelu", way_out), ("kernel", way_out)]
+    for field, why in unused:
+      value, default = getattr(self, field), getattr(ModelConfig, field)
+      require(value == default, field, value, f"{why}; leave it at {default!r}.")
 
   def grown(self, **tokens: int) -> "ModelConfig":
     """The same model with other token counts, e.g. `config.grown(ffn_tokens=8560)`."""

@@ -38,7 +38,10 @@ class Config(Checked):
           count,
           f"growth cannot remove rows; the model has {getattr(model, field)}.",
         )
-      model = model.grown(**stage.tokens)
+      try:
+        model = model.grown(**stage.tokens)
+      except ValueError as error:
+        raise ValueError(f"growth.stages: at step {stage.step}: {error}") from None
       require(
         stage.step < self.training.num_steps,
         "growth.stages: step",

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from tokenformer_jax.config.model import TOKEN_COUNTS
 from tokenformer_jax.config.validation import Checked, require, require_choice
 
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -35,7 +36,7 @@ class OptimizerConfig(Checked):
     first_moment_dtype, second_moment_dtype: types of the running means between updates; bfloat16 saves 2 bytes a
       parameter each. The second applies to `adamw` only.
     name: `adamw`, `lion` (arXiv 2302.06675), or `muon` (Newton-Schulz steps on the momentum of every matrix of
-      parameter tokens, each layer by itself; embedding and norms take Adam). Muon's updates are scaled to the size of
+      the blocks, each layer by itself; embeddings, norms, biases and gains take Adam). Muon's updates are scaled to the size of
       AdamW's (arXiv 2502.16982), so the same rates fit; Lion wants a rate 3 to 10 times smaller and a decay as much
       larger.
     ema_decay: decay of an exponential moving average of the weights, which evaluations and samples then use; 0 keeps
@@ -100,7 +101,7 @@ class OptimizerConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class GrowthStage(Checked):
-  """At `step` (after that many updates) the model gets these token counts."""
+  """At `step` (after that many updates) the model gets these counts; 0 where it has no such rows."""
 
   step: int
   qkv_tokens: int
@@ -109,7 +110,7 @@ class GrowthStage(Checked):
 
   @property
   def tokens(self) -> dict[str, int]:
-    return dict(qkv_tokens=self.qkv_tokens, proj_tokens=self.proj_tokens, ffn_tokens=self.ffn_tokens)
+    return {count: getattr(self, count) for count in TOKEN_COUNTS}
 
 
 @dataclasses.dataclass(frozen=True)

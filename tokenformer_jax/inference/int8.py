@@ -19,7 +19,8 @@ def int8_tokens(model: LanguageModel) -> LanguageModel:
     model: a language model with float tokens, which stays as it is.
 
   Raises:
-    ValueError: qwix is not installed, the tokens are int8 already, or the model is a copy for decoding.
+    ValueError: qwix is not installed, the model has no parameter tokens or they are int8 already, or it is a copy for
+      decoding.
   """
   try:
     import qwix  # Imported only here, because nothing else needs it.
@@ -35,9 +36,11 @@ def int8_tokens(model: LanguageModel) -> LanguageModel:
     return nnx.Param(quantised.qvalue, axes=param.axes), scales
 
   model = nnx.merge(*split(model))
-  for _, layer in nnx.iter_modules(model):
-    if isinstance(layer, Pattention):
-      layer.keys, layer.key_scales = rounded(layer.keys, shared=-1)
-      layer.values, layer.value_scales = rounded(layer.values, shared=-2)
-      layer.kernel = "reference"
+  layers = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, Pattention)]
+  if not layers:
+    raise ValueError("int8 rounds parameter tokens, and this model has none: its matrices are dense; use bfloat16.")
+  for layer in layers:
+    layer.keys, layer.key_scales = rounded(layer.keys, shared=-1)
+    layer.values, layer.value_scales = rounded(layer.values, shared=-2)
+    layer.kernel = "reference"
   return model

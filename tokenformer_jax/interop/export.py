@@ -9,12 +9,12 @@ from etils import epath
 from flax import traverse_util
 
 from tokenformer_jax import data
-from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config import TOKEN_COUNTS, ModelConfig
 from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.model_card import model_card
 from tokenformer_jax.interop.names import pattention_names, released_names
 from tokenformer_jax.interop.pretrained import TAU_KEY
-from tokenformer_jax.interop.rewriting import rewritten_config, rewritten_keys, rewritten_values
+from tokenformer_jax.interop.rewriting import count_names, rewritten_config, rewritten_keys, rewritten_values
 from tokenformer_jax.interop.safetensors_file import write_safetensors
 from tokenformer_jax.interop.stored_array import ComputedArray
 from tokenformer_jax.interop.torch_file import write_torch
@@ -29,7 +29,6 @@ EXPORT_DTYPES = ("float32", "bfloat16")
 # A folder may have any other ending in its name, as in tokenformer-1.5b.
 _OTHER_FILES = (".pt", ".pth", ".ckpt", ".npz", ".h5", ".gguf", ".msgpack", ".zip")
 _FILES_BESIDE = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
-_COUNTS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Exported:
   Attributes:
     path: the weight file.
     config: the configuration of the model in it, which has more tokens than the exported one if rows were added.
-    rows_added: the number of rows added to each pattention layer of qkv_tokens, proj_tokens and ffn_tokens.
+    rows_added: name of a count -> the number of rows added to each pattention layer that has it.
     keeps_grown_tau: whether some τ differs from the released code's, so that only this package reads the file
       correctly.
   """
@@ -106,7 +105,7 @@ def export(
   _, parameters, tau = split(model)
   config, arrays = released_arrays(parameters, tau, model.config, rewrite=released)
   taus = _taus(tau, config)
-  rows_added = {field: getattr(config, field) - getattr(model.config, field) for field in _COUNTS}
+  rows_added = {field: getattr(config, field) - getattr(model.config, field) for field in TOKEN_COUNTS}
   folder = local_path(source, "source") if os.fspath(source) else None
   card = model_card(
     config, file.name, dtype=dtype, released=released, rows_added=rows_added, source=source, folder=folder, step=step
@@ -151,8 +150,8 @@ def released_arrays(
   taus = {
     place.removesuffix("/tau"): np.asarray(leaf) for place, leaf in traverse_util.flatten_dict(tau, sep="/").items()
   }
-  by_projection = {place.split("/")[-1]: leaf for place, leaf in taus.items()}
-  target = rewritten_config(config, by_projection) if rewrite else config
+  target = rewritten_config(config, taus) if rewrite else config
+  counts = count_names(config)
 
   def computed(place: str, layer: int | None) -> ComputedArray:
     leaf = flat[place]
@@ -161,7 +160,7 @@ def released_arrays(
     if not rewrite:
       return ComputedArray(leaf.shape[1:], lambda: np.asarray(leaf[layer]))
     projection, kind = place.rsplit("/", 1)
-    num_tokens = getattr(target, _count_field(projection))
+    num_tokens = getattr(target, counts[projection])
     rewritten = {"keys": rewritten_keys, "values": rewritten_values}[kind]
     return ComputedArray(
       (num_tokens, leaf.shape[2]),
@@ -196,7 +195,3 @@ def _taus(tau: Tree, config: ModelConfig) -> dict[str, float]:
   return {
     name: float(flat[f"{place}/tau"][layer]) for name, (place, layer) in pattention_names(config.num_layers).items()
   }
-
-
-def _count_field(projection: str) -> str:
-  return {"proj": "proj_tokens", "ffn": "ffn_tokens"}.get(projection.split("/")[-1], "qkv_tokens")

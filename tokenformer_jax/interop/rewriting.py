@@ -12,8 +12,11 @@ function. These changes to keys and values give the same function under the rele
 import math
 
 import numpy as np
+from flax import nnx, traverse_util
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.models.model_class import abstract_model
+from tokenformer_jax.nn.parameters import declared
 from tokenformer_jax.nn.theta import initial_tau
 
 
@@ -57,7 +60,7 @@ def rewritten_config(config: ModelConfig, taus: dict[str, np.ndarray]) -> ModelC
 
   Args:
     config: the configuration of the model before it.
-    taus: τ of all layers [layer] by projection: query, key, value, proj, ffn.
+    taus: τ of all layers [layer] by the path of the projection in our tree, such as `blocks/ffn`.
 
   Raises:
     ValueError: the released code does not have the model's GeLU.
@@ -67,18 +70,17 @@ def rewritten_config(config: ModelConfig, taus: dict[str, np.ndarray]) -> ModelC
       f"gelu={config.gelu!r}: the released code has only erf; write a .safetensors without --released, "
       "which this package reads."
     )
-  groups = {"qkv_tokens": ("query", "key", "value"), "proj_tokens": ("proj",), "ffn_tokens": ("ffn",)}
-  return config.grown(
-    **{
-      field: rows_needed(
-        getattr(config, field),
-        config.hidden_size,
-        np.concatenate([np.ravel(taus[name]) for name in names]),
-        config.theta,
-      )
-      for field, names in groups.items()
-    }
-  )
+  needed: dict[str, int] = {}
+  for path, count in count_names(config).items():
+    rows = rows_needed(getattr(config, count), config.hidden_size, taus[path], config.theta)
+    needed[count] = max(rows, needed.get(count, 0))
+  return config.grown(**needed)
+
+
+def count_names(config: ModelConfig) -> dict[str, str]:
+  """The name of the count of each layer of parameter tokens, by its path: `blocks/ffn` -> `ffn_tokens`."""
+  rows = traverse_util.flatten_dict(declared(abstract_model(config), nnx.Param, "rows"), sep="/")
+  return {path.rpartition("/")[0]: one.count for path, one in rows.items() if one is not None}
 
 
 def _is_released(tau: float, num_tokens: int, theta: str) -> bool:

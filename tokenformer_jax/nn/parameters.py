@@ -65,6 +65,16 @@ def parameter(
   return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, rows=rows, decayed=decayed)
 
 
+def is_matrix(axes: Axes) -> bool:
+  """Whether a parameter with these axes is a matrix of the blocks: two axes or more beside that of a stack, all named.
+
+  The tables of the vocabulary and of learned positions are none, for their rows are looked up; nor are norms, biases
+  and gains.
+  """
+  own = [axis for axis in axes if axis != "layer"]
+  return len(own) > 1 and None not in own and "vocab" not in own
+
+
 def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
   """`num_layers` layers as one module whose leaves have a leading `layer` axis.
 

@@ -1,14 +1,12 @@
 """The optimizer of a run: AdamW, Lion or Muon from optax, with factors for rows that growth added."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from tokenformer_jax.config import GrowthConfig, OptimizerConfig
-from tokenformer_jax.nn.parameters import Tree
+from tokenformer_jax.nn.parameters import Axes, Tree, is_matrix
 from tokenformer_jax.training.new_rows import scale_by_adam_of_rows, scale_rows
 from tokenformer_jax.training.schedules import learning_rate_schedule
 from tokenformer_jax.training.weight_average import average_weights
@@ -61,27 +59,24 @@ def _direction(config: OptimizerConfig, axes: Tree) -> optax.GradientTransformat
 
 
 def _muon(config: OptimizerConfig, axes: Tree) -> optax.GradientTransformation:
-  """Muon for the keys and values of every layer, each a matrix [N, d] of its own, and Adam for all other parameters.
+  """Muon for the matrices of the blocks, those of each layer by themselves, and Adam for all other parameters.
 
   Newton-Schulz orthogonalises all rows together, so new rows have no bias correction of their own, only their warm-up.
   """
 
-  def dimensions(names):
-    if "param_token" not in names:
+  def dimensions(names: Axes):
+    if not is_matrix(names):
       return optax.MaskedNode()
-    channels = tuple(i for i, name in enumerate(names) if name not in ("layer", "param_token"))
-    return contrib.MuonDimensionNumbers(names.index("param_token"), channels)
+    return contrib.MuonDimensionNumbers(len(names) - 2, len(names) - 1)
 
-  def to_size_of_adamw(update, names):
+  def to_size_of_adamw(update):
     if isinstance(update, optax.MaskedNode):
       return update
-    rows = update.shape[names.index("param_token")]
-    channels = math.prod(size for size, name in zip(update.shape, names) if name not in ("layer", "param_token"))
-    return _MUON_RMS * jnp.sqrt(max(rows, channels)) * update
+    return _MUON_RMS * jnp.sqrt(max(update.shape[-2:])) * update
 
   def scale_by_size(updates, params=None):
     del params
-    return jax.tree.map(to_size_of_adamw, updates, axes, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return jax.tree.map(to_size_of_adamw, updates, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
 
   muon = contrib.scale_by_muon(
     beta=config.beta1,
@@ -94,7 +89,7 @@ def _muon(config: OptimizerConfig, axes: Tree) -> optax.GradientTransformation:
       "muon": optax.chain(muon, optax.stateless(scale_by_size)),
       "adam": optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.first_moment_dtype),
     },
-    _map_axes(lambda names: "muon" if "param_token" in names else "adam", axes),
+    _map_axes(lambda names: "muon" if is_matrix(names) else "adam", axes),
   )
 
 

@@ -88,10 +88,16 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Checks what a run needs of its schedule and its mesh, before data is read.
 
   Raises:
-    ValueError: the warm-up and the decay do not fit into the run, or the rows of a micro-batch do not divide among the
-      devices along data × fsdp, which would then all compute the same rows.
+    ValueError: the warm-up and the decay do not fit into the run; the rows of a micro-batch do not divide among the
+      devices along data × fsdp, which would then all compute the same rows; or attention is centred, where each token
+      needs the mean of all values before it, and the mesh splits the positions of a sequence.
   """
   check_schedule(config.optimizer, config.training.num_steps)
+  if config.model.attention.shaped == "centred" and parts_of(mesh, "time") > 1:
+    raise ValueError(
+      f"mesh.sequence={parts_of(mesh, 'time')} with attention.shaped='centred': each token needs the mean of all values "
+      "before it, which no device has; choose mesh.sequence=1."
+    )
   rows, accumulation = config.data.batch_size, config.training.gradient_accumulation
   devices = parts_of(mesh, "batch")
   if accumulation > 1 and rows // accumulation % devices:

@@ -57,7 +57,7 @@ def grow_run(
     step: which checkpoint; by default the newest.
     method: see `GrowthConfig`; by default the method in the run's configuration.
     token_axis: size of the mesh axis `token` in the grown run; by default the run's.
-    tokens: new `qkv_tokens`, `proj_tokens`, `ffn_tokens`; None for those that stay.
+    tokens: new counts by name (`config.TOKEN_COUNTS`); None for those that stay.
 
   Returns:
     What happened to each leaf.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from tokenformer_jax.nn.block import Said
 from tokenformer_jax.training.loss import LossSums, loss_sums
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.tau import TauRule
@@ -32,11 +33,17 @@ def make_train_step(
 
   Returns:
     A function that takes a `TrainState` and a `data.Batch` of arrays [B, T]. Its metrics are `loss` (nats a token,
-    without the z-loss), `grad_norm` (before clipping) and `learning_rate`, each float32 [].
+    without the z-loss), `grad_norm` (before clipping), `learning_rate` and what the blocks say (`nn.block.Said`), each
+    float32 []. What a block says under a name that begins with `loss/` is added to the loss whose gradient is taken.
+    Micro-batches count by the weight of their tokens.
   """
 
   def objective(params, tau, batch):
-    return _loss(graphdef, params, tau, batch, z_loss)
+    loss, sums, said = _loss(graphdef, params, tau, batch, z_loss)
+    for name, value in said.items():
+      if name.startswith("loss/"):
+        loss += value * sums.weight
+    return loss, (sums, jax.tree.map(lambda value: value * sums.weight, said))
 
   trained = ("params", "tau") if tau_rule.learns else ("params",)
   gradients = jax.value_and_grad(objective, argnums=tuple(range(len(trained))), has_aux=True)
@@ -46,11 +53,11 @@ def make_train_step(
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add_micro_batch(total, micro_batch):
-      (_, sums), grads = gradients(state.params, state.tau, micro_batch)
-      return jax.tree.map(jnp.add, total, (grads, sums)), None
+      (_, (sums, said)), grads = gradients(state.params, state.tau, micro_batch)
+      return jax.tree.map(jnp.add, total, (grads, sums)), said
 
     zeros = (tuple(jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in trained), LossSums(*jnp.zeros(3)))
-    (grads, sums), _ = jax.lax.scan(add_micro_batch, zeros, micro_batches)
+    (grads, sums), said = jax.lax.scan(add_micro_batch, zeros, micro_batches)
     grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born, step=state.step)
     tau, tau_opt_state = tau_rule.update(state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born, state.step)
@@ -58,6 +65,7 @@ def make_train_step(
       "loss": sums.nats / sums.weight,
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step),
+      **{name: jnp.sum(values) / sums.weight for name, values in said.items()},
     }
     state = TrainState(
       step=state.step + 1,
@@ -81,7 +89,7 @@ def make_eval_step(graphdef: nnx.GraphDef):
   return eval_step
 
 
-def _loss(graphdef, params, tau, batch, z_loss) -> tuple[jax.Array, LossSums]:
+def _loss(graphdef, params, tau, batch, z_loss) -> tuple[jax.Array, LossSums, Said]:
   model = nnx.merge(graphdef, params, tau)
-  hidden, _ = model.hidden(batch.inputs, batch.positions, batch.segments)
-  return loss_sums(hidden, model.table(), batch.labels, batch.weights, z_loss)
+  hidden, said = model.hidden(batch.inputs, batch.positions, batch.segments)
+  return *loss_sums(hidden, model.table(), batch.labels, batch.weights, z_loss), said
