@@ -108,7 +108,10 @@ class Checkpoints:
     """
     self.claim()
     self._end_save(_FAILURES)
-    check_leaves(state, self._folder / str(step))
+    try:
+      check_leaves(state, self._folder / str(step))
+    except FloatingPointError as error:
+      raise FloatingPointError(f"{error} {self._newest()}") from None
     model, optimizer = state_parts(state)
     args = ocp.args.Composite(
       model=ocp.args.StandardSave(model, save_args=jax.tree.map(save_args, model)),
@@ -165,10 +168,12 @@ class Checkpoints:
     cause = " ".join(str(errors[0]).split())[:300] or type(errors[0]).__name__
     text = f"{self._folder / str(step)}: the checkpoint could not be saved ({self._failures} in a row): {cause}"
     if self._failures >= failures or jax.process_count() > 1:
-      kept = whole_steps(self._folder)
-      last = f"The newest checkpoint is that of step {kept[-1]}." if kept else "There is no checkpoint."
-      raise OSError(f"{text} {last}") from errors[0]
+      raise OSError(f"{text} {self._newest()}") from errors[0]
     logging.warning("%s; the run saves again at its next interval.", text)
+
+  def _newest(self) -> str:
+    steps = whole_steps(self._folder)
+    return f"The newest checkpoint is that of step {steps[-1]}." if steps else "There is no checkpoint."
 
   def record(self, step: int) -> dict[str, Any]:
     """Returns the record saved at `step`."""
