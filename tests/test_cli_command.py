@@ -104,7 +104,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, arguments, message):
 @pytest.mark.parametrize(
   "what, message",
   [
-    ("numbers", "loss is nan"),
     ("a full device", "the device is full, and what was being written is not complete: .*run/metrics.jsonl"),
     ("an exceeded quota", "the device is full, .*run/metrics.jsonl"),
     ("a full device behind a library", "the device is full, .*run/d/0"),
@@ -115,6 +114,10 @@ def test_a_run_that_cannot_continue_is_one_line_and_exit_code_1(command, what, m
   code, _, errors = command(f"--do={what}")
   assert code == 1 and len(errors) == 1, errors
   assert re.match(f"error: {message}", errors[0])
+
+
+def test_a_run_that_diverged_is_one_line_and_exit_code_3(command):
+  assert command("--do=numbers") == (3, "", ["error: loss is nan"])
 
 
 @pytest.mark.parametrize(

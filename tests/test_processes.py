@@ -166,7 +166,7 @@ def stopped(config_file, tmp_path_factory):
   codes, out, errors = outcome(two)
   assert codes == [143, 143], errors
   step = Checkpoints(str(workdir)).latest_step()
-  assert 1 <= step < STEPS and f"step {step}: stopped by SIGTERM, and saved" in out[0] and out[1] == ""
+  assert 1 <= step < STEPS and f"step {step}: stopped by a signal, and saved" in out[0] and out[1] == ""
   return workdir, step
 
 

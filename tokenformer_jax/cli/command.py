@@ -1,9 +1,9 @@
 """The wrapper of all CLI commands: a user's mistake is one line on stderr and exit code 2.
 
 A mistake is a missing file, an unknown flag or field, or a `ValueError` that this package raised about its input. A
-run whose numbers are no longer finite and a full device are one line too, with exit code 1; a reader that closed the
-pipe ends the command in silence, as it does with other tools. Every other error keeps its traceback, because it is a
-fault of this package.
+full device is one line too, with exit code 1, and a run whose numbers are no longer finite, with exit code 3; a reader
+that closed the pipe ends the command in silence, as it does with other tools. Every other error keeps its traceback,
+because it is a fault of this package.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ from tokenformer_jax.config.validation import nearest, warn_renamed
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# A run whose numbers are bad: the same command again would give the same numbers.
+DIVERGED_EXIT_CODE = 3
 _PACKAGE = pathlib.Path(__file__).parent.parent
 _RENAMED = {"config.growth.how": "config.growth.method"}
 
@@ -97,9 +99,17 @@ def read_config(flag: flags.FlagHolder) -> Config:
 
 
 def fail(message: str, code: int = 2) -> typing.NoReturn:
-  """Prints one line on stderr and exits."""
-  print("error:", *message.split(), file=sys.stderr)
+  """Prints one line on stderr and exits; with several processes, all of them exit with this code."""
+  print("error:", *message.split(), file=sys.stderr, flush=True)
+  if failures := _several():
+    failures.end_all(code, message)
   sys.exit(code)
+
+
+def _several():
+  """The module that tells other processes of a failure, None where there are none; imports no jax."""
+  failures = sys.modules.get("tokenformer_jax.distributed.failures")
+  return failures if failures and failures.several() else None
 
 
 class _Reporting:
@@ -120,10 +130,16 @@ class _Reporting:
     if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):  # A checkpoint that could not be saved, too.
       fail(str(error), code=1)
     if isinstance(error, FloatingPointError):
-      fail(str(error), code=1)
+      fail(str(error), code=DIVERGED_EXIT_CODE)
     message = str(error) if isinstance(error, _FILE_ERRORS) else _mistake(error)
     if message is not None:
       fail(message)
+    if failures := _several():
+      if lost := failures.reason(error):
+        fail(lost[1], lost[0])
+      if isinstance(error, Exception):
+        traceback.print_exception(error)
+        failures.end_all(1, f"{type(error).__name__}: {error}")
 
 
 def _mistake(error: BaseException) -> str | None:

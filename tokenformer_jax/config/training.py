@@ -206,6 +206,11 @@ class TrainingConfig(Checked):
     sample_tokens: length of that continuation in tokens; 0 writes no samples. Writing one holds a second copy of the
       parameters, in the dtype of products, until it is written.
     wandb_project: the project of Weights & Biases to write metrics and samples to; "" writes none there.
+    max_skips_in_a_row: updates whose loss, gradient or result is not finite are skipped; so many in a row end the run.
+    spike_factor: updates whose loss is above this factor times the mean of the last 100 good losses are skipped too;
+      0 skips none of them.
+    step_timeout: seconds after which a step that has not ended ends the process with the stacks of its threads. The
+      step that compiles, evaluations and saves are not timed. 0 waits for ever.
   """
 
   num_steps: int = 1000
@@ -219,6 +224,9 @@ class TrainingConfig(Checked):
   sample_prompt: str = "def "
   sample_tokens: int = 100
   wandb_project: str = ""
+  max_skips_in_a_row: int = 10
+  spike_factor: float = 0.0
+  step_timeout: float = 1800.0
 
   def validate(self) -> None:
     for field in (
@@ -229,7 +237,17 @@ class TrainingConfig(Checked):
       "eval_batches",
       "checkpoint_every",
       "checkpoints_kept",
+      "max_skips_in_a_row",
     ):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+    require(
+      self.spike_factor == 0 or self.spike_factor > 1,
+      "spike_factor",
+      self.spike_factor,
+      "must be above 1, or 0 for none.",
+    )
+    require(
+      0 <= self.step_timeout <= 1e6, "step_timeout", self.step_timeout, "must be in [0, 1e6] seconds; 0 waits for ever."
+    )
     require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "must not be negative.")
     require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32): JAX's random keys take 32 bits of it.")

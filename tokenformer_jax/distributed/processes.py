@@ -12,15 +12,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from tokenformer_jax.distributed import failures, signals
+
 # A process that is silent for this long ends the run. Heartbeats come from a separate thread, so compiling or reading
-# data for longer does no harm; a host that swaps or is moved may be silent for a minute.
-HEARTBEAT_SECONDS = 100
-# The exit code that a shell reports for a process that SIGTERM ended.
+# data for longer does no harm.
+HEARTBEAT_SECONDS = 30
+# How long a process that is done waits for the others.
+_SHUTDOWN_SECONDS = 60
+# The exit code of a run that a signal stopped, and that is saved: what a shell reports where SIGTERM ended a process.
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 # The most of an error's text that other processes are told.
 _ERROR_BYTES = 4096
 
-_alone_got_sigterm = threading.Event()  # Set by the signal handler of a run of one process.
+_alone_must_stop = threading.Event()  # Set by a signal to a run of one process.
 
 
 def start(
@@ -39,9 +43,9 @@ def start(
     coordinator_address: HOST:PORT of process 0, for machines without such a cluster.
     num_processes: the number of processes.
     process_id: the number of this process, from 0.
-    stops_by_itself: SIGTERM no longer ends the process; the caller asks `must_stop` after every step. A single process
-      handles the signal itself and therefore has to call this from its main thread; several use JAX's preemption
-      service, which makes them agree on the step after which they stop.
+    stops_by_itself: a first SIGTERM, SIGINT or SIGHUP no longer ends the process; the caller asks `must_stop` after
+      every step, and has to call this from its main thread. Several processes use JAX's preemption service, which makes
+      them agree on the step after which they stop.
 
   Raises:
     ValueError: some of the three are missing or do not fit together.
@@ -49,27 +53,33 @@ def start(
   jax.config.update("jax_enable_preemption_service", stops_by_itself)
   given = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
   try:
-    jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    jax.distributed.initialize(
+      **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+    )
   except ValueError as error:
     # JAX raises this where nothing was given and no cluster was found.
     nothing = all(value is None for value in given.values())
     if nothing and "coordinator_address should be defined" in str(error):
       if stops_by_itself:
-        signal.signal(signal.SIGTERM, lambda number, frame: _alone_got_sigterm.set())
+        signals.catch(_alone_must_stop.set)
       return
     shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
     raise ValueError(
       f"{shown}: {error} Give all three, process_id from 0 to num_processes − 1, or none where JAX knows the cluster."
     ) from None
+  failures.watch()
+  if stops_by_itself:
+    # JAX's service listens to SIGTERM alone.
+    signals.catch(signals.handler_in_c(signal.SIGTERM))
 
 
 def must_stop(step: int) -> bool:
-  """Whether a process got SIGTERM and all processes have agreed to stop after this step.
+  """Whether a process got a signal to stop and all processes have agreed to stop after this step.
 
   Args:
     step: the number of updates done. All processes call this after every step.
   """
-  if _alone_got_sigterm.is_set():
+  if _alone_must_stop.is_set():
     return True
   return bool(jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(step))
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import sys
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -44,8 +45,10 @@ from tokenformer_jax.training.resume import (
 )
 from tokenformer_jax.training.run_checks import check_growths, check_samples, check_trackers, check_vocabulary
 from tokenformer_jax.training.run_log import RunLog
+from tokenformer_jax.training.skips import Diverged, Skips
 from tokenformer_jax.training.state import TrainState, fresh_state
 from tokenformer_jax.training.timing import Clock, Trace
+from tokenformer_jax.training.watchdog import Watchdog
 
 
 def train(config: Config, workdir: str, *, profile: bool = False, allow_data_change: bool = False) -> float:
@@ -66,8 +69,10 @@ def train(config: Config, workdir: str, *, profile: bool = False, allow_data_cha
   Raises:
     ValueError: data, vocabulary, mesh, growth or work folder do not fit the config; nothing is written then.
     OSError: checkpoints could not be saved; the message names the newest one.
-    FloatingPointError: the loss or the gradient is no longer finite; the newest checkpoint is from before.
-    SystemExit: with code 143 after SIGTERM, where the CLI handles that signal; the state is saved then.
+    Diverged: `training.max_skips_in_a_row` updates in a row were skipped, or the last update was. What is saved is from
+      before. It is a FloatingPointError.
+    SystemExit: with code 143 after SIGTERM, SIGINT or SIGHUP, where the CLI handles these signals; the state is saved
+      then.
   """
   return _Run(config, workdir, allow_data_change).run(profile)
 
@@ -97,6 +102,9 @@ class _Run:
     self.checkpoints = Checkpoints(workdir, config.training.checkpoints_kept)
     self.notes: list[str] = []
     self.peak = peak_flops(self.mesh)
+    self.skips = Skips(self.config.training)
+    self.unseen: dict[str, jax.Array] | None = None  # The metrics of the newest update, unless they were looked at.
+    self.owes_evaluation = self.owes_save = False
     self.checkpoints.claim()
     try:
       self._start(allow_data_change)
@@ -108,6 +116,7 @@ class _Run:
     """Makes or restores the state, and opens the logs."""
     latest = self.checkpoints.latest_step()
     check_agree(configuration=self.config.to_dict(), data=self.data.fingerprint, latest_checkpoint=latest)
+    self.saved_step = latest
     if latest is None:
       self.program, self.state = self._begin()
     else:
@@ -156,6 +165,8 @@ class _Run:
     state = self.checkpoints.restore(step, program.shapes)
     check_position(record, int(state.step), step, self.workdir)
     self.batches.set_state(record["data"])
+    self.skips = Skips(self.config.training, record.get("losses", ()))
+    self.owes_evaluation = record.get("owes_evaluation", False)
     return program, state
 
   def run(self, profile: bool) -> float:
@@ -169,38 +180,46 @@ class _Run:
       Progress(training.num_steps, "step", initial=step, shown=jax.process_index() == 0) as progress,
     ):
       self._introduce(step)
+      if self.owes_evaluation:
+        loss = self._evaluate(step)
       while step < training.num_steps:
         if self.config.model_at(step) != self.program.model:
           self._grow(step)
           clock = None
-        self.state, metrics = self.program.train_step(self.state, self._put(next(self.batches)))
-        step += 1
-        self.checkpoints.check()
-        trace.step(self.state)
-        if clock is None:  # The step that compiles is neither timed nor traced.
-          jax.block_until_ready(metrics)
-          clock = Clock(step)
-          trace.start()
+        with Watchdog(training.step_timeout if clock else 0):
+          batch, most_loss = self._put(next(self.batches)), self.skips.most_loss(step + 1)
+          self.state, metrics = self.program.train_step(self.state, batch, most_loss)
+          self._look(step)  # At the update before, while the devices compute this one.
+          step, self.unseen = step + 1, metrics
+          self.checkpoints.check()
+          trace.step(self.state)
+          if clock is None:  # The step that compiles is neither timed, traced nor watched.
+            jax.block_until_ready(metrics)
+            clock = Clock(step)
+            trace.start()
 
-        last = step == training.num_steps
-        stop = must_stop(step) and not last
-        log, evaluate, save = (
-          last or step % every == 0 for every in (training.log_every, training.eval_every, training.checkpoint_every)
-        )
-        log, evaluate, save = log or stop, evaluate and not stop, save or stop
-        if log or evaluate or save:
-          metrics = _finite(jax.device_get(metrics), step)
+          last = step == training.num_steps
+          stop = must_stop(step) and not last
+          log, evaluate, save = (
+            last or step % every == 0 for every in (training.log_every, training.eval_every, training.checkpoint_every)
+          )
+          save = save or stop or self.owes_save
+          if log or evaluate or save:
+            metrics = self._look(step) or metrics
         progress.update()
-        if log:
+        if log or stop:
           self._log(step, metrics, clock, progress)
-        if evaluate:
+        if evaluate and not stop:
           loss = self._evaluate(step)
           clock.restart(step)
-        if save:
-          self._save(step)
+        # A state that the loss was just not finite for is not saved: the next good update shows that it is good.
+        self.owes_save = save and bool(self.skips.in_a_row)
+        if save and not self.owes_save:
+          self._save(step, owes_evaluation=evaluate and stop)
         if stop:
-          _say(f"step {step}: stopped by SIGTERM, and saved; run the same command again to resume.")
-          sys.exit(STOPPED_EXIT_CODE)
+          self._stop(step)
+      if self.skips.in_a_row:
+        raise self._diverged("the last update was skipped")
     if loss is None:
       loss = self._held_out_loss()
       _say(
@@ -210,6 +229,39 @@ class _Run:
     if jax.process_index() == 0:
       say(f"step {step}, held-out loss {loss:.4f} nats a token, loss curve {plot_losses(self.workdir)}")
     return loss
+
+  def _look(self, step: int) -> dict[str, np.ndarray] | None:
+    """Returns the metrics of update number `step`, None if they were looked at before.
+
+    Raises:
+      Diverged: too many updates in a row were skipped.
+    """
+    if self.unseen is None:
+      return None
+    metrics, self.unseen = jax.device_get(self.unseen), None
+    if skipped := self.skips.observe(step, metrics):
+      _say(skipped)
+      if self.skips.are_too_many():
+        raise self._diverged(f"{self.skips.in_a_row} updates in a row were skipped, the last at step {step}")
+    return metrics
+
+  def _diverged(self, what: str) -> Diverged:
+    """The error that ends the run; it names the newest checkpoint after which an update was good."""
+    saved, first = self.saved_step, self.skips.first_step
+    good = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved}"
+    if saved is not None and saved == first - 1:
+      good += (
+        ", whose next update was the first of them: if it fails again, remove that checkpoint to resume from before"
+      )
+    return Diverged(
+      f"{what}, because loss, gradient or result were not finite or the loss was too large; {good}. Lower "
+      "optimizer.learning_rate or optimizer.clip_norm, or raise training.max_skips_in_a_row, and run the same command again."
+    )
+
+  def _stop(self, step: int) -> NoReturn:
+    kept = f"not saved, because its last {self.skips.in_a_row} updates were skipped" if self.owes_save else "and saved"
+    _say(f"step {step}: stopped by a signal, {kept}; run the same command again to resume.")
+    sys.exit(STOPPED_EXIT_CODE)
 
   def _introduce(self, step: int) -> None:
     """Prints what the run is, and what its user should know before it takes time."""
@@ -241,6 +293,7 @@ class _Run:
       donate=True,
     )
     self.program = program
+    self.skips.forget_losses()
     after = self._held_out_loss()
     old, new = report.num_parameters
     _say(
@@ -249,8 +302,11 @@ class _Run:
     self.log.write(step, **{"growth/parameters": new, "growth/loss_before": before, "growth/loss_after": after})
 
   def _log(self, step: int, metrics: dict[str, np.ndarray], clock: Clock, progress: Progress) -> None:
-    row = {f"train/{name}": float(value) for name, value in metrics.items()}
-    shown = {"loss": f"{row['train/loss']:.4f}"}
+    row = _finite({f"train/{name}": float(value) for name, value in metrics.items()})
+    del row["train/skipped"]
+    if skipped := self.skips.take_count():
+      row["train/skipped"] = skipped
+    shown = {"loss": f"{metrics['loss']:.4f}"}
     steps_per_second = clock.steps_per_second(step)
     if steps_per_second:
       tokens_per_second = steps_per_second * self.config.data.batch_size * self.config.model.seq_length
@@ -266,7 +322,8 @@ class _Run:
     losses = held_out_losses(self.program, self.state, self.held_out)
     loss = losses.pop(MAIN_HELD_OUT)
     named = {f"held_out/{name}/loss": value for name, value in losses.items()}
-    self.log.write(step, **{"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 700.0)), **named})
+    row = {"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 700.0)), **named}
+    self.log.write(step, **_finite(row))
     _say(f"step {step}: held-out loss {loss:.4f}" + "".join(f", {name} {value:.4f}" for name, value in losses.items()))
     if self.config.training.sample_tokens:
       text = write_sample(self.program, self.state, self.data.tokenizer, self.config.training, step)
@@ -277,7 +334,11 @@ class _Run:
     main = {MAIN_HELD_OUT: self.held_out[MAIN_HELD_OUT]}
     return held_out_losses(self.program, self.state, main)[MAIN_HELD_OUT]
 
-  def _save(self, step: int) -> None:
+  def _save(self, step: int, owes_evaluation: bool) -> None:
+    if not self.program.is_finite(self.state):
+      raise Diverged(
+        f"the state after step {step} is not finite and is not saved; the newest checkpoint is from before."
+      )
     self.log.flush()  # A run that resumes from this checkpoint writes only the rows after it.
     self.checkpoints.save(
       step,
@@ -288,8 +349,11 @@ class _Run:
         "data": self.batches.get_state(),
         "fingerprint": self.data.fingerprint,
         "tokenizer": self.data.tokenizer.fingerprint,
+        "losses": self.skips.losses(),
+        "owes_evaluation": owes_evaluation,
       },
     )
+    self.saved_step = step
 
   def _put(self, batch: data.Batch) -> data.Batch:
     """Places this process's rows on its devices, as its part of the global batch."""
@@ -301,15 +365,9 @@ class _Run:
     return jax.tree.map(place, batch)
 
 
-def _finite(metrics: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
-  """Returns `metrics`. Raises FloatingPointError where loss or gradient are not finite."""
-  for name in ("loss", "grad_norm"):
-    if not math.isfinite(metrics[name]):
-      raise FloatingPointError(
-        f"{name} is {metrics[name]} at step {step}; the newest checkpoint is from before. "
-        "Lower optimizer.learning_rate or optimizer.clip_norm, and run the same command again."
-      )
-  return metrics
+def _finite(row: dict[str, float]) -> dict[str, float]:
+  """Leaves out what JSON cannot represent: the numbers of skipped updates may be NaN or infinite."""
+  return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
 def _say(text: str) -> None:

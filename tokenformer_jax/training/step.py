@@ -1,5 +1,9 @@
 """One update and one evaluation, as pure functions for `jax.jit`."""
 
+import dataclasses
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +15,12 @@ from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.tau import TauRule
 
 
+def all_finite(tree) -> jax.Array:
+  """Whether all numbers of all leaves are finite, bool []; whole numbers always are."""
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in leaves], jnp.bool_(True))
+
+
 def make_train_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformationExtraArgs,
@@ -18,6 +28,7 @@ def make_train_step(
   schedule: optax.Schedule,
   z_loss: float,
   accumulation: int,
+  checks_updates: bool = True,
 ):
   """The function `(state, batch) -> (state, metrics)` of one update.
 
@@ -32,10 +43,13 @@ def make_train_step(
     accumulation: number of micro-batches; it divides the rows of the batch.
 
   Returns:
-    A function that takes a `TrainState` and a `data.Batch` of arrays [B, T]. Its metrics are `loss` (nats a token,
-    without the z-loss), `grad_norm` (before clipping), `learning_rate` and what the blocks say (`nn.block.Said`), each
-    float32 []. What a block says under a name that begins with `loss/` is added to the loss whose gradient is taken.
-    Micro-batches count by the weight of their tokens.
+    A function that takes a `TrainState`, a `data.Batch` of arrays [B, T] and `most_loss`, by default inf. Its metrics
+    are `loss` (nats a token, without the z-loss), `grad_norm` (before clipping), `learning_rate`, `skipped` and what the
+    blocks say (`nn.block.Said`), each float32 []. What a block says under a name that begins with `loss/` is added to
+    the loss whose gradient is taken. Micro-batches count by the weight of their tokens.
+
+    `skipped` is 1 where the loss, the gradient or a number of the new state is not finite, or the loss is above
+    `most_loss`: the state then stays as it was, except for the step and the schedule's count of it.
   """
 
   def objective(params, tau, batch):
@@ -48,7 +62,7 @@ def make_train_step(
   trained = ("params", "tau") if tau_rule.learns else ("params",)
   gradients = jax.value_and_grad(objective, argnums=tuple(range(len(trained))), has_aux=True)
 
-  def train_step(state: TrainState, batch):
+  def train_step(state: TrainState, batch, most_loss=math.inf):
     # A micro-batch takes every accumulation-th row, so that its rows lie on all devices like those of the batch.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -57,25 +71,44 @@ def make_train_step(
       return jax.tree.map(jnp.add, total, (grads, sums)), said
 
     zeros = (tuple(jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in trained), LossSums(*jnp.zeros(3)))
-    (grads, sums), said = jax.lax.scan(add_micro_batch, zeros, micro_batches)
-    grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born, step=state.step)
-    tau, tau_opt_state = tau_rule.update(state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born, state.step)
+    (totals, sums), said = jax.lax.scan(add_micro_batch, zeros, micro_batches)
+
+    def mean_gradients():
+      grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, totals)
+      return grads, tau_grads
+
+    def updated() -> TrainState:
+      grads, tau_grads = mean_gradients()
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born, step=state.step)
+      tau, tau_opt_state = tau_rule.update(
+        state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born, state.step
+      )
+      return TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        tau=tau,
+        opt_state=opt_state,
+        tau_opt_state=tau_opt_state,
+        born=state.born,
+      )
+
+    grads, tau_grads = mean_gradients()
+    loss, grad_norm = sums.nats / sums.weight, optax.tree.norm(grads)
+    is_good = jnp.isfinite(loss) & (loss <= most_loss) & jnp.isfinite(grad_norm) & all_finite(tau_grads)
+    if checks_updates:
+      # Only its sum is kept. The update is computed again below: to keep it would take the memory of the parameters.
+      new = updated()
+      is_good &= all_finite((new.params, new.tau))
     metrics = {
-      "loss": sums.nats / sums.weight,
-      "grad_norm": optax.tree.norm(grads),
+      "loss": loss,
+      "grad_norm": grad_norm,
       "learning_rate": schedule(state.step),
+      "skipped": 1.0 - is_good.astype(jnp.float32),
       **{name: jnp.sum(values) / sums.weight for name, values in said.items()},
     }
-    state = TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      tau=tau,
-      opt_state=opt_state,
-      tau_opt_state=tau_opt_state,
-      born=state.born,
-    )
-    return state, metrics
+    # A conditional updates the donated state in place, whereas `jnp.where` takes a second copy of a part of it. Its
+    # branch divides the gradients itself, so that XLA fuses this with the update as it does without a conditional.
+    return jax.lax.cond(is_good, updated, lambda: _skipped(state)), metrics
 
   return train_step
 
@@ -93,3 +126,16 @@ def _loss(graphdef, params, tau, batch, z_loss) -> tuple[jax.Array, LossSums, Sa
   model = nnx.merge(graphdef, params, tau)
   hidden, said = model.hidden(batch.inputs, batch.positions, batch.segments)
   return *loss_sums(hidden, model.table(), batch.labels, batch.weights, z_loss), said
+
+
+def _skipped(state: TrainState) -> TrainState:
+  """The state after an update that was not done: only the step is counted, by the learning rate's schedule too."""
+
+  def is_clock(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  def count(node):
+    return node._replace(count=node.count + 1) if is_clock(node) else node
+
+  opt_state = jax.tree.map(count, state.opt_state, is_leaf=is_clock)
+  return dataclasses.replace(state, step=state.step + 1, opt_state=opt_state)

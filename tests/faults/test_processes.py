@@ -1,0 +1,113 @@
+"""F3, F23, F24: signals, and processes that fail, die or hang. Real processes, which take steps together."""
+
+import re
+import signal
+import time
+
+import pytest
+
+from tests.faults import two_processes
+from tests.test_processes import outcome, run
+from tokenformer_jax.training.watchdog import Watchdog
+
+FAULTS = ("-m", "tests.faults.two_processes")
+
+
+def after_fault(count, fault, failing=0):
+  """(exit codes, seconds from the fault to the end of the others, stdout of each, stderr of each)."""
+  processes = run(count, *FAULTS, f"--fault={fault}", f"--failing={failing}")
+  others = [process for number, process in enumerate(processes) if number != failing or count == 1]
+  for process in others:
+    process.wait(timeout=120)
+  end = time.time()
+  if fault == "freeze":
+    processes[failing].kill()
+  codes, out, errors = outcome(processes, timeout=60)
+  (at,) = re.findall(rf"^{two_processes.AT} (\S+)$", "\n".join(out), re.MULTILINE)
+  return codes, end - float(at), out, errors
+
+
+def errors_of(text):
+  return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "failing, fault, code, reason",
+  [(0, "raise", 1, "RuntimeError: the loader broke"), (1, "mistake", 2, "model size '150'")],
+)
+def test_f23_an_error_of_one_process_ends_all_with_its_reason(failing, fault, code, reason):
+  codes, seconds, _, errors = after_fault(2, fault, failing)
+  assert codes == [code, code] and seconds < 20, errors
+  (line,) = errors_of(errors[1 - failing])
+  assert line.startswith(f"error: process {failing} failed: {reason}")
+  assert "Traceback" not in errors[1 - failing] and reason in errors[failing]
+
+
+@pytest.mark.slow
+def test_f23_a_process_that_is_killed_ends_all():
+  codes, seconds, _, errors = after_fault(2, "kill", failing=1)
+  assert codes == [1, -signal.SIGKILL] and seconds < 20, errors
+  (line,) = errors_of(errors[0])
+  assert line.startswith("error: another process is gone: ")
+
+
+@pytest.mark.slow
+def test_f23_the_first_process_is_killed_and_the_others_end():
+  codes, seconds, _, errors = after_fault(2, "kill", failing=0)
+  # JAX's own runtime may end the process before it has said its line.
+  assert codes[1] in (1, -signal.SIGABRT) and seconds < 20, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["freeze", "hang"])
+def test_f24_a_step_that_hangs_ends_with_the_stacks_of_all_threads(fault):
+  codes, seconds, _, errors = after_fault(2, fault, failing=1)
+  assert codes[0] == 1 and seconds < 20 + two_processes.STEP_TIMEOUT, errors
+  assert "Timeout (0:00:05)!" in errors[0] and "two_processes.py" in errors[0] and "process_allgather" in errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_f3_a_signal_to_one_process_stops_all_after_the_same_step(name):
+  codes, _, out, errors = after_fault(2, name, failing=1)
+  assert codes == [143, 143], errors
+  stopped = [re.findall(r"^stopped after (\d+)$", text, re.MULTILINE) for text in out]
+  assert stopped[0] == stopped[1] and len(stopped[0]) == 1
+  assert f"{name}: saving after this step" in errors[1]
+
+
+@pytest.mark.parametrize("first, second", [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGHUP")])
+def test_f3_a_second_signal_ends_a_process_that_hangs(first, second):
+  (process,) = run(1, *FAULTS, "--fault=hang", "--failing=0")
+  while two_processes.AT not in process.stdout.readline():
+    assert process.poll() is None
+  sent = [signal.Signals[name] for name in (first, second)]
+  process.send_signal(sent[0])
+  process.send_signal(sent[0])  # A scheduler may send it more than once.
+  time.sleep(1.5)
+  assert process.poll() is None
+  process.send_signal(sent[1])
+  assert process.wait(timeout=10) == 128 + sent[1]
+  errors = process.stderr.read()
+  assert f"{first}: saving after this step" in errors and f"{second}: ended at once" in errors
+  process.stdout.close()
+  process.stderr.close()
+
+
+def test_f3_signals_that_the_process_was_started_to_ignore_stay_ignored():
+  program = (
+    "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "  # As nohup does.
+    "from tokenformer_jax.distributed import processes; processes.start(stops_by_itself=True); "
+    "os.kill(os.getpid(), signal.SIGHUP); import time; time.sleep(0.5); assert not processes.must_stop(1)"
+  )
+  codes, _, errors = outcome(run(1, "-c", program), timeout=60)
+  assert codes == [0] and errors == [""]
+
+
+def test_f24_a_watchdog_lets_a_step_in_time_pass_and_watches_nothing_between_steps():
+  # Were one of these not disarmed, it would end this process.
+  with Watchdog(0.3):
+    pass
+  with Watchdog(0):
+    time.sleep(0.5)
