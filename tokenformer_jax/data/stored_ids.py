@@ -1,5 +1,6 @@
 """Files of token ids as other programs write them: NumPy's .npy, the headed .bin of llm.c, bare .bin files."""
 
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -15,26 +16,64 @@ _LARGEST_ID = 2**22  # No tokenizer has this many ids.
 _FEWEST = 256  # A file of fewer ids does not show its type.
 
 
+class FileIds:
+  """The ids in a file, read when a slice of them is asked for: unsigned integers, so that negative ids are large ones.
+
+  Mapped memory would end the process by a signal where the file is truncated while a run reads it.
+
+  Args:
+    path: the file.
+    dtype: the type in which it holds the ids.
+    offset: bytes before the first id.
+    count: how many ids; None takes all up to the end of the file.
+  """
+
+  def __init__(self, path: pathlib.Path, dtype: np.dtype, offset: int = 0, count: int | None = None):
+    self.dtype = np.dtype(f"u{dtype.itemsize}")
+    self._path, self._offset, self._version = path, offset, _version(path.stat())
+    self._count = (path.stat().st_size - offset) // dtype.itemsize if count is None else count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, where: slice) -> np.ndarray:
+    """Raises ValueError if the file is another than the one that was opened."""
+    start, stop, _ = where.indices(len(self))
+    size = max(stop - start, 0) * self.dtype.itemsize
+    try:
+      with open(self._path, "rb", buffering=0) as file:
+        changed = _version(os.fstat(file.fileno())) != self._version
+        raw = os.pread(file.fileno(), size, self._offset + start * self.dtype.itemsize)
+        while raw and len(raw) < size:  # One call reads at most 2 GiB.
+          more = os.pread(file.fileno(), size - len(raw), self._offset + start * self.dtype.itemsize + len(raw))
+          raw = raw + more if more else b""
+    except OSError as error:
+      raise ValueError(f"{self._path} can no longer be read: {error.strerror}.") from None
+    if changed or len(raw) < size:
+      raise ValueError(
+        f"{self._path} was changed or truncated while it was read: restore it, and run the same command again."
+      )
+    return np.frombuffer(raw, self.dtype)
+
+
+def _version(status: os.stat_result) -> tuple[int, int]:
+  return status.st_size, status.st_mtime_ns
+
+
 class StoredIds(NamedTuple):
   """The ids of one file.
 
   Attributes:
     path: the file.
-    ids: [n] the mapped ids, seen as unsigned integers, so that negative ids are large ones.
+    ids: the ids.
     dtype: the type in which the file holds them.
     is_stated: whether the file or the user states that type; otherwise it was recognised.
   """
 
   path: pathlib.Path
-  ids: np.ndarray
+  ids: FileIds
   dtype: np.dtype
   is_stated: bool = True
-
-
-def map_ids(path: pathlib.Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> np.ndarray:
-  """[count] unsigned integers, a file's bytes from `offset` on, mapped into memory; None takes all."""
-  shape = None if count is None else (count,)
-  return np.asarray(np.memmap(path, f"u{dtype.itemsize}", mode="r", offset=offset, shape=shape))
 
 
 def open_ids(path: pathlib.Path, dtype: str = "") -> StoredIds:
@@ -77,7 +116,7 @@ def _open_npy(path: pathlib.Path) -> StoredIds:
       f"{path} holds an array of {array.dtype} with shape {array.shape}, not one dimension of integer ids: "
       "flatten it, and save it in this machine's byte order."
     )
-  return StoredIds(path, np.asarray(array).view(f"u{array.dtype.itemsize}"), array.dtype)
+  return StoredIds(path, FileIds(path, array.dtype, array.offset, array.size), array.dtype)
 
 
 def _open_headed(path: pathlib.Path) -> StoredIds | None:
@@ -98,7 +137,7 @@ def _open_headed(path: pathlib.Path) -> StoredIds | None:
       f"{path} has {size} bytes and its header says {_HEADER_SIZE} + {count} ids of {dtype.itemsize} bytes: it is "
       "truncated or damaged; write it again."
     )
-  return StoredIds(path, map_ids(path, dtype, _HEADER_SIZE, count), dtype)
+  return StoredIds(path, FileIds(path, dtype, _HEADER_SIZE, count), dtype)
 
 
 def _open_bare(path: pathlib.Path, stated: str) -> StoredIds:
@@ -109,7 +148,7 @@ def _open_bare(path: pathlib.Path, stated: str) -> StoredIds:
       f"{path} has {size} bytes, which is not a whole number of {dtype} ids: it is truncated, or of another type "
       f"(state it, as in {path}#uint32)."
     )
-  return StoredIds(path, map_ids(path, dtype), dtype, bool(stated))
+  return StoredIds(path, FileIds(path, dtype), dtype, bool(stated))
 
 
 def _recognised(path: pathlib.Path) -> np.dtype:

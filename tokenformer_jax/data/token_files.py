@@ -17,7 +17,7 @@ from tokenformer_jax.data import files
 from tokenformer_jax.data.corpus import Corpus, key_hash
 from tokenformer_jax.data.fingerprint import WHOLE, hash_file
 from tokenformer_jax.data.megatron_index import read_index
-from tokenformer_jax.data.stored_ids import StoredIds, check_stated, map_ids, open_ids
+from tokenformer_jax.data.stored_ids import FileIds, StoredIds, check_stated, open_ids
 from tokenformer_jax.data.tokenizer import Tokenizer
 from tokenformer_jax.paths import is_uri, user_path
 
@@ -27,7 +27,7 @@ SCAN = 2**24  # Tokens that are looked at together.
 
 
 class TokenFile(Corpus):
-  """Mapped files of token ids, end to end; where documents end, and their keys, are computed when asked for.
+  """Files of token ids, end to end; where documents end, and their keys, are computed when asked for.
 
   Every slice of `tokens` is checked, so that an id outside the vocabulary is a ValueError that names its file and
   position, whoever reads it.
@@ -107,10 +107,10 @@ class _Tokens:
   def _checked(self, shard: StoredIds, start: int, stop: int) -> np.ndarray:
     piece = shard.ids[start:stop]
     if piece.max() >= self._vocab_size:
-      at = start + int(np.argmax(piece >= self._vocab_size))
+      at = int(np.argmax(piece >= self._vocab_size))
       other_type = "" if shard.is_stated else f", or state another type than {shard.dtype}, as in {shard.path}#uint16"
       raise ValueError(
-        f"{shard.path}: token id {shard.ids[at].astype(shard.dtype)} at position {at} is not one of the "
+        f"{shard.path}: token id {piece[at].astype(shard.dtype)} at position {start + at} is not one of the "
         f"tokenizer's {self._vocab_size}: set data.tokenizer to the one that wrote the file{other_type}."
       )
     return piece
@@ -175,7 +175,7 @@ def _open_file(path: epath.Path, dtype: str, rest: str, num_shards: int) -> tupl
   _require_size(path, int(ends[-1]) * index_dtype.itemsize, index)
   sha256 = hash_file(path, WHOLE // num_shards)
   identity = dict(tokens=int(ends[-1]), documents=len(ends), sha256=sha256, index=hash_file(index))
-  return StoredIds(path, map_ids(path, index_dtype), index_dtype), identity, ends
+  return StoredIds(path, FileIds(path, index_dtype), index_dtype), identity, ends
 
 
 def _open_prepared(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenFile:
@@ -196,7 +196,7 @@ def _open_prepared(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenFile:
     if hash_file(folder / file) != stored:
       raise ValueError(f"{folder / file} has changed since it was prepared: prepare it again.")
   identity = {key: manifest[key] for key in ("documents", "tokens", "bytes", "sha256", "replaced", "skipped")}
-  shard = StoredIds(folder / TOKENS, map_ids(folder / TOKENS, dtype), dtype)
+  shard = StoredIds(folder / TOKENS, FileIds(folder / TOKENS, dtype), dtype)
   return TokenFile([shard], tokenizer, identity, ends, np.fromfile(folder / KEYS, np.uint64))
 
 
