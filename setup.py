@@ -51,8 +51,10 @@ setuptools.setup(
     # safetensors and scipy are references for comparison.
     "test": [
       *_NOTEBOOKS,
+      "hypothesis>=6.100",
       "pytest>=8",
       "pytest-xdist>=3.6",
+      "pyyaml>=6.0",
       "qwix>=0.1.8",
       "safetensors>=0.5",
       "scipy>=1.13",

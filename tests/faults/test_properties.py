@@ -1,6 +1,8 @@
 """F11, F14, F18, F19, F28 as properties of random inputs: each is either refused in one line or does what it promises."""
 
+import functools
 import math
+import re
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from tokenformer_jax.data.packing import ContiguousWindows, PackedDocuments
 from tokenformer_jax.data.spec import KINDS, SourceSpec, parse_sources
 from tokenformer_jax.distributed.axes import RULES, sharding
 from tokenformer_jax.distributed.mesh import MESH_AXES
-from tokenformer_jax.growth.plan import plan_growth
+from tokenformer_jax.growth import plan
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.schedules import learning_rate_schedule
 
@@ -35,7 +37,10 @@ def one_line(error) -> bool:
 
 @pytest.fixture(scope="module")
 def shapes():
-  return make_program(small_run.config(), MODEL, small_run.mesh()).shapes
+  """The shapes of a state of MODEL, whose layers are traced once and not for every example."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan, "layers_of", functools.cache(plan.layers_of))
+    yield make_program(small_run.config(), MODEL, small_run.mesh()).shapes
 
 
 @properties
@@ -47,27 +52,17 @@ def test_f14_a_growth_plan_adds_rows_to_the_leaves_of_its_layers_alone_or_is_ref
   if method == "duplicate":
     possible = possible and all(b % a == 0 for a, b in zip(old, counts))
   try:
-    plan = plan_growth(shapes, MODEL, new, GrowthConfig(method=method))
+    leaves = plan.plan_growth(shapes, MODEL, new, GrowthConfig(method=method))
   except ValueError as error:
     assert not possible and one_line(error)
     return
   assert possible
-  expected = make_shapes(new)
-  assert {path: leaf.new_shape for path, leaf in plan.items()} == expected
-  for leaf in plan.values():
+  params = {path.partition("/")[2]: leaf.new_shape for path, leaf in leaves.items() if path.startswith("params/")}
+  assert sum(map(math.prod, params.values())) == new.num_parameters
+  for path, leaf in leaves.items():
     assert (leaf.axis is None) == (leaf.old_shape == leaf.new_shape)
-
-
-def make_shapes(model):
-  from tokenformer_jax.growth.plan import leaves_by_path
-
-  if model not in _SHAPES:
-    shapes = jax.eval_shape(make_program(small_run.config(), model, small_run.mesh()).initial_state)
-    _SHAPES[model] = {path: leaf.shape for path, leaf in leaves_by_path(shapes).items()}
-  return _SHAPES[model]
-
-
-_SHAPES: dict = {}
+    moment = re.match(r"opt_state/.*?/(?:mu|nu)/(.*)", path)
+    assert moment is None or leaf.new_shape == params[moment[1]]
 
 
 @properties
@@ -92,7 +87,7 @@ def test_f11_an_array_is_split_as_the_table_says_or_refused(mesh, axes, data):
   assert set(used) <= set(MESH_AXES)
 
 
-rests = st.text(st.characters(codec="utf-8", exclude_characters=" +"), min_size=1, max_size=20)
+rests = st.text(st.characters(categories=("L", "N", "P", "S"), exclude_characters="+"), min_size=1, max_size=20)
 weights = st.floats(1e-6, 1e6, allow_nan=False)
 
 
@@ -100,9 +95,7 @@ weights = st.floats(1e-6, 1e6, allow_nan=False)
 @given(sources=st.lists(st.tuples(st.sampled_from(sorted(KINDS)), rests, weights), min_size=1, max_size=4))
 def test_f28_a_data_spec_is_read_as_it_was_written(sources):
   specs = [SourceSpec(kind, "" if kind == "python-sources" else rest, weight) for kind, rest, weight in sources]
-  assert parse_sources(" + ".join(f"{spec.weight!r}*{spec}" for spec in specs)) == [
-    spec._replace(rest=spec.rest.rstrip()) if index == -1 else spec for index, spec in enumerate(specs)
-  ]
+  assert parse_sources(" + ".join(f"{spec.weight!r}*{spec}" for spec in specs)) == specs
 
 
 @properties
@@ -191,7 +184,7 @@ def test_f28_a_schedule_rises_stays_and_falls_between_its_rates_or_is_refused(
     assert max(warmup, 1) + (1 if schedule == "warmup_cosine" else decay) > num_steps and one_line(error)
     return
   peak = max(warmup, 1) - 1
-  assert np.isfinite(rates).all() and (rates > 0).all() or share == 0
+  assert np.isfinite(rates).all() and (rates >= 0).all()
   np.testing.assert_allclose(rates[0], rate / max(warmup, 1), rtol=1e-5)
   np.testing.assert_allclose(rates[peak], rate, rtol=1e-5)
   assert (np.diff(rates[: peak + 1]) >= 0).all() and (np.diff(rates[peak:]) <= 1e-6 * rate).all()

@@ -335,10 +335,6 @@ class _Run:
     return held_out_losses(self.program, self.state, main)[MAIN_HELD_OUT]
 
   def _save(self, step: int, owes_evaluation: bool) -> None:
-    if not self.program.is_finite(self.state):
-      raise Diverged(
-        f"the state after step {step} is not finite and is not saved; the newest checkpoint is from before."
-      )
     self.log.flush()  # A run that resumes from this checkpoint writes only the rows after it.
     self.checkpoints.save(
       step,

@@ -9,13 +9,13 @@ import optax
 from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig
-from tokenformer_jax.distributed.axes import parts_of, replicated, traced_on
+from tokenformer_jax.distributed.axes import parts_of, traced_on
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import declared, split
 from tokenformer_jax.training.optimizer import make_optimizer
 from tokenformer_jax.training.schedules import check_schedule, learning_rate_schedule
 from tokenformer_jax.training.state import TrainState, initial_state, state_shardings
-from tokenformer_jax.training.step import all_finite, make_eval_step, make_train_step
+from tokenformer_jax.training.step import make_eval_step, make_train_step
 from tokenformer_jax.training.tau import TauRule, make_tau_rule
 
 
@@ -32,7 +32,6 @@ class Program:
     train_step: jitted `(state, batch, most_loss=inf) -> (state, metrics)`; the old state is donated.
     eval_step: jitted `(params, tau, batch) -> LossSums`.
     initial_state: jitted `() -> TrainState`.
-    is_finite: jitted `TrainState -> bool []`: whether all its numbers are finite.
   """
 
   model: ModelConfig
@@ -43,7 +42,6 @@ class Program:
   train_step: Callable
   eval_step: Callable
   initial_state: Callable
-  is_finite: Callable
 
   @property
   def shardings(self) -> TrainState:
@@ -90,7 +88,6 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
     train_step=jax.jit(traced_on(mesh, train_step), out_shardings=(shardings, None), donate_argnums=0),
     eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef))),
     initial_state=jax.jit(initial, out_shardings=shardings),
-    is_finite=jax.jit(all_finite, out_shardings=replicated(mesh)),
   )
 
 
