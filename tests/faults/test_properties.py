@@ -29,6 +29,7 @@ properties = settings(
   max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 sizes = st.integers(1, 64)
+UPDATES = np.arange(60)  # One length for all examples, so that JAX compiles once.
 
 
 def one_line(error) -> bool:
@@ -154,7 +155,7 @@ def corpus_of(lengths, chosen):
 
 
 @properties
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3), seed=st.integers(0, 2**40))
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=2), seed=st.integers(0, 2**40))
 def test_f19_every_epoch_of_a_source_has_each_of_its_rows_once(lengths, seed):
   order = endless_order(lengths, [1.0] * len(lengths), seed)
   for packer, length in enumerate(lengths):
@@ -179,7 +180,7 @@ def test_f28_a_schedule_rises_stays_and_falls_between_its_rates_or_is_refused(
   )
   falls = schedule == "warmup_cosine" or decay > 0
   try:
-    rates = np.asarray(jax.vmap(learning_rate_schedule(config, num_steps))(np.arange(num_steps)))
+    rates = np.asarray(jax.vmap(learning_rate_schedule(config, num_steps))(UPDATES))[:num_steps]
   except ValueError as error:
     assert max(warmup, 1) + (1 if schedule == "warmup_cosine" else decay) > num_steps and one_line(error)
     return
