@@ -38,7 +38,7 @@ class Shaping(nnx.Module):
   def __call__(
     self,
     mixed: Float[Array, "batch time head channel"],
-    v: Float[Array, "batch time head channel"],
+    v: Float[Array, "batch time kv_head channel"],
     context: Context,
     cache: LayerCache | None = None,
   ) -> tuple[Float[Array, "batch time head channel"], LayerCache | None]:
@@ -50,12 +50,16 @@ class Shaping(nnx.Module):
       context: which tokens see each other.
       cache: the layer's cache before these tokens; None outside decoding.
     """
-    alpha, beta = (gain[...][:, None] for gain in (self.alpha, self.beta))
+    alpha, beta = _along_heads(self.alpha), _along_heads(self.beta)
     y = alpha * _each_head(v, mixed) + beta * mixed.astype(jnp.promote_types(mixed.dtype, jnp.float32))
     if self.gamma is not None:
       mean, cache = _visible_mean(v, context, cache)
-      y = y - self.gamma[...][:, None] * _each_head(mean, mixed)
+      y = y - _along_heads(self.gamma) * _each_head(mean, mixed)
     return y.astype(mixed.dtype), cache
+
+
+def _along_heads(gain: nnx.Param) -> Array:
+  return gain[...][None, None, :, None]
 
 
 def _each_head(v, mixed):
