@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.parity_table import GOLDEN, golden, model_config, under
+from tests.golden_files import GOLDEN, golden, under
+from tests.parity_tokenformer import model_config
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.interop.names import (
   check_fit,
@@ -66,7 +67,7 @@ def test_layers_keep_their_order():
 
 
 def test_the_tree_has_the_model_s_shapes_and_types():
-  arrays, meta = golden("lm_A")
+  _, arrays, meta = golden("lm_A")
   config = model_config(meta["config"])
   _, parameters, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
   kinds = functools.partial(jax.tree.map, lambda a: (a.shape, a.dtype))

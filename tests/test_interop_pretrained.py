@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from tests import small_run
-from tests.parity_table import golden, model_config, under
+from tests.golden_files import golden, under
+from tests.parity_tokenformer import model_config
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.interop import stored_array
@@ -32,7 +33,7 @@ refused = functools.partial(pytest.raises, ValueError)
 @pytest.fixture(scope="module")
 def released():
   """(state dict, configuration) of the tiny model that the released code was run on."""
-  arrays, meta = golden("lm_A")
+  _, arrays, meta = golden("lm_A")
   return under(arrays, "param/"), model_config(meta["config"])
 
 
@@ -74,7 +75,7 @@ def test_every_form_of_file_gives_the_released_logits(tmp_path, monkeypatch, rel
       path = form
     elif form in ("a.pt", "pytorch_model.bin", "model.safetensors"):
       path = tmp_path
-  golden_arrays, _ = golden("lm_A")
+  golden_arrays = golden("lm_A").arrays
   model = from_pretrained(path, config)
   logits = jax.jit(model)(jnp.asarray(golden_arrays["tokens"]))
   assert np.abs(logits - golden_arrays["logits__f64"]).max() < 2e-5

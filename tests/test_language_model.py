@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from tests import oracle
-from tests.parity_table import GOLDEN
+from tests.golden_files import GOLDEN
 from tokenformer_jax.config import NAMED_SIZES, REMAT_POLICIES, ModelConfig
 from tokenformer_jax.interop.names import released_names, to_released
 from tokenformer_jax.models.language_model import LanguageModel
