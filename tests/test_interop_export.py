@@ -197,7 +197,7 @@ def test_nothing_is_overwritten(tmp_path, model, there):
   [
     ("x.pt", {}, "ends in .pt cannot be written; choose .bin, .safetensors, or a folder"),
     ("x.bin", dict(released=False), "a .bin cannot store τ"),
-    ("x.bin", dict(dtype="float16"), "dtype='float16': choose one of float32, bfloat16"),
+    ("x.bin", dict(dtype="float8"), "dtype='float8': choose one of float32, bfloat16"),
   ],
 )
 def test_a_bad_request_is_refused_and_writes_nothing(tmp_path, model, name, settings, message):

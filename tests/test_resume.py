@@ -8,7 +8,7 @@ import pytest
 from tests import small_run
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax import data
-from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.training.resume import (
   changed_rate,
   check_same_model,
@@ -147,6 +147,11 @@ def test_weights_fit_another_length_precision_and_remat_but_no_other_model():
       f"run's {value!r}; set model.{field}={getattr(MODEL, field)!r}",
     ):
       check_same_weights(MODEL, dataclasses.replace(MODEL, **{field: value}), "runs/a")
+  gpt2 = ModelConfig.named("tiny", "gpt2")
+  with pytest.raises(
+    ValueError, match="seq_length=128, this run's 64, tied=True, .* set model.seq_length=128, model.tied="
+  ):
+    check_same_weights(gpt2, dataclasses.replace(gpt2, seq_length=64, tied=False), "runs/a")
 
 
 def test_a_tokenizer_file_of_something_else_is_refused(tmp_path):

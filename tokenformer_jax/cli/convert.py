@@ -1,10 +1,11 @@
-"""Converts models between this project's and the released PyTorch form.
+"""Converts models between this project's form, the released PyTorch form and Hugging Face's.
 
   python -m tokenformer_jax.cli.convert --from=pytorch_model.bin --to=FOLDER
   python -m tokenformer_jax.cli.convert --from=WORKDIR --to=release/pytorch_model.bin
 
-A folder gets model.safetensors, which stores everything including τ. A .bin gives the same function in the
-released code: a grown model gets more rows there, which do not change its outputs. config.json, a model card
+A TokenFormer's folder gets model.safetensors, which stores everything including τ. A .bin gives the same function in
+the released code: a grown model gets more rows there, which do not change its outputs. A dense model that transformers
+has as gpt_neox, gpt2 or llama is written as transformers writes it. config.json, a model card
 (README.md) and the tokenizer are written beside the weights, and nothing is overwritten.
 """
 
@@ -16,7 +17,7 @@ _FROM = flags.DEFINE_string(
   "from", None, "Work folder, exported folder, .bin, .pt, .safetensors, DeepSpeed pipeline folder, or hub model."
 )
 _TO = flags.DEFINE_string("to", None, "A .bin, a .safetensors, or a folder for model.safetensors.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "float32 (exact) or bfloat16.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "float32 (exact), bfloat16 or float16.")
 _RELEASED = flags.DEFINE_bool(
   "released", None, "Whether a .safetensors gives the same function in the released code, too."
 )

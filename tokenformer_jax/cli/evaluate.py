@@ -16,7 +16,9 @@ from tokenformer_jax.config.data import BAD_TEXTS
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run; by default the newest.")
 _PRETRAINED = flags.DEFINE_string("pretrained", None, "Weight file, folder or hub name, instead of --workdir.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "With --pretrained: the tokenizer.")
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "With --pretrained: the tokenizer; by default the one beside the weights."
+)
 _TASKS = flags.DEFINE_list("tasks", [], "Zero-shot tasks; with --harness, any that lm_eval knows.")
 _DATA = flags.DEFINE_string("data", None, "Folder of the tasks' files; by default TOKENFORMER_DATA.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Number of questions to read from each file.", lower_bound=1)

@@ -14,6 +14,7 @@ from tokenformer_jax.evaluation.multiple_choice import answer
 from tokenformer_jax.evaluation.perplexity import check_stride, perplexity
 from tokenformer_jax.evaluation.report import Metrics, Results
 from tokenformer_jax.evaluation.tasks import read_task
+from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.paths import user_path
@@ -29,7 +30,7 @@ def open_model(
     workdir: the work folder of a training run; None with `pretrained`.
     step: the checkpoint of the run; None takes the newest.
     pretrained: a weight file, a folder or a hub name; None with `workdir`.
-    tokenizer: the tokenizer of `pretrained`: a file, a folder, a hub name or `bytes`.
+    tokenizer: the tokenizer of `pretrained`: a file, a folder, a hub name or `bytes`; None takes the one beside it.
 
   Raises:
     ValueError: both or neither of `workdir` and `pretrained`, an empty name, or a tokenizer with more ids than the
@@ -43,12 +44,10 @@ def open_model(
   if workdir is not None or pretrained is None:
     raise ValueError(f"workdir={workdir!r}, pretrained={pretrained!r}: give exactly one of them.")
   require(bool(pretrained), "pretrained", pretrained, "name a weight file, a folder or a hub name.")
-  if not tokenizer:
-    raise ValueError(
-      f"pretrained={pretrained!r} needs a tokenizer (a file, a folder, a hub name or 'bytes'), got tokenizer="
-      f"{tokenizer!r}."
-    )
   require(step is None, "step", step, "only a run (workdir) has steps; leave it out.")
+  if tokenizer is None:
+    weights = local_path(pretrained, "pretrained")
+    tokenizer = os.fspath(weights if weights.is_dir() else weights.parent)
   opened = data.open_tokenizer(tokenizer)
   model = from_pretrained(pretrained)
   if opened.vocab_size > model.config.vocab_size:

@@ -25,7 +25,7 @@ def convert(
     path: what `export` writes: a `.bin`, a `.safetensors` or a folder.
     config: the model's configuration, if shapes do not determine it.
     step: the checkpoint of a work folder, None for its newest.
-    dtype: `float32` (exact) or `bfloat16`.
+    dtype: `float32` (exact), `bfloat16` or `float16`.
     released: whether a `.safetensors` must give the same function in the released code.
 
   Returns:

@@ -1,8 +1,12 @@
-"""Writes models as weight files with the released names, in PyTorch's format or safetensors, with a model card."""
+"""Writes models as weight files, in PyTorch's format or safetensors, with a model card.
+
+A TokenFormer has the released names, and a dense model that transformers knows has the names that it has there.
+"""
 
 import dataclasses
 import json
 import os
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,7 +14,11 @@ from flax import traverse_util
 
 from tokenformer_jax import data
 from tokenformer_jax.config import TOKEN_COUNTS, ModelConfig
+from tokenformer_jax.config.parts import AttentionConfig, FeedForwardConfig, ResidualConfig
+from tokenformer_jax.config.validation import require
 from tokenformer_jax.interop.hub import local_path
+from tokenformer_jax.interop.hugging_face_config import config_fields
+from tokenformer_jax.interop.hugging_face_files import their_arrays, written_config
 from tokenformer_jax.interop.model_card import model_card
 from tokenformer_jax.interop.names import pattention_names, released_names
 from tokenformer_jax.interop.pretrained import TAU_KEY
@@ -18,14 +26,14 @@ from tokenformer_jax.interop.rewriting import count_names, rewritten_config, rew
 from tokenformer_jax.interop.safetensors_file import write_safetensors
 from tokenformer_jax.interop.stored_array import ComputedArray
 from tokenformer_jax.interop.torch_file import write_torch
-from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_json
+from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_beside, config_json
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import Tree, split
 from tokenformer_jax.nn.pattention import require_float_tokens
 from tokenformer_jax.nn.theta import initial_tau
 from tokenformer_jax.paths import user_path
 
-EXPORT_DTYPES = ("float32", "bfloat16")
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 # A folder may have any other ending in its name, as in tokenformer-1.5b.
 _OTHER_FILES = (".pt", ".pth", ".ckpt", ".npz", ".h5", ".gguf", ".msgpack", ".zip")
 _FILES_BESIDE = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
@@ -57,28 +65,34 @@ def export(
   released: bool | None = None,
   source: str | os.PathLike = "",
   step: int | None = None,
+  tokenizer: data.Tokenizer | None = None,
 ) -> Exported:
-  """Writes `model` under the released names, with config.json, README.md and the tokenizer beside it.
+  """Writes `model`, with config.json, README.md and the tokenizer beside it.
+
+  A TokenFormer is written under the released names. A dense model that transformers has as `gpt_neox`, `gpt2` or
+  `llama`, whether it was read from there or trained here, is written as transformers writes it.
 
   Args:
     model: the model, with float parameters.
     path: a file that ends in `.bin` (PyTorch's format) or `.safetensors`, or a folder, which gets a
       `model.safetensors`; local or a URI. Existing files are not overwritten.
-    dtype: `float32` (exact) or `bfloat16`.
-    released: whether the file must give the same function in the released code, whose τ is always √N: a grown
-      model then gets more rows (see `rewriting`). By default this is so for `.bin`, which cannot store τ; a
+    dtype: `float32` (exact), `bfloat16` or `float16`. A model that was read from arrays of one of these is written back
+      bit for bit under it.
+    released: whether the file of a TokenFormer must give the same function in the released code, whose τ is always √N:
+      a grown model then gets more rows (see `rewriting`). By default this is so for `.bin`, which cannot store τ; a
       `.safetensors` stores τ in its metadata, where `from_pretrained` finds it.
     source: the work folder, file, folder or hub model that the model was loaded from. The model card names it
       and describes the data and metrics of a work folder, and its tokenizer is written beside the model.
     step: the checkpoint of the work folder, None for its newest.
+    tokenizer: the model's tokenizer; None takes the one of the source, if it has one.
 
   Returns:
     What was written.
 
   Raises:
-    ValueError: a file exists already, the ending or the dtype is unknown, a `.bin` is asked to keep its τ, the
-      released code cannot express the model, its parameter tokens are int8, it is a copy for decoding, or the
-      source does not exist.
+    ValueError: a file exists already, the ending or the dtype is unknown, a `.bin` is asked to keep its τ, neither the
+      released code nor transformers can express the model, its parameter tokens are int8, it is a copy for decoding, a
+      number is too large for float16, or the source does not exist.
   """
   file = user_path(path)
   if file.suffix in _OTHER_FILES:
@@ -87,9 +101,6 @@ def export(
     )
   if file.suffix not in (".bin", ".safetensors"):
     file = file / "model.safetensors"
-  released = file.suffix == ".bin" if released is None else released
-  if file.suffix == ".bin" and not released:
-    raise ValueError(f"{file}: a .bin cannot store τ; write a .safetensors, or the released form.")
   if dtype not in EXPORT_DTYPES:
     raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(EXPORT_DTYPES)}.")
   beside = {name: file.with_name(name) for name in _FILES_BESIDE}
@@ -101,32 +112,105 @@ def export(
     raise ValueError(
       f"model: a {type(model).__name__} has no released names and cannot be exported; give a LanguageModel."
     )
-
-  _, parameters, tau = split(model)
-  config, arrays = released_arrays(parameters, tau, model.config, rewrite=released)
-  taus = _taus(tau, config)
-  rows_added = {field: getattr(config, field) - getattr(model.config, field) for field in TOKEN_COUNTS}
+  fields = config_fields(model.config)
+  if fields is None:
+    form = _released_form(model, file, released)
+  else:
+    require(not released, "released", released, "is for a TokenFormer; leave it out for a model of transformers.")
+    form = _hugging_face_form(model, fields)
   folder = local_path(source, "source") if os.fspath(source) else None
   card = model_card(
-    config, file.name, dtype=dtype, released=released, rows_added=rows_added, source=source, folder=folder, step=step
+    form.config,
+    file.name,
+    dtype=dtype,
+    released=form.released,
+    rows_added=form.rows_added,
+    architecture="" if fields is None else fields["architectures"][0],
+    source=source,
+    folder=folder,
+    step=step,
   )
-  tokenizer = None if folder is None else _tokenizer(folder, config)
+  if tokenizer is None and folder is not None:
+    tokenizer = _tokenizer(folder, form.config)
+  if fields is None:
+    description = config_json(form.config)
+  else:
+    before = None if folder is None else config_beside(folder)
+    description = written_config(fields, before, dtype, None if tokenizer is None else tokenizer.end_of_document)
   file.parent.mkdir(parents=True, exist_ok=True)
+  arrays = {name: _narrowed(name, array, dtype) for name, array in form.arrays.items()}
   if file.suffix == ".bin":
     write_torch(file, arrays, dtype)
   else:
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
-    if not released:
-      metadata[TAU_KEY] = json.dumps(taus)
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(dataclasses.asdict(form.config)), **form.metadata}
     write_safetensors(file, arrays, dtype, metadata)
-  beside["config.json"].write_bytes(config_json(config).encode())
+  beside["config.json"].write_bytes(description.encode())
   beside["README.md"].write_bytes(card.encode())
   if tokenizer is not None:
     data.save_tokenizer(tokenizer, beside["tokenizer.json"])
-  counts = {name: arrays[f"{name}.key_param_tokens"].shape[0] for name in taus}
-  born = {name: initial_tau(config.theta, count) for name, count in counts.items()}
+  return Exported(file, form.config, form.rows_added, form.keeps_grown_tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+  """A model in the form that a file has.
+
+  Attributes:
+    config: its configuration, which has more tokens than the exported model's if rows were added.
+    arrays: the arrays by name.
+    metadata: what a `.safetensors` says beside the configuration.
+    released: whether the released code computes the same function.
+    rows_added, keeps_grown_tau: as in `Exported`.
+  """
+
+  config: ModelConfig
+  arrays: dict[str, ComputedArray]
+  metadata: dict[str, str]
+  released: bool
+  rows_added: dict[str, int]
+  keeps_grown_tau: bool
+
+
+def _released_form(model: LanguageModel, file: epath.Path, released: bool | None) -> _Form:
+  released = file.suffix == ".bin" if released is None else released
+  if file.suffix == ".bin" and not released:
+    raise ValueError(f"{file}: a .bin cannot store τ; write a .safetensors, or the released form.")
+  config = model.config
+  parts = (config.attention, config.ffn, config.residual, config.norm, config.final_norm, config.tied)
+  if parts != (AttentionConfig(), FeedForwardConfig(), ResidualConfig(), "plain", "layer_norm", True):
+    raise ValueError(
+      "model: neither the released code nor transformers has an architecture of these parts; `tf.load` reads the work "
+      "folder of its run."
+    )
+  _, parameters, tau = split(model)
+  config, arrays = released_arrays(parameters, tau, model.config, rewrite=released)
+  taus = _taus(tau, config)
+  born = {name: initial_tau(config.theta, arrays[f"{name}.key_param_tokens"].shape[0]) for name in taus}
   grown = any(np.float32(taus[name]) != np.float32(born[name]) for name in taus)
-  return Exported(file, config, rows_added, keeps_grown_tau=grown and not released)
+  rows_added = {field: getattr(config, field) - getattr(model.config, field) for field in TOKEN_COUNTS}
+  metadata = {} if released else {TAU_KEY: json.dumps(taus)}
+  return _Form(config, arrays, metadata, released, rows_added, keeps_grown_tau=grown and not released)
+
+
+def _hugging_face_form(model: LanguageModel, fields: dict[str, Any]) -> _Form:
+  _, parameters, _ = split(model)
+  arrays = their_arrays(fields["model_type"], parameters, model.config)
+  return _Form(model.config, arrays, {}, False, dict.fromkeys(TOKEN_COUNTS, 0), keeps_grown_tau=False)
+
+
+def _narrowed(name: str, array: ComputedArray, dtype: str) -> ComputedArray:
+  """The array, which raises ValueError when it is read if a number of it is too large for float16."""
+  largest = float(np.finfo(np.float16).max)
+
+  def read() -> np.ndarray:
+    found = array.read()
+    if np.abs(found).max(initial=0) > largest:
+      raise ValueError(
+        f"{name}: it has a number above {largest:.0f}, the largest of float16; write bfloat16 or float32."
+      )
+    return found
+
+  return ComputedArray(array.shape, read) if dtype == "float16" else array
 
 
 def released_arrays(
@@ -172,16 +256,18 @@ def released_arrays(
 
 def _tokenizer(folder: epath.Path, config: ModelConfig) -> data.Tokenizer | None:
   """The tokenizer in a folder of weights or beside a weight file, None if there is none."""
-  path = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
-  if not path.is_file():
+  beside = folder if folder.is_dir() else folder.parent
+  names = [name for name in ("tokenizer.json", "merges.txt") if (beside / name).is_file()]
+  if not names:
     return None
-  if (path.parent / "checkpoints").is_dir():
+  path = beside / names[0]
+  if (beside / "checkpoints").is_dir():
     # `training` may import this package, which therefore imports it only in this case.
     from tokenformer_jax.training.checkpoints import load_tokenizer
 
-    tokenizer = load_tokenizer(str(path.parent))
+    tokenizer = load_tokenizer(str(beside))
   else:
-    tokenizer = data.load_tokenizer(path)
+    tokenizer = data.load_tokenizer(path) if path.suffix == ".json" else data.open_tokenizer(str(path))
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
       f"{path}: this tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of {config.vocab_size}; "

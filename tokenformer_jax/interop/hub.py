@@ -8,7 +8,7 @@ from etils import epath
 from tokenformer_jax.interop.weights import SUFFIXES
 from tokenformer_jax.paths import is_uri, user_path
 
-_JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_OTHER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
@@ -40,7 +40,7 @@ def local_path(path_or_hub_id: str | os.PathLike, name: str = "path") -> epath.P
     files = huggingface_hub.HfApi().list_repo_files(hub_id)
     suffix = next((suffix for suffix in SUFFIXES if any(file.endswith(suffix) for file in files)), SUFFIXES[0])
     return epath.Path(
-      huggingface_hub.snapshot_download(hub_id, allow_patterns=[*_JSON_FILES, f"*{suffix}", f"*{suffix}.index.json"])
+      huggingface_hub.snapshot_download(hub_id, allow_patterns=[*_OTHER_FILES, f"*{suffix}", f"*{suffix}.index.json"])
     )
   except Exception as error:  # No network, no such model, no permission: the hub's errors have many types.
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,8 +5,10 @@ Our matrices are [d_in, d_out] in attention, and rows [hidden unit, channel] in 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,12 @@ from flax import nnx, traverse_util
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.interop.hugging_face_config import model_config
+from tokenformer_jax.interop.names import differences
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import Tree, split
+
+Stored = TypeVar("Stored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Place:
       grouped = [leaf.reshape(*leaf.shape[:-1], -1, width) for leaf in leaves]
       array = np.stack(grouped, axis=-2).reshape(*array.shape[:-1], -1)
     return array.T if self.transposed else array
+
+  def our_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of each of our leaves for the shape of their array."""
+    *others, last = shape[::-1] if self.transposed else shape
+    return (*others, last // len(self.paths))
 
   def shape(self, leaves: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of their array for the shapes of our leaves."""
@@ -133,6 +143,37 @@ _TABLES: dict[str, dict[str, Place]] = {
 }
 # transformers 5 calls GPT-NeoX's head as it does that of other models.
 _OTHER_NAMES = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}, "gpt2": {}, "llama": {}}
+_PREFIXES = {"gpt_neox": "gpt_neox.", "gpt2": "transformer.", "llama": "model."}
+_HEADS = ("lm_head.weight", "embed_out.weight")
+# Masks and frequencies that earlier versions of transformers stored; they follow from the configuration.
+_BUFFER = re.compile(r"(.*\.)?((attention|attn)\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+
+
+def family_of(names: Iterable[str]) -> str | None:
+  """The `model_type` whose embedding is among the names of a state dict, None if there is none."""
+  names = set(names)
+  for model_type in _TABLES:
+    embedding = name_at(model_type, "embedding")
+    if names & {embedding, embedding.removeprefix(_PREFIXES[model_type])}:
+      return model_type
+  return None
+
+
+def name_at(model_type: str, path: str) -> str:
+  """The name of the array that holds the leaf at `path`, which is of no block."""
+  return next(name for name, place in _TABLES[model_type].items() if place.paths == (path,))
+
+
+def with_full_names(model_type: str, arrays: Mapping[str, Stored]) -> dict[str, Stored]:
+  """The arrays of a state dict under the names of `table`, without buffers.
+
+  The names may lack the prefix that all but the head's have, as those of GPT-2 on the hub do.
+  """
+  found = {name: array for name, array in arrays.items() if not _BUFFER.fullmatch(name)}
+  prefix = _PREFIXES[model_type]
+  if not any(name.startswith(prefix) for name in found):
+    found = {name if name in _HEADS else prefix + name: array for name, array in found.items()}
+  return {_OTHER_NAMES[model_type].get(name, name): array for name, array in found.items()}
 
 
 def table(model_type: str, config: ModelConfig) -> dict[str, tuple[Place, int | None]]:
@@ -164,11 +205,12 @@ def model_from(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> L
     arrays: the state dict, with the names of transformers 4 or 5.
 
   Raises:
-    ValueError: the model is not supported.
-    KeyError: an array is missing.
+    ValueError: the model is not supported, or arrays are missing, unknown or of another shape.
   """
   config, model_type = model_config(dict(fields)), fields["model_type"]
-  known = {_OTHER_NAMES[model_type].get(name, name): array for name, array in arrays.items()}
+  known = with_full_names(model_type, arrays)
+  if faults := differences({name: np.shape(array) for name, array in known.items()}, their_shapes(model_type, config)):
+    raise ValueError(f"the arrays do not fit config.json: {'; '.join(faults)}.")
   layers: dict[str, list[np.ndarray]] = {}
   for name, (place, _) in table(model_type, config).items():
     for path, leaf in zip(place.paths, place.ours(np.asarray(known[name]), config.head_dim)):
@@ -202,6 +244,7 @@ def to_hugging_face(
   }
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   _, parameters, _ = split(abstract_model(config))
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(parameters, sep="/").items()}

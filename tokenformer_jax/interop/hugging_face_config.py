@@ -158,7 +158,7 @@ def model_config(fields: dict[str, Any], where: str = "config.json") -> ModelCon
     raise ValueError(f"{where}: {error}") from None
 
 
-def config_json(config: ModelConfig) -> dict[str, Any] | None:
+def config_fields(config: ModelConfig) -> dict[str, Any] | None:
   """The fields of the config.json that describes this model, None if no family has such a model.
 
   They are those of transformers 4 and 5: rotary settings are given in both forms.

@@ -31,6 +31,7 @@ def model_card(
   dtype: str,
   released: bool,
   rows_added: dict[str, int],
+  architecture: str = "",
   source: str | os.PathLike = "",
   folder: epath.Path | None = None,
   step: int | None = None,
@@ -42,22 +43,25 @@ def model_card(
     file_name: the weight file's name.
     dtype, released, source, step: the arguments of `export`.
     rows_added: the number of rows added to each layer for the released code's τ, by field.
+    architecture: the class of transformers whose names the arrays have; "" for a TokenFormer.
     folder: where the files of `source` are, None without a source.
 
   Raises:
     ValueError: the work folder `source` has a broken config.json.
   """
+  layers = (
+    "dense layers" if architecture else "linear layers that are attention over parameter tokens (arXiv 2410.23168)"
+  )
   parts = [
-    f"# TokenFormer, {config.num_parameters:,} parameters",
-    "A language model whose linear layers are attention over parameter tokens (arXiv 2410.23168), "
-    "written by tokenformer_jax.",
+    f"# {architecture or 'TokenFormer'}, {config.num_parameters:,} parameters",
+    f"A language model with {layers}, written by tokenformer_jax.",
   ]
   if source:
     parts.append(f"Exported from `{source}`{'' if step is None else f', step {step}'}.")
   code = f'import tokenformer_jax as tf\n\nmodel = tf.from_pretrained("{file_name}")'
   parts += [
     f"## Load it\n\n```python\n{code}\n```",
-    _tau_description(config, dtype, released, rows_added),
+    _names_description(dtype) if architecture else _tau_description(config, dtype, released, rows_added),
     "## Configuration\n\n" + _table(dataclasses.asdict(config)),
   ]
   if released:
@@ -66,6 +70,12 @@ def model_card(
   if folder is not None and is_work_folder(folder):
     parts += _run_description(folder, step)
   return "\n\n".join(parts) + "\n"
+
+
+def _names_description(dtype: str) -> str:
+  return (
+    f"Arrays have the names of transformers and are {dtype}: `AutoModelForCausalLM.from_pretrained` reads the folder."
+  )
 
 
 def _tau_description(config: ModelConfig, dtype: str, released: bool, rows_added: dict[str, int]) -> str:

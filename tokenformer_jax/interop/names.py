@@ -78,7 +78,21 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where:
   Raises:
     ValueError: arrays are missing, unknown or of another shape; the one message names all of them.
   """
-  expected = released_shapes(config)
+  if faults := differences(shapes, released_shapes(config)):
+    raise ValueError(
+      f"{where} does not fit a TokenFormer of {config.num_layers} layers with "
+      f"{config.qkv_tokens}, {config.proj_tokens} and {config.ffn_tokens} parameter tokens in "
+      f"q/k/v, proj and ffn: {'; '.join(faults)}."
+    )
+
+
+def differences(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+  """Says which arrays are missing, unexpected or of another shape: a text with all names for each kind that occurs.
+
+  Args:
+    shapes: name -> shape of each array that was found.
+    expected: name -> shape of each array of the model.
+  """
   missing = [name for name in expected if name not in shapes]
   unknown = [quoted(name) for name in shapes if name not in expected]
   if len(unknown) <= _MOST_HINTS:
@@ -90,17 +104,11 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where:
     if name in shapes and tuple(shapes[name]) != shape
   ]
   kinds = {"missing": missing, "unexpected": unknown, "of another shape": other}
-  faults = [
+  return [
     f"{kind} {len(names)}: {', '.join(names[:_MOST_NAMES])}{', …' if names[_MOST_NAMES:] else ''}"
     for kind, names in kinds.items()
     if names
   ]
-  if faults:
-    raise ValueError(
-      f"{where} does not fit a TokenFormer of {config.num_layers} layers with "
-      f"{config.qkv_tokens}, {config.proj_tokens} and {config.ffn_tokens} parameter tokens in "
-      f"q/k/v, proj and ffn: {'; '.join(faults)}."
-    )
 
 
 def from_released(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Tree:

@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+from collections.abc import Mapping
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from tokenformer_jax.config import MeshConfig, ModelConfig
@@ -13,8 +15,9 @@ from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.interop.foreign_names import with_released_names
 from tokenformer_jax.interop.hub import local_path
+from tokenformer_jax.interop.hugging_face_files import Leaf, hugging_face_fields, leaves_of
 from tokenformer_jax.interop.names import check_fit, pattention_names, released_names
-from tokenformer_jax.interop.stored_array import StoredArray, Weights, quoted
+from tokenformer_jax.interop.stored_array import FLOATS, StoredArray, Weights, quoted
 from tokenformer_jax.interop.weight_config import config_for
 from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.models.language_model import LanguageModel
@@ -24,17 +27,23 @@ from tokenformer_jax.nn.theta import initial_tau
 from tokenformer_jax.paths import user_path
 
 TAU_KEY = "tokenformer_jax.tau"  # The key in the metadata of our safetensors files; its value is JSON, τ by pattention.
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+# The arrays that hold a leaf, by name: one for each layer, or one for a leaf without layers.
+Sources = Mapping[str, StoredArray | Leaf]
 
 
 def from_pretrained(
   path_or_hub_id: str | os.PathLike, config: ModelConfig | None = None, *, mesh: jax.sharding.Mesh | None = None
 ) -> LanguageModel:
-  """Loads the model in a weight file.
+  """Loads the model in a weight file: a TokenFormer, or a dense model of Hugging Face.
 
-  The sizes come from the arrays' shapes. What shapes do not determine (heads, Θ, rotary settings, sequence
+  A TokenFormer's sizes come from the arrays' shapes. What shapes do not determine (heads, Θ, rotary settings, sequence
   length) comes from the first of: `config`, the file's metadata, a config.json of this package beside it, the
   named size with these shapes. τ comes from the metadata; without it, τ is that of the released code.
+
+  Of Hugging Face's models, `gpt_neox` (Pythia), `gpt2` and `llama` are read. Their config.json must lie beside the
+  weights; all of its fields that change the function are obeyed or refused. It is computed in float32, whatever type the
+  arrays have, unless `config` has another `compute_dtype`.
 
   Args:
     path_or_hub_id: a local path, a URI, or the name OWNER/MODEL of a model on the Hugging Face hub. A path may
@@ -42,7 +51,8 @@ def from_pretrained(
       its names (`foreign_names` lists the accepted differences), a folder with one of these or with shards and
       an index, a checkpoint folder of DeepSpeed's pipeline, or a run's work folder. Nothing in a file is
       executed.
-    config: the model's configuration, which must agree with the shapes.
+    config: the model's configuration, which must agree with the shapes, and with a Hugging Face config.json in all that
+      changes the function.
     mesh: the devices that hold the parameters; by default the first device. Arrays are read one after the
       other, and only the parts that the devices of this process hold.
 
@@ -51,7 +61,7 @@ def from_pretrained(
 
   Raises:
     ValueError: the path is not a weight file, the file is damaged, the shapes do not determine a model or
-      differ from the configuration's, or numbers are not finite.
+      differ from the configuration's, a Hugging Face model is not supported, or numbers are not finite.
   """
   path = local_path(path_or_hub_id)
   if is_work_folder(path):
@@ -61,16 +71,14 @@ def from_pretrained(
     from tokenformer_jax.training.checkpoints import load
 
     return load(str(path), mesh=mesh)
-  weights = with_released_names(open_weights(path))
-  config = config_for(weights, config, path)
-  check_fit({name: array.shape for name, array in weights.arrays.items()}, config, weights.where)
-  for name, array in weights.arrays.items():
-    if array.dtype not in _FLOATS:
-      raise ValueError(f"{weights.where}: {name} is of type {array.dtype}; expected one of {', '.join(_FLOATS)}.")
-  taus = _taus(weights, config)
-  places: dict[str, list[str]] = {}
-  for name, (place, _) in released_names(config.num_layers).items():
-    places.setdefault(place, []).append(name)
+  weights = open_weights(path)
+  fields = hugging_face_fields(weights, path)
+  places: Mapping[str, Sources]
+  taus: dict[str, np.ndarray] = {}
+  if fields is not None:
+    config, places = leaves_of(weights, fields, config)
+  else:
+    config, places, taus = _released(weights, config, path)
 
   abstract = abstract_model(config)
   graphdef, *shapes = split(abstract)
@@ -78,8 +86,7 @@ def from_pretrained(
   shardings = [tree_shardings(mesh, axes, tree) for axes, tree in zip(logical_axes(abstract), shapes)]
 
   def parameter(place, leaf, sharding):
-    sources = {name: weights.arrays[name] for name in places[_name(place)]}
-    read = functools.partial(_read, weights.where, sources, leaf.shape)
+    read = functools.partial(_read, weights.where, places[_name(place)], leaf.shape)
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
   def tau(place, leaf, sharding):
@@ -94,6 +101,22 @@ def from_pretrained(
 def is_work_folder(path: str | os.PathLike) -> bool:
   """Whether `path` is the work folder of a training run."""
   return (user_path(path) / "checkpoints").is_dir()
+
+
+def _released(
+  weights: Weights, config: ModelConfig | None, path: epath.Path
+) -> tuple[ModelConfig, Mapping[str, Sources], dict[str, np.ndarray]]:
+  """(configuration, the arrays that hold each leaf by its path, τ by its path) of a TokenFormer's weights."""
+  weights = with_released_names(weights)
+  config = config_for(weights, config, path)
+  check_fit({name: array.shape for name, array in weights.arrays.items()}, config, weights.where)
+  for name, array in weights.arrays.items():
+    if array.dtype not in FLOATS:
+      raise ValueError(f"{weights.where}: {name} is of type {array.dtype}; expected one of {', '.join(FLOATS)}.")
+  places: dict[str, dict[str, StoredArray | Leaf]] = {}
+  for name, (place, _) in released_names(config.num_layers).items():
+    places.setdefault(place, {})[name] = weights.arrays[name]
+  return config, places, _taus(weights, config)
 
 
 def _taus(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -130,7 +153,7 @@ def _tau_metadata(weights: Weights) -> dict[str, float]:
   return stored
 
 
-def _read(where: str, sources: dict[str, StoredArray], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+def _read(where: str, sources: Sources, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
   """Reads the part `index` of a leaf from its layers in `sources`, or from one array for a leaf without layers."""
   arrays = list(sources.items())
   layered = len(shape) > len(arrays[0][1].shape)

@@ -14,7 +14,7 @@ def save(
   *,
   dtype: str = "float32",
 ) -> Exported:
-  """Writes a model under the released names, and its tokenizer beside it.
+  """Writes a model, and its tokenizer beside it: a TokenFormer under the released names, other models as `export` does.
 
   A folder or a `.safetensors` file gives the model back as it is, with any τ that growth has left. A `.bin` file, which
   has no place for τ, gives a grown model back with more rows and the same function; see `export`.
@@ -27,7 +27,7 @@ def save(
     path: a folder, which gets a `model.safetensors`, or a file that ends in `.safetensors` or `.bin`; local or a URI.
       Existing files are not overwritten.
     tokenizer: the model's tokenizer; None writes none.
-    dtype: `float32` (exact) or `bfloat16`.
+    dtype: `float32` (exact), `bfloat16` or `float16`.
 
   Returns:
     What was written.
@@ -41,7 +41,4 @@ def save(
       f"tokenizer with {tokenizer.vocab_size} ids, model with vocab_size={model.config.vocab_size}: "
       "give the model's own tokenizer."
     )
-  exported = export(model, path, dtype=dtype)
-  if tokenizer is not None:
-    data.save_tokenizer(tokenizer, exported.path.with_name("tokenizer.json"))
-  return exported
+  return export(model, path, dtype=dtype, tokenizer=tokenizer)

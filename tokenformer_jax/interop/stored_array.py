@@ -15,6 +15,8 @@ from tokenformer_jax.paths import is_uri
 
 _PLAIN = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), **{name: np.dtype(name) for name in _PLAIN}}
+# The types of a model's arrays.
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 # Limits for what a damaged or hostile file may claim. No real array comes near them.
 _MOST_AXES = 8
 _MOST_ELEMENTS = 2**48

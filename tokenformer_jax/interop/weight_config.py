@@ -7,6 +7,7 @@ import os
 from etils import epath
 
 from tokenformer_jax.config import NAMED_SIZES, Config, ModelConfig
+from tokenformer_jax.interop.hugging_face_config import model_config
 from tokenformer_jax.interop.names import EMBEDDING
 from tokenformer_jax.interop.stored_array import Weights, quoted
 from tokenformer_jax.paths import user_path
@@ -55,7 +56,8 @@ def read_config(path: str | os.PathLike, name: str = "config") -> ModelConfig:
   """Reads a model's configuration from a JSON file.
 
   Args:
-    path: the config.json of a work folder or of an exported model, or a file with only the fields of ModelConfig.
+    path: the config.json of a work folder, of an exported model or of a Hugging Face model, or a file with only the
+      fields of ModelConfig.
     name: the flag or argument that gave it, for messages.
 
   Raises:
@@ -66,6 +68,8 @@ def read_config(path: str | os.PathLike, name: str = "config") -> ModelConfig:
     fields = json.loads(file.read_bytes())  # From bytes, so that a byte-order mark is accepted.
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f"{name}={os.fspath(path)!r}: the configuration cannot be read ({error}).") from None
+  if isinstance(fields, dict) and "model_type" in fields:
+    return model_config(fields, str(path))
   return _checked(fields.get("model", fields) if isinstance(fields, dict) else fields, str(path))
 
 
@@ -94,16 +98,31 @@ def _sizes(weights: Weights) -> dict[str, int]:
 def _stored(weights: Weights, path: epath.Path) -> ModelConfig | None:
   """The configuration that this package wrote into or beside the weights, None if it wrote none."""
   if CONFIG_KEY in weights.metadata:
-    where = f"{weights.where}: {CONFIG_KEY} in its metadata"
-    try:
-      fields = json.loads(weights.metadata[CONFIG_KEY])
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f"{where} is not JSON ({error}).") from None
-    config = _checked(fields, where)
-    largest = max(value for value in dataclasses.astuple(config) if type(value) is int)
-    if config.num_layers > len(weights.arrays) or largest > _LARGEST:
-      raise ValueError(f"{where} is {quoted(config)}; the file's {len(weights.arrays)} arrays are not such a model.")
-    return config
+    return config_in_metadata(weights)
+  ours = (config_beside(path) or {}).get("model")
+  return (
+    _checked(ours, str((path if path.is_dir() else path.parent) / "config.json")) if isinstance(ours, dict) else None
+  )
+
+
+def config_in_metadata(weights: Weights) -> ModelConfig | None:
+  """The configuration that this package wrote into the file's metadata, None if there is none."""
+  if CONFIG_KEY not in weights.metadata:
+    return None
+  where = f"{weights.where}: {CONFIG_KEY} in its metadata"
+  try:
+    fields = json.loads(weights.metadata[CONFIG_KEY])
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{where} is not JSON ({error}).") from None
+  config = _checked(fields, where)
+  largest = max(value for value in dataclasses.astuple(config) if type(value) is int)
+  if config.num_layers > len(weights.arrays) or largest > _LARGEST:
+    raise ValueError(f"{where} is {quoted(config)}; the file's {len(weights.arrays)} arrays are not such a model.")
+  return config
+
+
+def config_beside(path: epath.Path) -> dict | None:
+  """The JSON object in the config.json beside a weight file or in its folder, None if there is none."""
   beside = (path if path.is_dir() else path.parent) / "config.json"
   if not beside.is_file():
     return None
@@ -112,8 +131,7 @@ def _stored(weights: Weights, path: epath.Path) -> ModelConfig | None:
   except (ValueError, RecursionError) as error:
     # Without it the model of a named size with these shapes might be built, with another Θ or number of heads.
     raise ValueError(f"{beside}: not JSON ({error}); mend it, move it away, or give a configuration.") from None
-  ours = isinstance(fields, dict) and isinstance(fields.get("model"), dict)
-  return _checked(fields["model"], str(beside)) if ours else None
+  return fields if isinstance(fields, dict) else None
 
 
 def _named(weights: Weights, sizes: dict[str, int]) -> ModelConfig:

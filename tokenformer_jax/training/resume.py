@@ -139,14 +139,18 @@ def check_position(record: dict[str, Any], updates: int, step: int, workdir: str
 
 def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> None:
   """Raises ValueError unless weights of `model`, read from `source`, fit a run of `config`."""
-  free = (*_FREE_MODEL_FIELDS, "seq_length", "compute_dtype")
+  # The learned embeddings of positions are weights, one for each.
+  free = {*_FREE_MODEL_FIELDS, "compute_dtype", "seq_length"}
+  if model.attention.positions == "learned":
+    free.remove("seq_length")
   had = flattened(model)
-  for field, want in flattened(config).items():
-    have = had[field]
-    if field not in free and have != want:
-      raise ValueError(
-        f"init_from={source}: its model has {field}={have!r}, this run's {want!r}; set model.{field}={have!r}."
-      )
+  differing = {
+    field: (had[field], want) for field, want in flattened(config).items() if field not in free and had[field] != want
+  }
+  if differing:
+    has = ", ".join(f"{field}={have!r}, this run's {want!r}" for field, (have, want) in differing.items())
+    changes = ", ".join(f"model.{field}={have!r}" for field, (have, _) in differing.items())
+    raise ValueError(f"init_from={source}: its model has {has}; set {changes}.")
 
 
 def check_same_optimizer(stored: dict[str, Any], config: Config, workdir: str) -> None:
