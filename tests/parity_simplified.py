@@ -70,10 +70,10 @@ def rows(golden: Golden) -> list[Row]:
     losses, _ = trajectory(golden)
     return [Row(golden.name, largest(losses, golden.arrays["losses"]), output_bound=TRAJECTORY_BOUND)]
   outputs, grads = _program(config)(under(golden.arrays, "param/"), jnp.asarray(golden.arrays["input_ids"], jnp.int32))
-  expected = widest(golden.arrays)
+  expected, theirs = widest(golden.arrays), widest(golden.arrays, "grad/")
   # Of parameters that are not in our model the gradient is 0, as it must be in the file.
-  grads = {name: grads[name] for name in widest(golden.arrays, "grad/")}
-  return [Row(golden.name, output_error(outputs, expected), gradient_error(grads, widest(golden.arrays, "grad/")))]
+  ours = {name: grads[name] for name in theirs}
+  return [Row(golden.name, output_error(outputs, expected), gradient_error(ours, theirs))]
 
 
 def model_config(description) -> ModelConfig:
@@ -87,29 +87,35 @@ def model_config(description) -> ModelConfig:
     _need(c.get(name, value) == value, c, name)
   _need(c["norm_type"] in _NORMS, c, "norm_type")
   _need(c["activation_function"] in _ACTIVATIONS, c, "activation_function")
-  is_trained = c["trainable_attn_block_gains"] or c["trainable_mlp_block_gains"]
   parallel = c["parallel_layers"]
-  residual = dict(attention_gain=c["attn_block_resid_gain"], ffn_gain=c["mlp_block_resid_gain"])
-  if parallel:
-    _need(c["attn_block_skip_gain"] == 0, c, "attn_block_skip_gain")
-    residual |= dict(parallel=True, norms="shared")
-  else:
-    residual |= dict(attention_skip=float(c["attn_block_skip_gain"]))
-  return ModelConfig(
-    vocab_size=sizes["vocab_size"],
-    num_layers=sizes["n_layer"],
-    hidden_size=sizes["n_embd"],
-    num_heads=sizes["n_head"],
-    qkv_tokens=0,
-    proj_tokens=0,
-    ffn_tokens=sizes["n_inner"],
-    seq_length=sizes["n_positions"],
-    norm=_NORMS[c["norm_type"]],
-    norm_epsilon=sizes["layer_norm_epsilon"],
-    attention=AttentionConfig("dense", bias="query_key", values=_values(c), shaped=_shaped(c), positions="learned"),
-    ffn=FeedForwardConfig("mlp", _ACTIVATIONS[c["activation_function"]]),
-    residual=ResidualConfig(trained=is_trained, ffn_skip=float(c["mlp_block_skip_gain"]), **residual),
-  )
+  _need(not parallel or c["attn_block_skip_gain"] == 0, c, "attn_block_skip_gain")
+  values, shaped = _values(c), _shaped(c)
+  try:
+    return ModelConfig(
+      vocab_size=sizes["vocab_size"],
+      num_layers=sizes["n_layer"],
+      hidden_size=sizes["n_embd"],
+      num_heads=sizes["n_head"],
+      qkv_tokens=0,
+      proj_tokens=0,
+      ffn_tokens=sizes["n_inner"] or 4 * sizes["n_embd"],
+      seq_length=sizes["n_positions"],
+      norm=_NORMS[c["norm_type"]],
+      norm_epsilon=sizes["layer_norm_epsilon"],
+      attention=AttentionConfig("dense", bias="query_key", values=values, shaped=shaped, positions="learned"),
+      ffn=FeedForwardConfig("mlp", _ACTIVATIONS[c["activation_function"]]),
+      residual=ResidualConfig(
+        parallel=parallel,
+        norms="shared" if parallel else "pre",
+        trained=c["trainable_attn_block_gains"] or c["trainable_mlp_block_gains"],
+        attention_skip=1.0 if parallel else float(c["attn_block_skip_gain"]),
+        attention_gain=float(c["attn_block_resid_gain"]),
+        ffn_skip=float(c["mlp_block_skip_gain"]),
+        ffn_gain=float(c["mlp_block_resid_gain"]),
+      ),
+    )
+  except ValueError as error:
+    raise NoModelError(str(error)) from None
 
 
 def _values(c) -> str:

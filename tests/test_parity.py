@@ -8,6 +8,7 @@ import pytest
 
 from tests import oracle, parity_simplified, parity_table, parity_tokenformer
 from tests.golden_files import GOLDEN, golden, read, under
+from tokenformer_jax.config import ModelConfig
 
 CASES = golden("pattention_A").description["cases"]
 
@@ -41,6 +42,16 @@ def test_language_model():
 @pytest.mark.parametrize("size", ["small", "grown"])
 def test_model_of_the_original_growth(size):
   check(parity_tokenformer.growth_row(golden("growth_A"), size))
+
+
+@pytest.mark.parametrize(
+  "name, preset",
+  [("A_sas_rand", "sas"), ("A_sasp_nonorm_rand", "sas-p-no-norm"), ("A_vskipinit_eq4_rand", "v-skipinit-eq4")],
+)
+def test_presets_are_the_original_settings(simplified, name, preset):
+  config = parity_simplified.model_config(read(simplified / f"{name}.npz").description)
+  fields = ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_tokens", "seq_length")
+  assert config == ModelConfig.named("tiny", preset, **{field: getattr(config, field) for field in fields})
 
 
 @pytest.mark.parametrize("name", ["A_sas_rand", "A_sasp_nonorm_rand", "A_vskipinit_eq4_rand", "A_sas_train60"])
