@@ -10,9 +10,10 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+from tests.test_documents import blocks
 from tests.test_hugging_face import FAMILIES, golden
 from tests.test_interop_pretrained import save, shard
-from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.config import Config, MeshConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.interop.export import export
 from tokenformer_jax.interop.hugging_face import model_from
@@ -22,11 +23,12 @@ from tokenformer_jax.interop.weight_config import read_config
 from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.checkpoints import load, load_tokenizer
+from tokenformer_jax.training.resume import check_same_weights
 
 
 def folder_of(path, family, arrays=None, name="model.safetensors", dtype="float32", **changes):
   """A folder with the golden model's config.json and arrays, or with changed ones."""
-  fields, parameters, _ = golden(family)
+  fields, parameters = golden(family)
   path.mkdir()
   (path / "config.json").write_text(json.dumps({**fields, **changes}))
   save(path / name, parameters if arrays is None else arrays, dtype)
@@ -46,7 +48,7 @@ def assert_same_leaves(model, other):
 
 @pytest.mark.parametrize("family, suffix", [*zip(FAMILIES, (".safetensors", ".bin", ".safetensors"))])
 def test_shards_are_read_onto_a_mesh(tmp_path, family, suffix):
-  fields, parameters, _ = golden(family)
+  fields, parameters = golden(family)
   (tmp_path / "config.json").write_text(json.dumps(fields))
   mesh = make_mesh(MeshConfig(token=2, fsdp=2), devices=jax.devices()[:4])
   model = from_pretrained(shard(tmp_path, parameters, suffix), mesh=mesh)
@@ -83,11 +85,11 @@ def test_arrays_are_written_back_bit_for_bit(tmp_path, family, name, dtype):
 
 def test_names_without_prefix_buffers_and_a_copy_of_the_embedding_are_read(tmp_path):
   """As gpt2 lies on the hub, and as PyTorch's files have a tied head."""
-  _, parameters, _ = golden("gpt2")
+  _, parameters = golden("gpt2")
   arrays = {name.removeprefix("transformer."): array for name, array in parameters.items()}
   arrays["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
   arrays["lm_head.weight"] = parameters["transformer.wte.weight"]
-  assert_same_leaves(from_pretrained(folder_of(tmp_path / "b", "gpt2", arrays)), model_from(*golden("gpt2")[:2]))
+  assert_same_leaves(from_pretrained(folder_of(tmp_path / "b", "gpt2", arrays)), model_from(*golden("gpt2")))
   arrays["lm_head.weight"] = arrays["lm_head.weight"] + 1
   with pytest.raises(ValueError, match="lm_head.weight differs from the embedding, but .*tie_word_embeddings=true"):
     from_pretrained(folder_of(tmp_path / "c", "gpt2", arrays))
@@ -145,10 +147,19 @@ def test_the_users_configuration_may_change_how_it_is_computed_and_not_what(tmp_
 
 
 def test_a_number_too_large_for_float16_is_refused(tmp_path):
-  model = model_from(*golden("gpt2")[:2])
+  model = model_from(*golden("gpt2"))
   model.embedding[...] = model.embedding[...].at[0, 0].set(-7e4)
   with pytest.raises(ValueError, match="transformer.wte.weight: it has a number above 65504"):
     export(model, tmp_path, dtype="float16")
   assert not (tmp_path / "model.safetensors").exists()
   exported = safetensors.numpy.load_file(export(model, tmp_path, dtype="bfloat16").path)
   assert exported["transformer.wte.weight"][0, 0] == ml_dtypes.bfloat16(-7e4)
+
+
+def test_the_documented_configuration_trains_on_from_a_folder(tmp_path, monkeypatch):
+  folder_of(tmp_path / "pythia-160m", "gpt_neox")
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  exec(blocks("python", "docs/released_models.md")[-1], names)
+  config = Config.from_dict(names["get_config"]())
+  check_same_weights(load(config.init_from).config, config.model, config.init_from)
