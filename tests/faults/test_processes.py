@@ -6,8 +6,11 @@ import time
 
 import pytest
 
+from tests import small_run
 from tests.faults import two_processes
 from tests.test_processes import outcome, run
+from tokenformer_jax.training import loop
+from tokenformer_jax.training.run_log import read_metrics
 from tokenformer_jax.training.watchdog import Watchdog
 
 FAULTS = ("-m", "tests.faults.two_processes")
@@ -103,6 +106,20 @@ def test_f3_signals_that_the_process_was_started_to_ignore_stay_ignored():
   )
   codes, _, errors = outcome(run(1, "-c", program), timeout=60)
   assert codes == [0] and errors == [""]
+
+
+@pytest.mark.slow
+def test_f3_an_evaluation_on_the_step_of_a_signal_is_done_by_the_run_that_resumes(tmp_path, monkeypatch):
+  (tmp_path / "text.txt").write_text(small_run.TEXT)
+  config = small_run.config(f"text:{tmp_path}/text.txt", num_steps=4, log_every=1, eval_every=2, checkpoint_every=4)
+  with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    patch.setattr(loop, "must_stop", lambda step: step == 2)
+    loop.train(config, str(tmp_path / "run"))
+  assert stopped.value.code == 143
+  loop.train(config, str(tmp_path / "run"))
+  rows = read_metrics(str(tmp_path / "run"))
+  assert [row["step"] for row in rows if "held_out/loss" in row] == [2, 4]
+  assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
 
 
 def test_f24_a_watchdog_lets_a_step_in_time_pass_and_watches_nothing_between_steps():

@@ -5,8 +5,9 @@
 Any field of the configuration can be set: --config.training.num_steps=2000. Running the same command again resumes
 from the newest checkpoint and gives, bit by bit, the run that was never stopped. Without --config the run resumes with
 the configuration in the work folder's config.json, in which fields can be set too. Number of steps, learning rate, intervals, growth stages to come,
-mesh and number of processes may change then; model, data and the kind of optimizer may not. SIGTERM saves a checkpoint and ends the run with
-exit code 143. For several processes see docs/running.md.
+mesh and number of processes may change then; model, data and the kind of optimizer may not. SIGTERM, SIGINT and SIGHUP save
+a checkpoint and end the run with exit code 143; docs/reliability.md has the other codes. For several processes see
+docs/running.md.
 """
 
 import sys
