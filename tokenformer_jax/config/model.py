@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from tokenformer_jax.config.parts import NORMS, AttentionConfig, FeedForwardConfig, ResidualConfig
+from tokenformer_jax.config.parts import NORMS, AttentionConfig, DepthConfig, FeedForwardConfig, ResidualConfig
 from tokenformer_jax.config.presets import PARTS, PRESETS
 from tokenformer_jax.config.sizes import NAMED_SIZES
 from tokenformer_jax.config.validation import Checked, build, nearest, require, require_choice
@@ -48,6 +48,7 @@ class ModelConfig(Checked):
     kernel: how pattention is computed: by the `reference`, or `fused` on TPUs (`kernels/fused_pattention.py`). `auto`
       is the fastest that was measured, which is the reference so far.
     attention, ffn, residual: the parts of a block.
+    depth: which blocks only some of the tokens go through.
   """
 
   vocab_size: int
@@ -72,11 +73,13 @@ class ModelConfig(Checked):
   attention: AttentionConfig = AttentionConfig()
   ffn: FeedForwardConfig = FeedForwardConfig()
   residual: ResidualConfig = ResidualConfig()
+  depth: DepthConfig = DepthConfig()
 
   def validate(self) -> None:
     for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_tokens", "seq_length"):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
     self._check_attention_tokens()
+    self._check_depth()
     require(
       self.hidden_size % self.num_heads == 0,
       "num_heads",
@@ -147,6 +150,26 @@ class ModelConfig(Checked):
     """Whether the first block has parameters that the others lack, and so stands before the scanned ones."""
     return self.norm == "none" or self.attention.values == "identity"
 
+  @property
+  def pattern(self) -> tuple[bool, ...]:
+    """Whether each block is routed, of those that repeat; the first block is none of them where it differs."""
+    if self.depth.capacity == 1.0:
+      return (False,)
+    return (False,) * (self.depth.every - 1) + (True,)
+
+  def is_routed(self, layer: int) -> bool:
+    """Whether only some of the tokens go through a layer."""
+    return layer >= self.has_first_block and self.pattern[(layer - self.has_first_block) % len(self.pattern)]
+
+  def _check_depth(self) -> None:
+    """Checks that the blocks are whole repetitions of the pattern."""
+    first, length = int(self.has_first_block), len(self.pattern)
+    below = max(1, (self.num_layers - first) // length) * length + first
+    near = f"{below}" if self.num_layers < below else f"{below} or {below + length}"
+    blocks = f"blocks repeat in {length}s" + (" behind a first one" if first else "")
+    why = f"depth.every={self.depth.every}: {blocks}; choose {near}."
+    require((self.num_layers - first) % length == 0 and self.num_layers > first, "num_layers", self.num_layers, why)
+
   def _check_attention_tokens(self) -> None:
     """Checks that there are parameter tokens exactly where a projection is made of them."""
     tokens = self.attention.projection == "pattention"
@@ -196,7 +219,7 @@ class ModelConfig(Checked):
         ModelConfig.named("small", "sas-p", projection="pattention")
 
     Every preset has about as many parameters in its feed-forwards as TokenFormer of that size: a gated one gets two
-    thirds of the rows, for it has three matrices.
+    thirds of the rows, for it has three matrices. Of experts, those that a token goes through have as many together.
 
     Args:
       name: one of `NAMED_SIZES`.
@@ -223,7 +246,8 @@ class ModelConfig(Checked):
       fields["attention"] |= dict(projection=projection)
       if projection == "pattention":
         fields["attention"] |= dict(bias="none")
-        fields["ffn"] = dict(kind="pattention")
+        mixture = {k: v for k, v in fields["ffn"].items() if k not in ("activation", "bias")}
+        fields["ffn"] = mixture | dict(kind="pattention")
       elif fields["ffn"].get("kind", "pattention") == "pattention":
         fields["ffn"] |= dict(kind="mlp")
     for part in PARTS:
@@ -238,7 +262,7 @@ class ModelConfig(Checked):
       num_heads=heads,
       qkv_tokens=0 if is_dense else attention_tokens,
       proj_tokens=0 if is_dense or not has_proj else attention_tokens,
-      ffn_tokens=ffn_tokens * 2 // 3 if fields["ffn"].kind == "gated" else ffn_tokens,
+      ffn_tokens=(ffn_tokens * 2 // 3 if fields["ffn"].kind == "gated" else ffn_tokens) // fields["ffn"].chosen,
       seq_length=seq_length,
     )
     return cls(**{**size, **fields})

@@ -15,6 +15,9 @@ BIASES = ("none", "query_key", "all")
 FEED_FORWARDS = ("pattention", "mlp", "gated")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORM_PLACES = ("pre", "shared", "post")
+DEPTH_CHOICES = ("expert", "token", "random")
+DEPTH_GATES = ("linear", "sigmoid")
+CAUSAL_RULES = ("predictor", "auxiliary")
 NORMS = ("plain", "layer_norm", "rms_norm", "rms_norm_outer", "none")
 
 
@@ -74,19 +77,67 @@ class FeedForwardConfig(Checked):
     kind: `pattention`; `mlp`, activation(x Kᵀ) V; or `gated`, (activation(x Gᵀ) · x Kᵀ) V.
     activation: of `mlp` and `gated`: `gelu` (exact), `gelu_tanh`, `relu` or `silu`.
     bias: whether the products of `mlp` and `gated` have biases.
+    experts: the number of such networks, each with all of the rows; 1 is a plain feed-forward (`nn/experts.py`).
+    no_ops: further entries of the router, which give 0.
+    chosen: how many entries each token goes through.
+    capacity: the most tokens of a sequence that an expert takes in training, in units of the tokens that it would get
+      if all entries got as many; 0 is no limit. Evaluation and decoding have none.
+    renormalise: whether the chosen ones' weights are divided by their sum.
+    balance: coefficient of the loss that evens out how many tokens the experts get.
+    router_z: coefficient of the router's z-loss.
   """
 
   kind: str = "pattention"
   activation: str = "gelu"
   bias: bool = False
+  experts: int = 1
+  no_ops: int = 0
+  chosen: int = 1
+  capacity: float = 0.0
+  renormalise: bool = True
+  balance: float = 0.01
+  router_z: float = 0.0
+
+  @property
+  def active(self) -> float:
+    """The share of tokens that go through each expert, if all entries of the router get as many."""
+    return self.chosen / (self.experts + self.no_ops) if self.experts > 1 else 1.0
 
   def validate(self) -> None:
     require_choice("kind", self.kind, FEED_FORWARDS)
     require_choice("activation", self.activation, ACTIVATIONS)
+    self._check_experts()
     if self.kind == "pattention":
       way_out = "kind='pattention' has Θ and no bias; leave it, or choose kind='mlp'."
       require(self.activation == "gelu", "activation", self.activation, way_out)
       require(not self.bias, "bias", self.bias, way_out)
+
+  def _check_experts(self) -> None:
+    for field, least in (
+      ("experts", 1),
+      ("chosen", 1),
+      ("no_ops", 0),
+      ("capacity", 0),
+      ("balance", 0),
+      ("router_z", 0),
+    ):
+      require(getattr(self, field) >= least, field, getattr(self, field), f"must be at least {least}.")
+    if self.experts == 1:
+      for field in ("no_ops", "chosen", "capacity", "renormalise", "balance", "router_z"):
+        default = type(self).__dataclass_fields__[field].default
+        way_out = f"experts=1 has no router; leave {default!r}, or choose more experts."
+        require(getattr(self, field) == default, field, getattr(self, field), way_out)
+      return
+    entries = self.experts + self.no_ops
+    shown = f"experts={self.experts}" + (f" and no_ops={self.no_ops}" if self.no_ops else "")
+    require(self.chosen <= entries, "chosen", self.chosen, f"there are only {shown}; choose at most {entries}.")
+    require(not self.bias, "bias", self.bias, f"{shown} have no biases; choose False, or experts=1.")
+    require(
+      not (self.renormalise and self.chosen == 1),
+      "renormalise",
+      self.renormalise,
+      "with chosen=1 every weight would be 1 and the router would not learn; choose False, or chosen=2.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,3 +177,44 @@ class ResidualConfig(Checked):
       require(self.norms != "shared", "norms", self.norms, "needs parallel=True; choose 'pre' or 'post'.")
     for field in ("attention_gain", "ffn_gain"):
       require(getattr(self, field) != 0.0, field, getattr(self, field), "must not be 0: the layer would be absent.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthConfig(Checked):
+  """Mixture of depths (arXiv 2404.02258): blocks that only some of the tokens go through (`nn/depth_routing.py`).
+
+  Attributes:
+    capacity: the share of a sequence's tokens that go through a routed block in training; 1 is no routing.
+    every: the last of this many blocks that follow one another is routed; 1 is all.
+    choice: `expert`, the tokens with the highest scores of the sequence; `token`, those that prefer the block, up to
+      the capacity; `random`, a control.
+    gate: what scales a block's update: the score itself (`linear`) or its `sigmoid`.
+    causal: what decides outside of training, for `choice='expert'`: a `predictor`, which trains beside the model and
+      does not change it, or the sign of the score, which an `auxiliary` loss teaches.
+    weight: coefficient of the loss of the predictor, of the auxiliary loss, or of the balance of `choice='token'`.
+  """
+
+  capacity: float = 1.0
+  every: int = 2
+  choice: str = "expert"
+  gate: str = "linear"
+  causal: str = "predictor"
+  weight: float = 0.01
+
+  def validate(self) -> None:
+    require(0.0 < self.capacity <= 1.0, "capacity", self.capacity, "must be in (0, 1]; 1 is no routing.")
+    require(self.every >= 1, "every", self.every, "must be at least 1.")
+    require(self.weight >= 0.0, "weight", self.weight, "must not be negative.")
+    require_choice("choice", self.choice, DEPTH_CHOICES)
+    require_choice("gate", self.gate, DEPTH_GATES)
+    require_choice("causal", self.causal, CAUSAL_RULES)
+    if self.capacity == 1.0:
+      for field in ("every", "choice", "gate", "causal", "weight"):
+        default = type(self).__dataclass_fields__[field].default
+        way_out = f"capacity=1.0 routes nothing; leave {default!r}, or choose a smaller capacity."
+        require(getattr(self, field) == default, field, getattr(self, field), way_out)
+    if self.choice != "expert":
+      why = f"choice={self.choice!r} needs no other rule outside of training; leave 'predictor'."
+      require(self.causal == "predictor", "causal", self.causal, why)
+    if self.choice == "token":
+      require(self.gate == "sigmoid", "gate", self.gate, "choice='token' scales by a probability; choose 'sigmoid'.")

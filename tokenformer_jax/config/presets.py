@@ -47,6 +47,25 @@ PRESETS: dict[str, dict[str, Any]] = {
   "sas-eq6": _SIMPLIFIED | dict(attention=_SHAPED | dict(values="identity_plus"), residual=_SKIPLESS),
   "sas-p": _SIMPLIFIED | dict(attention=_SHAPED | dict(values="identity"), residual=_SKIPLESS_PARALLEL),
 }
+PRESETS |= {
+  # Switch Transformer's feed-forward (arXiv 2101.03961) in the first baseline's block.
+  "switch": _SIMPLIFIED
+  | dict(
+    ffn=dict(kind="mlp", activation="relu", experts=8, capacity=1.25, renormalise=False, router_z=0.001),
+    attention=dict(projection="dense", positions="rotary"),
+    rotary_fraction=1.0,
+  ),
+  # arXiv 2401.04088
+  "mixtral": PRESETS["transformer"] | dict(ffn=dict(kind="gated", activation="silu", experts=8, chosen=2)),
+}
+_DEPTH = dict(depth=dict(capacity=0.125))
+PRESETS |= {
+  # arXiv 2404.02258 over Llama's block: mixture of depths, and its two unions with experts.
+  "mod": PRESETS["transformer"] | _DEPTH,
+  "mode-staged": PRESETS["mixtral"] | _DEPTH,
+  "mode-integrated": PRESETS["mixtral"]
+  | dict(ffn=dict(kind="gated", activation="silu", experts=8, no_ops=8, renormalise=False)),
+}
 PRESETS |= {f"{name}-no-norm": PRESETS[name] | dict(norm="none") for name in ("sas", "sas-p")}
 
-PARTS = ("attention", "ffn", "residual")
+PARTS = ("attention", "ffn", "residual", "depth")

@@ -25,10 +25,13 @@ RULES: dict[str, tuple[str, ...]] = {
   # A vocabulary that does not divide is an error and not a copy on every device, because it can be padded.
   "vocab": ("token",),
   "heads": ("token",),
+  # Every device holds some experts with all of their parameter tokens; see `_without_rivals`.
+  "expert": ("token",),
   "embed": ("fsdp",),
   # A scan runs one layer after the other. Norms are too small to be worth gathering.
   "layer": (),
   "norm": (),
+  "router": (),
 }
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
   if len(axes) != len(shape):
     raise ValueError(f"{name}: axes {axes} and shape {tuple(shape)} differ in length.")
   spec: list[tuple[str, ...]] = []
-  for axis, size in zip(axes, shape):
+  for axis, size in zip(_without_rivals(axes), shape):
     if axis is not None and axis not in RULES:
       raise ValueError(
         f"{name}: logical axis {axis!r} is unknown: choose one of {', '.join(RULES)}." + nearest(axis, RULES)
@@ -124,7 +127,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = _mesh_in_context()
   if mesh is None:
     return x
-  spec = [_splits(mesh, axis, size) or None for axis, size in zip(axes, x.shape, strict=True)]
+  spec = [_splits(mesh, axis, size) or None for axis, size in zip(_without_rivals(axes), x.shape, strict=True)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
@@ -182,6 +185,11 @@ def whole_heads(mesh: Mesh, num_heads: int) -> str:
     f"{num_heads} heads cannot be split over the {parts} devices along mesh axis {_shown(mesh, 'heads')}: "
     f"q, k and v are whole on each, and each does all of the attention between tokens."
   )
+
+
+def _without_rivals(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+  """The axes, with None for `param_token` where there is an `expert` axis, which alone then splits over `token`."""
+  return tuple(None if axis == "param_token" and "expert" in axes else axis for axis in axes)
 
 
 def _mesh_axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class DecodingModel(VocabularyEnds, nnx.Module):
   def __init__(self, model: "LanguageModel"):
     self.config = model.config
     self.embedding = model.embedding
-    self.blocks = each_block(model.first, model.blocks, model.config.num_layers)
+    self.blocks = each_block(model.first, model.blocks, model.config)
     self.final_norm = model.final_norm
     self.position_embedding = model.position_embedding
     self.head = model.head

@@ -66,19 +66,21 @@ class LanguageModel(VocabularyEnds, nnx.Module):
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
     real: Bool[Array, "batch time"] | None = None,
+    training: bool = False,
   ) -> tuple[Float[Array, "batch time embed"], Said]:
     """(outputs of the final norm [B, T, d], what the blocks say beside them: scalars by name, means over the layers).
 
     Args:
       tokens, positions, segments: as for a call of the model.
       real: which tokens are not padding, for the statistics of routers; by default all.
+      training: whether routers may drop tokens, as they do in training.
     """
 
     def apply(block: Block, x: Array, context: Context) -> tuple[Array, Said]:
       x, _, said = block(x, context)
       return x, said
 
-    hidden, said = self.through_layers(apply, tokens, positions, segments, real)
+    hidden, said = self.through_layers(apply, tokens, positions, segments, real, training)
     return hidden, mean_over_layers(said)
 
   def through_layers(
@@ -88,12 +90,13 @@ class LanguageModel(VocabularyEnds, nnx.Module):
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
     real: Bool[Array, "batch time"] | None = None,
+    training: bool = False,
   ) -> tuple[Float[Array, "batch time embed"], dict]:
     """Applies a function to each layer, by default what `hidden` does, and collects what it observes.
 
     Args:
       apply: `(block, x [B, T, d], context) -> (x, observed)`, called in the place of each block.
-      tokens, positions, segments, real: as for `hidden`.
+      tokens, positions, segments, real, training: as for `hidden`.
 
     Returns:
       (outputs of the final norm [B, T, d], what `apply` observed, by path as in `nn.stack.through_blocks`).
@@ -101,7 +104,7 @@ class LanguageModel(VocabularyEnds, nnx.Module):
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None]
     x_BxTxD = self.embed(tokens, positions)
-    context = Context(positions, self.rotation(positions), segments, real)
+    context = Context(positions, self.rotation(positions), segments, real, training=training)
     x_BxTxD, observed = through_blocks(self.first, self.blocks, x_BxTxD, context, self.config, apply)
     return self.final_norm(x_BxTxD), observed
 

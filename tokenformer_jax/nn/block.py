@@ -18,6 +18,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.nn.attention import Attention
 from tokenformer_jax.nn.cache import LayerCache
 from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.experts import Experts
 from tokenformer_jax.nn.feed_forward import make_feed_forward
 from tokenformer_jax.nn.gain import Gain, total
 from tokenformer_jax.nn.norm import Norm
@@ -39,7 +40,7 @@ class Block(nnx.Module):
     part, size = config.residual, config.hidden_size
     self.parallel = part.parallel
     self.attention = Attention(config, is_first=is_first, rngs=rngs)
-    self.ffn = make_feed_forward(config, rngs=rngs)
+    self.ffn = make_feed_forward(config, rngs=rngs) if config.ffn.experts == 1 else Experts(config, rngs=rngs)
 
     first_kind = "layer_norm" if config.norm == "none" and is_first else config.norm
     norm = Norm(first_kind, size, config.norm_epsilon, rngs=rngs)
@@ -73,6 +74,9 @@ class Block(nnx.Module):
 
   def _feed_forward(self, x: jax.Array, context: Context) -> tuple[jax.Array, Said]:
     norm = self._before(self.norm if self.ffn_norm is None else self.ffn_norm)
+    if isinstance(self.ffn, Experts):
+      experts = self.ffn
+      return context.remat(lambda x: experts(norm(x), context))(x)
     return context.remat(lambda x: self.ffn(norm(x)))(x), {}
 
   def _before(self, norm: Norm) -> Callable[[jax.Array], jax.Array]:

@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenformer_jax.config import ModelConfig
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "value_sum"])
+@functools.partial(
+  jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "value_sum", "filled"]
+)
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
   """What one layer keeps of the tokens read so far.
@@ -20,11 +22,14 @@ class LayerCache:
     values: [batch, head, slot, channel].
     value_sum: the sum of the values of each row's real tokens, float32 [batch, head, channel], for centred attention;
       None without it.
+    filled: the number of slots that each row has filled, [batch], in a block that only some tokens go through; None in
+      others, whose rows have all filled `KVCache.length`.
   """
 
   keys: Float[Array, "batch head slot channel"]
   values: Float[Array, "batch head slot channel"]
   value_sum: Float[Array, "batch head channel"] | None = None
+  filled: Int[Array, "batch"] | None = None
 
   @property
   def num_slots(self) -> int:
@@ -34,12 +39,15 @@ class LayerCache:
     self,
     keys: Float[Array, "batch head time channel"],
     values: Float[Array, "batch head time channel"],
-    filled: Int[Array, ""],
+    filled: Int[Array, "*rows"],
   ) -> "LayerCache":
-    """The cache with new keys and values in the slots from `filled` on."""
+    """The cache with new keys and values in the slots from `filled` on, one number or one for each row."""
 
     def written(buffer, new):
-      return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), filled, axis=2)
+      new = new.astype(buffer.dtype)
+      if filled.ndim and len(buffer) > 1:
+        return jax.vmap(lambda b, n, f: jax.lax.dynamic_update_slice_in_dim(b, n, f, axis=1))(buffer, new, filled)
+      return jax.lax.dynamic_update_slice_in_dim(buffer, new, filled.reshape(()), axis=2)
 
     return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
@@ -73,12 +81,13 @@ class KVCache:
     """
     batch, heads, channels = start.shape[0], config.num_kv_heads, config.head_dim
 
-    def layer() -> LayerCache:
+    def layer(index: int) -> LayerCache:
       keys, values = (jnp.zeros((batch, heads, num_slots, channels), config.compute_dtype) for _ in range(2))
       is_centred = config.attention.shaped == "centred"
-      return LayerCache(keys, values, jnp.zeros((batch, heads, channels), jnp.float32) if is_centred else None)
+      value_sum = jnp.zeros((batch, heads, channels), jnp.float32) if is_centred else None
+      return LayerCache(keys, values, value_sum, jnp.zeros(batch, jnp.int32) if config.is_routed(index) else None)
 
-    return cls(tuple(layer() for _ in range(config.num_layers)), start, jnp.int32(0))
+    return cls(tuple(map(layer, range(config.num_layers))), start, jnp.int32(0))
 
   @property
   def num_slots(self) -> int:

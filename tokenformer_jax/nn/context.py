@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from tokenformer_jax.nn.remat import keep_scores
@@ -19,7 +20,11 @@ class Context:
     segments: document of each token; attention stays inside a document. None is one document.
     real: which tokens are not padding; None is all of them.
     visible: which slots of the cache each token may see, [B, 1, T, S]; None where tokens attend among themselves.
-    filled: the number of slots that the cache had filled before these tokens; None without a cache.
+    filled: the number of slots that the cache had filled before these tokens, or that of each row; None without a
+      cache.
+    seen: how many tokens each token sees with a cache, itself included; None is position + 1.
+    training: whether this is the forward pass of an update, in which experts drop tokens beyond their capacity and
+      routed blocks choose among all tokens of a sequence.
     remat: wraps each norm with the projections that read it. The identity disables rematerialisation, so that values
       from inside can be observed, as growth's measure of usage does.
   """
@@ -29,9 +34,29 @@ class Context:
   segments: Int[Array, "batch time"] | None = None
   real: Bool[Array, "batch time"] | None = None
   visible: Bool[Array, "batch 1 time slot"] | None = None
-  filled: Int[Array, ""] | None = None
+  filled: Int[Array, "*rows"] | None = None
+  seen: Int[Array, "batch time"] | None = None
+  training: bool = False
   remat: Callable[[Callable], Callable] = keep_scores
 
   def observed(self) -> "Context":
     """The same context without rematerialisation."""
     return dataclasses.replace(self, remat=lambda function: function)
+
+  def of(self, chosen: Int[Array, "batch k"], valid: Bool[Array, "batch k"] | None) -> "Context":
+    """The context of some of the tokens, which keep their positions and documents and see one another only.
+
+    Args:
+      chosen: their indices in each row, in the order in which they are to stand.
+      valid: which of them count; the others are padding, seen by none that counts. None is all of them.
+    """
+
+    def take(a: Array) -> Array:
+      a = jnp.broadcast_to(a, (len(chosen), *a.shape[1:]))
+      return jnp.take_along_axis(a, chosen.reshape(*chosen.shape, *[1] * (a.ndim - 2)), axis=1)
+
+    segments = None if self.segments is None else take(self.segments)
+    if valid is not None:
+      segments = jnp.where(valid, 0 if segments is None else segments, -1)
+    rotation = None if self.rotation is None else (take(self.rotation[0]), take(self.rotation[1]))
+    return dataclasses.replace(self, positions=take(self.positions), rotation=rotation, segments=segments, real=valid)

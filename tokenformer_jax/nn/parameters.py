@@ -52,6 +52,7 @@ def parameter(
   init: nnx.Initializer,
   rows: Rows | None = None,
   decayed: bool = True,
+  active: float = 1.0,
 ) -> nnx.Param:
   """A float32 parameter.
 
@@ -61,8 +62,9 @@ def parameter(
     init: its initialiser.
     rows: what its rows are, where one axis is `param_token`.
     decayed: whether weight decay acts on it, as it does on matrices and not on norms, biases and gains.
+    active: the share of tokens whose products read each of its numbers, below 1 in an expert.
   """
-  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, rows=rows, decayed=decayed)
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, rows=rows, decayed=decayed, active=active)
 
 
 def is_matrix(axes: Axes) -> bool:

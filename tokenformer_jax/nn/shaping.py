@@ -77,7 +77,8 @@ def _visible_mean(v, context: Context, cache: LayerCache | None):
   if context.real is not None:
     wide = jnp.where(context.real[:, :, None, None], wide, 0.0)
   sums = cache.value_sum[:, None] + jnp.cumsum(wide, axis=1)
-  mean = sums / (context.positions + 1)[:, :, None, None]
+  seen = context.positions + 1 if context.seen is None else context.seen
+  mean = sums / seen[:, :, None, None]
   return mean, dataclasses.replace(cache, value_sum=sums[:, -1].astype(cache.value_sum.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The blocks of a model: the first one where it differs, and all others under one scan."""
+"""The blocks of a model: the first one where it differs, and a pattern of one or several that repeats under one scan."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,24 +11,52 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.nn.block import Block, Said
 from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.depth_routing import RoutedBlock
 from tokenformer_jax.nn.parameters import Tree, logical_axes, split, stack_layers, unstack_layers
 from tokenformer_jax.nn.remat import LAYER_REMAT, gathered
 
+AnyBlock = Block | RoutedBlock
 # `(block, x, context) -> (x, what it observed)`.
-Apply = Callable[[Block, jax.Array, Context], tuple[jax.Array, Any]]
+Apply = Callable[[AnyBlock, jax.Array, Context], tuple[jax.Array, Any]]
 
 
-def make_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> tuple[Block | None, Block]:
-  """(the first block or None, the others as one module whose leaves have a leading layer axis)."""
+class Pattern(nnx.Module):
+  """Blocks that follow one another and repeat together, under the names `0`, `1`, …"""
+
+  def __init__(self, blocks: list[AnyBlock]):
+    for index, block in enumerate(blocks):
+      setattr(self, str(index), block)
+
+
+def make_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> tuple[Block | None, Block | RoutedBlock | Pattern]:
+  """(the first block or None, the repeating ones as one module whose leaves have a leading axis of repetitions)."""
   first = Block(config, is_first=True, rngs=rngs) if config.has_first_block else None
-  others = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers - (first is not None), rngs)
-  return first, others
+
+  def repeated(rngs: nnx.Rngs) -> Block | RoutedBlock | Pattern:
+    blocks = [(RoutedBlock if routed else Block)(config, rngs=rngs) for routed in config.pattern]
+    return blocks[0] if len(blocks) == 1 else Pattern(blocks)
+
+  repeats = (config.num_layers - (first is not None)) // len(config.pattern)
+  return first, stack_layers(repeated, repeats, rngs)
+
+
+def _members(blocks: Block | RoutedBlock | Pattern) -> dict[str, AnyBlock]:
+  """The stacked blocks of a repetition, by path."""
+  if not isinstance(blocks, Pattern):
+    return {"blocks": blocks}
+  names = sorted((name for name in vars(blocks) if name.isdigit()), key=int)
+  return {f"blocks/{name}": getattr(blocks, name) for name in names}
 
 
 def through_blocks(
-  first: Block | None, blocks: Block, x: jax.Array, context: Context, config: ModelConfig, apply: Apply
+  first: Block | None,
+  blocks: Block | RoutedBlock | Pattern,
+  x: jax.Array,
+  context: Context,
+  config: ModelConfig,
+  apply: Apply,
 ) -> tuple[jax.Array, dict[str, Any]]:
-  """Applies a function to each block in turn, the stacked ones under `jax.lax.scan`.
+  """Applies a function to each block in turn, the repeating ones under `jax.lax.scan`.
 
   Args:
     first, blocks: from `make_blocks`.
@@ -38,20 +66,30 @@ def through_blocks(
     apply: called in the place of each block.
 
   Returns:
-    (the residual stream, what `apply` observed by the path of the block, `first` or `blocks`; under `blocks` each leaf
-    has a leading layer axis).
+    (the residual stream, what `apply` observed by the path of the block: `first`, and `blocks` or, in a longer pattern,
+    `blocks/0`, `blocks/1`, …, where each leaf has a leading axis of repetitions).
   """
   observed: dict[str, Any] = {}
   if first is not None:
     graphdef, *leaves = split(first)
     x, observed["first"] = _layer(graphdef, logical_axes(first)[0], context, config, apply)(x, leaves)
-  graphdef, *leaves = split(blocks)
-  axes = jax.tree.map(lambda axes: axes[1:], logical_axes(blocks)[0], is_leaf=lambda node: isinstance(node, tuple))
-  x, observed["blocks"] = jax.lax.scan(_layer(graphdef, axes, context, config, apply), x, leaves)
-  return constrain(x, "batch", "time", None), observed
+  layers, stacked = {}, {}
+  for path, block in _members(blocks).items():
+    graphdef, *stacked[path] = split(block)
+    axes = jax.tree.map(lambda axes: axes[1:], logical_axes(block)[0], is_leaf=lambda node: isinstance(node, tuple))
+    layers[path] = _layer(graphdef, axes, context, config, apply)
+
+  def repetition(x, leaves):
+    observed = {}
+    for path, layer in layers.items():
+      x, observed[path] = layer(x, leaves[path])
+    return x, observed
+
+  x, repeated = jax.lax.scan(repetition, x, stacked)
+  return constrain(x, "batch", "time", None), observed | repeated
 
 
-def _layer(graphdef: nnx.GraphDef, axes: Tree, context: Context, config: ModelConfig, apply: Apply) -> Callable:
+def _layer(graphdef, axes: Tree, context: Context, config: ModelConfig, apply: Apply):
   """One block as a function `(x, (parameters, τ)) -> (x, observed)`, rematerialised as `config.remat` says."""
 
   def layer(x_BxTxD, leaves):
@@ -81,7 +119,9 @@ def mean_over_layers(said: dict[str, Said]) -> Said:
   }
 
 
-def each_block(first: Block | None, blocks: Block, num_layers: int) -> nnx.List:
+def each_block(first: Block | None, blocks: Block | RoutedBlock | Pattern, config: ModelConfig) -> nnx.List:
   """All blocks in order, as modules with leaves of their own."""
-  others = unstack_layers(blocks, num_layers - (first is not None))
+  repeats = (config.num_layers - (first is not None)) // len(config.pattern)
+  members = [unstack_layers(block, repeats) for block in _members(blocks).values()]
+  others = [block for repetition in zip(*members) for block in repetition]
   return nnx.List([*([] if first is None else [first]), *others])

@@ -199,7 +199,9 @@ def _for_decoding(program: Program):
 
   def layers_of(tree):
     stacked = [tree["first"]] if "first" in tree else []
-    stacked += [tree["blocks"]] * (program.model.num_layers - len(stacked))
+    length = len(program.model.pattern)
+    pattern = [tree["blocks"]] if length == 1 else [tree["blocks"][str(index)] for index in range(length)]
+    stacked += pattern * ((program.model.num_layers - len(stacked)) // length)
     rest = {name: branch for name, branch in tree.items() if name not in ("first", "blocks")}
     return {**rest, "blocks": dict(enumerate(stacked))}
 

@@ -53,7 +53,7 @@ def make_train_step(
   """
 
   def objective(params, tau, batch):
-    loss, sums, said = _loss(graphdef, params, tau, batch, z_loss)
+    loss, sums, said = _loss(graphdef, params, tau, batch, z_loss, training=True)
     for name, value in said.items():
       if name.startswith("loss/"):
         loss += value * sums.weight
@@ -117,14 +117,15 @@ def make_eval_step(graphdef: nnx.GraphDef):
   """The function `(params, tau, batch) -> LossSums` over the batch, without z-loss and gradients."""
 
   def eval_step(params, tau, batch):
-    return _loss(graphdef, params, tau, batch, 0.0)[1]
+    return _loss(graphdef, params, tau, batch, 0.0, training=False)[1]
 
   return eval_step
 
 
-def _loss(graphdef, params, tau, batch, z_loss) -> tuple[jax.Array, LossSums, Said]:
+def _loss(graphdef, params, tau, batch, z_loss, training) -> tuple[jax.Array, LossSums, Said]:
   model = nnx.merge(graphdef, params, tau)
-  hidden, said = model.hidden(batch.inputs, batch.positions, batch.segments)
+  real = None if batch.segments is None else batch.segments > 0
+  hidden, said = model.hidden(batch.inputs, batch.positions, batch.segments, real, training)
   return *loss_sums(hidden, model.table(), batch.labels, batch.weights, z_loss), said
 
 

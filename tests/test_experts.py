@@ -1,0 +1,252 @@
+"""Mixtures of experts: the originals' numbers, static shapes and FLOPs, and no token that depends on another's choice."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tokenformer_jax as tf
+from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.config.parts import FeedForwardConfig
+from tokenformer_jax.distributed import axes, mesh
+from tokenformer_jax.kernels.grouped import grouped_row_products, grouped_weighted_sums, make_groups
+from tokenformer_jax.nn.context import Context
+from tokenformer_jax.nn.experts import Experts
+from tokenformer_jax.nn.pattention import recorded_inputs
+from tokenformer_jax.training.flops import product_flops
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SIZES = dict(vocab_size=96, num_layers=2, hidden_size=32, num_heads=4, ffn_tokens=48, seq_length=32)
+
+
+def context(time, **fields):
+  return Context(jnp.arange(time)[None], **fields)
+
+
+def experts(preset="mixtral", **ffn):
+  config = ModelConfig.named("tiny", preset, **SIZES)
+  return Experts(dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, **ffn)), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["blocks", "ragged_dot"])
+@pytest.mark.parametrize("num_rows", [3, 50])
+def test_products_of_groups_are_those_of_each_row_alone(padded, num_rows):
+  rng = np.random.default_rng(0)
+  group = jnp.asarray(rng.choice([0, 1, 3, 4], num_rows))  # The third of four groups is empty, and 4 is none.
+  x, keys, values = (
+    jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for shape in [(num_rows, 8), (4, 6, 8), (4, 6, 5)]
+  )
+
+  def grouped(x, keys, values):
+    groups = make_groups(group, 4, padded)
+    return groups.unsort(grouped_weighted_sums(grouped_row_products(groups.sort(x), keys, groups), values, groups))
+
+  def alone(x, keys, values):
+    y = jnp.einsum("md,mnd,mne->me", x, keys[group % 4], values[group % 4])
+    return jnp.where(group[:, None] < 4, y, 0.0)
+
+  def with_gradient(function):
+    return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(function(*args))), argnums=(0, 1, 2)))
+
+  ours, theirs = (with_gradient(function)(x, keys, values) for function in (grouped, alone))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5), ours, theirs)
+
+
+def test_flops_are_those_of_the_chosen_experts():
+  layer = experts(experts=8, chosen=2)
+  graphdef, state = nnx.split(layer)
+  x = jnp.zeros((4, 256, 32))
+  traced = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, context(256))[0]).trace(state, x)
+  one_expert = 2 * 4 * 256 * 3 * 48 * 32
+  router = 2 * 4 * 256 * 8 * 32
+  assert 2.0 * one_expert <= product_flops(traced.jaxpr) - router <= 1.3 * 2 * one_expert
+
+
+def test_switch_equals_the_original_but_for_dropped_tokens():
+  a = np.load(GOLDEN / "switchA_hf4463.npz")
+  layer = experts("switch", experts=4, capacity=0.7)
+  assert layer.capacity(17) == json.loads(str(a["meta_json"]))["expert_capacity"]
+  layer.router[...] = a["param/router.classifier.weight"]
+  layer.keys[...] = np.stack([a[f"param/experts.expert_{e}.wi.weight"] for e in range(4)])
+  layer.values[...] = np.stack([a[f"param/experts.expert_{e}.wo.weight"].T for e in range(4)])
+  graphdef, state = nnx.split(layer)
+  y, said = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, context(17, training=True)))(state, a["x"])
+  expected = np.where(a["dropped"][:, :, None], 0.0, a["y"])  # There a dropped token gives probability · x.
+  np.testing.assert_allclose(y, expected, atol=2e-6)
+  np.testing.assert_allclose(said["loss/router_z"], 0.001 * a["z_loss"], rtol=1e-5)
+  np.testing.assert_allclose(said["router/dropped"], a["dropped"].mean(), rtol=1e-5)
+  # The original multiplies the shares of each sequence by itself.
+  chance = np.exp(a["router_logits"]) / np.exp(a["router_logits"]).sum(axis=-1, keepdims=True)
+  load = np.eye(4)[chance.argmax(axis=-1)]
+  pooled = 4 * np.sum(load.mean(axis=(0, 1)) * chance.mean(axis=(0, 1)))
+  np.testing.assert_allclose(said["loss/balance"], 0.01 * pooled, rtol=1e-5)
+  of_sequences = 4 * np.sum(load.mean(axis=1) * chance.mean(axis=1), axis=-1).mean()
+  np.testing.assert_allclose(of_sequences, a["lb_loss"], rtol=1e-5)
+
+
+def mixtral(a):
+  """Parameters of the golden model, as a tree like those of `nn.parameters.split`."""
+
+  def stacked(name):
+    return np.stack([a[name.format(layer=layer)] for layer in range(2)])
+
+  def of_experts(name):
+    return np.stack(
+      [stacked(f"model.layers.{{layer}}.block_sparse_moe.experts.{e}.{name}.weight") for e in range(4)], 1
+    )
+
+  dense = dict(query="q_proj", key="k_proj", value="v_proj", proj="o_proj")
+  return {
+    "embedding": a["model.embed_tokens.weight"],
+    "head": a["lm_head.weight"],
+    "final_norm": {"scale": a["model.norm.weight"]},
+    "blocks": {
+      "norm": {"scale": stacked("model.layers.{layer}.input_layernorm.weight")},
+      "ffn_norm": {"scale": stacked("model.layers.{layer}.post_attention_layernorm.weight")},
+      "attention": {
+        ours: {"weight": stacked(f"model.layers.{{layer}}.self_attn.{theirs}.weight").swapaxes(1, 2)}
+        for ours, theirs in dense.items()
+      },
+      "ffn": {
+        "router": stacked("model.layers.{layer}.block_sparse_moe.gate.weight"),
+        "gates": of_experts("w1"),
+        "keys": of_experts("w3"),
+        "values": of_experts("w2").swapaxes(2, 3),
+      },
+    },
+  }
+
+
+def test_mixtral_equals_the_original():
+  """Logits, loss and gradients, with the original's balance loss, whose shares are those over all layers together."""
+  a = np.load(GOLDEN / "mixtralA_hf4463.npz")
+  config = ModelConfig.named(
+    "tiny", "mixtral", attention=dict(projection="dense", num_kv_heads=2), ffn=dict(experts=4), **SIZES
+  )
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: tf.LanguageModel(config, rngs=nnx.Rngs(0))))
+  ids = jnp.asarray(a["input_ids"])
+
+  def apply(block, x, context):
+    with recorded_inputs() as recorded:
+      x, _, said = block(x, context.observed())
+    ((layer, normed),) = recorded
+    return x, (layer.scores(normed), said["loss/balance"])
+
+  def loss(params):
+    model = nnx.merge(graphdef, params, {})
+    hidden, observed = model.through_layers(apply, ids)
+    logits = model.logits(hidden)
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)
+    scores, balance = observed["blocks"]
+    chance = jax.nn.softmax(scores.reshape(-1, 4))
+    taken = jax.nn.one_hot(jax.lax.top_k(chance, 2)[1], 4)
+    pooled = 4 * jnp.sum(jnp.mean(taken, axis=0) * jnp.mean(chance, axis=0)[None])
+    return jnp.mean(nats) + 0.02 * pooled, (logits, scores, pooled, balance)
+
+  params = mixtral({name.removeprefix("param/"): a[name] for name in a if name.startswith("param/")})
+  (total, (logits, scores, pooled, balance)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  np.testing.assert_allclose(logits, a["logits"], atol=2e-5)
+  np.testing.assert_allclose(scores.reshape(2, -1, 4)[1], a["router_logits/1"], atol=2e-5)
+  np.testing.assert_allclose([total, pooled], [a["loss_total"], a["aux_loss"]], rtol=1e-6)
+  expected = mixtral({name.removeprefix("grad/"): a[name] for name in a if name.startswith("grad/")})
+  largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+  jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest), grads, expected)
+  # Ours is the mean over the layers of what each has by itself, and 1 where all experts get as much.
+  of_layers = [4 / 2 * np.sum(np.mean(jax.nn.one_hot(jax.lax.top_k(s, 2)[1], 4), axis=0).sum(0) * jax.nn.softmax(s).mean(0))
+               for s in scores.reshape(2, -1, 4)]  # fmt: skip
+  np.testing.assert_allclose(balance, 0.01 * np.array(of_layers), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def half_capacity():
+  """(function of x, real, training) of a layer whose experts have half of the capacity that they would need."""
+  graphdef, state = nnx.split(experts(experts=4, capacity=0.5, kind="gated"))
+  return jax.jit(
+    lambda x, real, training: nnx.merge(graphdef, state)(x, context(x.shape[1], real=real, training=training)),
+    static_argnums=2,
+  )
+
+
+def test_outside_of_training_no_token_is_dropped_or_depends_on_another(half_capacity):
+  x = jax.random.normal(jax.random.key(0), (3, 8, 32))
+  everyone = jnp.ones(x.shape[:2], bool)
+  y, said = half_capacity(x, everyone, False)
+  np.testing.assert_allclose(y[1:2, 3:4], half_capacity(x[1:2, 3:4], everyone[1:2, 3:4], False)[0], atol=1e-7)
+  assert said["router/dropped"] == 0 and np.abs(y).min(axis=-1).all()
+  trained, said = half_capacity(x, everyone, True)
+  assert said["router/dropped"] > 0.4
+  # Neither does an earlier token depend on a later one's choice.
+  later = half_capacity(x.at[:, 5:].set(0.0), everyone, True)[0]
+  np.testing.assert_array_equal(later[:, :3], trained[:, :3])
+
+
+def test_padding_counts_nowhere_and_takes_no_room(half_capacity):
+  x = jax.random.normal(jax.random.key(0), (2, 8, 32))
+  real = jnp.arange(8)[None] < jnp.array([[5], [8]])
+  said = half_capacity(x, real, True)[1]
+  other = half_capacity(jnp.where(real[:, :, None], x, 7.0), real, True)
+  jax.tree.map(np.testing.assert_array_equal, said, other[1])
+
+
+def test_no_ops_give_nothing_and_are_no_load():
+  graphdef, state = nnx.split(experts("switch", experts=2, no_ops=1, capacity=0.0))
+  x = jax.random.normal(jax.random.key(0), (1, 9, 32))
+
+  @jax.jit
+  def both(state):
+    layer = nnx.merge(graphdef, state)
+    one = layer(x, context(9))
+    layer.router[...] = layer.router[...].at[2].multiply(0.5)
+    return *one, layer(x, context(9))[1], layer.scores(x)
+
+  y, said, other, scores = both(state)
+  chosen = np.argmax(np.asarray(scores) * np.array([1, 1, 2]), axis=-1)
+  assert {0, 1, 2} == set(chosen.flatten().tolist())
+  np.testing.assert_array_equal(np.any(y != 0, axis=-1), chosen < 2)
+  np.testing.assert_allclose(said["router/no_op"], np.mean(chosen == 2), rtol=1e-6)
+  assert other["router/no_op"] != said["router/no_op"]
+
+
+@pytest.mark.parametrize("token, fsdp", [(4, 2)])
+def test_devices_that_split_the_experts_give_the_same_without_gathering_them(token, fsdp):
+  layer = experts(experts=4)
+  graphdef, params = nnx.split(layer)
+  params = nnx.to_pure_dict(params)
+  x = jax.random.normal(jax.random.key(0), (4, 6, 32))
+
+  def loss(params, x):
+    y, said = nnx.merge(graphdef, params)(x, context(6))
+    return jnp.sum(jnp.sin(y)) + said["loss/balance"]
+
+  step = jax.value_and_grad(loss, argnums=(0, 1))
+  expected = jax.jit(step)(params, x)
+  devices = mesh.make_mesh(MeshConfig(token=token, fsdp=fsdp))
+  names = {"router": (None, "router")} | dict.fromkeys(("keys", "values", "gates"), ("expert", "param_token", "embed"))
+  shardings = axes.tree_shardings(devices, names, params), axes.batch_sharding(devices, x.shape)
+  assert shardings[0]["keys"].spec == jax.sharding.PartitionSpec("token", None, "fsdp")
+  compiled = jax.jit(axes.traced_on(devices, step), in_shardings=shardings).lower(params, x).compile()
+  ours = compiled(*jax.tree.map(jax.device_put, (params, x), shardings))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), ours, expected)
+  assert "f32[4,48,32]" not in compiled.as_text()  # No device ever holds all experts.
+  assert "f32[1,48,32]" in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+  "fields, words",
+  [
+    (dict(experts=4, chosen=5), "chosen=5: there are only experts=4"),
+    (dict(chosen=2), "chosen=2: experts=1 has no router"),
+    (dict(experts=4, renormalise=True), "renormalise=True: with chosen=1"),
+    (dict(experts=4, chosen=2, bias=True), "bias=True: experts=4 have no biases"),
+    (dict(experts=4, chosen=2, capacity=-1.0), "capacity=-1.0: must be at least 0"),
+  ],
+)
+def test_bad_choices_are_refused(fields, words):
+  with pytest.raises(ValueError, match=words):
+    FeedForwardConfig(kind="mlp", **fields)
