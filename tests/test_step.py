@@ -34,7 +34,7 @@ class Bigram(nnx.Module):
     self.matrix = parameter(nnx.Rngs(0), (VOCAB, VOCAB), ("vocab", "vocab"), nnx.initializers.normal(1.0))
     self.tau = Tau(jnp.ones([]), axes=())
 
-  def hidden(self, tokens, positions, segments):
+  def hidden(self, tokens, positions, segments, real, training):
     return jax.nn.one_hot(tokens, VOCAB), {}
 
   def table(self):
@@ -86,8 +86,8 @@ def test_micro_batches_are_one_batch(accumulation, weights, z_loss):
 class Speaker(Bigram):
   """A `Bigram` that says the mean of its ids, and pulls its matrix down by as much."""
 
-  def hidden(self, tokens, positions, segments):
-    hidden, _ = super().hidden(tokens, positions, segments)
+  def hidden(self, tokens, positions, segments, real, training):
+    hidden, _ = super().hidden(tokens, positions, segments, real, training)
     level = jnp.mean(tokens.astype(jnp.float32))
     return hidden, {"level": level, "loss/pull": level * jnp.sum(self.matrix[...])}
 

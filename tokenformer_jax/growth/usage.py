@@ -12,6 +12,8 @@ from flax import nnx
 from tokenformer_jax.growth.layers import TokenLayer, leaves_by_path, token_layers
 from tokenformer_jax.kernels.products import row_products
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.depth_routing import RoutedBlock
+from tokenformer_jax.nn.experts import Experts
 from tokenformer_jax.nn.feed_forward import MLP
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import recorded_inputs
@@ -46,6 +48,12 @@ def token_usage(
     ValueError: no batches, ids outside the vocabulary, a layer that the forward pass does not reach, or a use that is
       not finite.
   """
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, (Experts, RoutedBlock)):
+      raise ValueError(
+        f"the model has a {type(module).__name__}, whose rows see only some of the tokens: their use is not measured, "
+        "so it cannot be shrunk; grow a smaller model instead."
+      )
   layers = token_layers(model)
   sums_of = _language_model_sums(model) if isinstance(model, LanguageModel) else _sums(model, apply)
   total: dict[str, Any] = {}

@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.models.decoding_model import DecodingModel
 from tokenformer_jax.models.vocabulary import VocabularyEnds
-from tokenformer_jax.nn.block import Block, Said
+from tokenformer_jax.nn.block import Said
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.initializers import STD
 from tokenformer_jax.nn.norm import Norm
 from tokenformer_jax.nn.parameters import parameter
-from tokenformer_jax.nn.stack import Apply, make_blocks, mean_over_layers, through_blocks
+from tokenformer_jax.nn.stack import AnyBlock, Apply, make_blocks, mean_over_layers, through_blocks
 
 
 class LanguageModel(VocabularyEnds, nnx.Module):
@@ -76,7 +76,7 @@ class LanguageModel(VocabularyEnds, nnx.Module):
       training: whether routers may drop tokens, as they do in training.
     """
 
-    def apply(block: Block, x: Array, context: Context) -> tuple[Array, Said]:
+    def apply(block: AnyBlock, x: Array, context: Context) -> tuple[Array, Said]:
       x, _, said = block(x, context)
       return x, said
 

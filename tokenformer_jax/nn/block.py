@@ -77,7 +77,8 @@ class Block(nnx.Module):
     if isinstance(self.ffn, Experts):
       experts = self.ffn
       return context.remat(lambda x: experts(norm(x), context))(x)
-    return context.remat(lambda x: self.ffn(norm(x)))(x), {}
+    dense = self.ffn
+    return context.remat(lambda x: dense(norm(x)))(x), {}
 
   def _before(self, norm: Norm) -> Callable[[jax.Array], jax.Array]:
     return _identity if self.norms == "post" else norm

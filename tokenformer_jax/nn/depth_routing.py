@@ -38,7 +38,7 @@ class Predictor(nnx.Module):
     normal, zeros, hidden = nnx.initializers.normal(STD), nnx.initializers.zeros, max(size // 2, 1)
     self.keys = parameter(rngs, (size, hidden), ("router", "router"), normal)
     self.key_biases = parameter(rngs, (hidden,), (None,), zeros, decayed=False)
-    self.values = parameter(rngs, (hidden,), ("router",), normal)
+    self.values = parameter(rngs, (hidden,), ("router",), normal, decayed=False)
     self.bias = parameter(rngs, (), (), zeros, decayed=False)
 
   def __call__(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time"]:
@@ -64,7 +64,7 @@ class RoutedBlock(nnx.Module):
     for _, variable in nnx.to_flat_state(nnx.state(self.block, nnx.Param)):
       variable.set_metadata(active=variable.active * config.depth.capacity)
     size = config.hidden_size
-    self.router = parameter(rngs, (size,), ("router",), nnx.initializers.normal(size**-0.5))
+    self.router = parameter(rngs, (size,), ("router",), nnx.initializers.normal(size**-0.5), decayed=False)
     if self.part.choice == "expert" and self.part.causal == "predictor":
       self.predictor = Predictor(size, rngs=rngs)
 
