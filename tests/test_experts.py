@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import tokenformer_jax as tf
+from tests.test_interop_pretrained import save
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.config.parts import FeedForwardConfig
 from tokenformer_jax.distributed import axes, mesh
+from tokenformer_jax.interop.hugging_face import model_from, to_hugging_face
+from tokenformer_jax.interop.hugging_face_config import config_fields
+from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.kernels.grouped import grouped_row_products, grouped_weighted_sums, make_groups
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.experts import Experts
+from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import recorded_inputs
 from tokenformer_jax.training.flops import product_flops
 
@@ -90,46 +94,33 @@ def test_switch_equals_the_original_but_for_dropped_tokens():
   np.testing.assert_allclose(of_sequences, a["lb_loss"], rtol=1e-5)
 
 
-def mixtral(a):
-  """Parameters of the golden model, as a tree like those of `nn.parameters.split`."""
-
-  def stacked(name):
-    return np.stack([a[name.format(layer=layer)] for layer in range(2)])
-
-  def of_experts(name):
-    return np.stack(
-      [stacked(f"model.layers.{{layer}}.block_sparse_moe.experts.{e}.{name}.weight") for e in range(4)], 1
-    )
-
-  dense = dict(query="q_proj", key="k_proj", value="v_proj", proj="o_proj")
-  return {
-    "embedding": a["model.embed_tokens.weight"],
-    "head": a["lm_head.weight"],
-    "final_norm": {"scale": a["model.norm.weight"]},
-    "blocks": {
-      "norm": {"scale": stacked("model.layers.{layer}.input_layernorm.weight")},
-      "ffn_norm": {"scale": stacked("model.layers.{layer}.post_attention_layernorm.weight")},
-      "attention": {
-        ours: {"weight": stacked(f"model.layers.{{layer}}.self_attn.{theirs}.weight").swapaxes(1, 2)}
-        for ours, theirs in dense.items()
-      },
-      "ffn": {
-        "router": stacked("model.layers.{layer}.block_sparse_moe.gate.weight"),
-        "gates": of_experts("w1"),
-        "keys": of_experts("w3"),
-        "values": of_experts("w2").swapaxes(2, 3),
-      },
-    },
-  }
+@pytest.fixture(scope="module")
+def mixtral():
+  """(all arrays, config.json, parameters) of the golden model, under the names of transformers."""
+  arrays = dict(np.load(GOLDEN / "mixtralA_hf4463.npz"))
+  parameters = {name[6:]: array for name, array in arrays.items() if name.startswith("param/")}
+  return arrays, json.loads(str(arrays["meta_json"])), parameters
 
 
-def test_mixtral_equals_the_original():
-  """Logits, loss and gradients, with the original's balance loss, whose shares are those over all layers together."""
-  a = np.load(GOLDEN / "mixtralA_hf4463.npz")
-  config = ModelConfig.named(
-    "tiny", "mixtral", attention=dict(projection="dense", num_kv_heads=2), ffn=dict(experts=4), **SIZES
+def test_a_mixtral_folder_is_read_onto_a_mesh(mixtral, tmp_path):
+  _, fields, parameters = mixtral
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  save(tmp_path / "model.safetensors", parameters)
+  devices = mesh.make_mesh(MeshConfig(token=2, fsdp=2), devices=jax.devices()[:4])
+  model, expected = from_pretrained(tmp_path, mesh=devices), model_from(fields, parameters)
+  assert model.config == expected.config and model.config.ffn.experts == 4
+  jax.tree.map(np.testing.assert_array_equal, split(model)[1], split(expected)[1])
+  np.testing.assert_array_equal(
+    model.blocks.ffn.values[...][1, 2].T, parameters["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
   )
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: tf.LanguageModel(config, rngs=nnx.Rngs(0))))
+  assert model.blocks.ffn.keys[...].sharding.spec == jax.sharding.PartitionSpec(None, "token", None, "fsdp")
+  assert config_fields(model.config).items() >= dict(model_type="mixtral", num_local_experts=4).items()
+
+
+def test_mixtral_equals_the_original(mixtral):
+  """Logits, loss and gradients, with the original's balance loss, whose shares are those over all layers together."""
+  a, fields, parameters = mixtral
+  graphdef, params, _ = split(model_from(fields, parameters))
   ids = jnp.asarray(a["input_ids"])
 
   def apply(block, x, context):
@@ -149,14 +140,14 @@ def test_mixtral_equals_the_original():
     pooled = 4 * jnp.sum(jnp.mean(taken, axis=0) * jnp.mean(chance, axis=0)[None])
     return jnp.mean(nats) + 0.02 * pooled, (logits, scores, pooled, balance)
 
-  params = mixtral({name.removeprefix("param/"): a[name] for name in a if name.startswith("param/")})
   (total, (logits, scores, pooled, balance)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   np.testing.assert_allclose(logits, a["logits"], atol=2e-5)
   np.testing.assert_allclose(scores.reshape(2, -1, 4)[1], a["router_logits/1"], atol=2e-5)
   np.testing.assert_allclose([total, pooled], [a["loss_total"], a["aux_loss"]], rtol=1e-6)
-  expected = mixtral({name.removeprefix("grad/"): a[name] for name in a if name.startswith("grad/")})
-  largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
-  jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest), grads, expected)
+  gradients = to_hugging_face(grads, fields)
+  largest = max(np.abs(a[f"grad/{name}"]).max() for name in gradients)
+  for name, gradient in gradients.items():
+    np.testing.assert_allclose(gradient, a[f"grad/{name}"], atol=1e-5 * largest, err_msg=name)
   # Ours is the mean over the layers of what each has by itself, and 1 where all experts get as much.
   of_layers = [4 / 2 * np.sum(np.mean(jax.nn.one_hot(jax.lax.top_k(s, 2)[1], 4), axis=0).sum(0) * jax.nn.softmax(s).mean(0))
                for s in scores.reshape(2, -1, 4)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The arrays of Hugging Face's GPT-NeoX (Pythia), GPT-2 and Llama models, and the conversion to and from our parameters.
+"""The arrays of Hugging Face's GPT-NeoX (Pythia), GPT-2, Llama and Mixtral models, and the conversion to and from our parameters.
 
 Our matrices are [d_in, d_out] in attention, and rows [hidden unit, channel] in the feed-forward. PyTorch's `Linear` is
 [d_out, d_in], and GPT-2's `Conv1D` is [d_in, d_out].
@@ -6,6 +6,7 @@ Our matrices are [d_in, d_out] in attention, and rows [hidden unit, channel] in 
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -79,7 +80,8 @@ def _query_key_value(field: str, **arrangement: bool) -> Place:
   return Place(tuple(f"blocks/attention/{name}/{field}" for name in ("query", "key", "value")), **arrangement)
 
 
-# Their name -> its place in our tree, by `model_type`. {} is the layer. A name whose leaf a model lacks (a bias, the
+# Their name -> its place in our tree, by `model_type`. The first {} is the layer, the second
+# one the expert. A name whose leaf a model lacks (a bias, the
 # head of a tied model) is not in its files.
 _TABLES: dict[str, dict[str, Place]] = {
   "gpt_neox": {
@@ -141,9 +143,15 @@ _TABLES: dict[str, dict[str, Place]] = {
     "lm_head.weight": _same("head"),
   },
 }
+_TABLES["mixtral"] = {name: place for name, place in _TABLES["llama"].items() if ".mlp." not in name} | {
+  "model.layers.{}.block_sparse_moe.gate.weight": _same("blocks/ffn/router"),
+  "model.layers.{}.block_sparse_moe.experts.{}.w1.weight": _same("blocks/ffn/gates"),
+  "model.layers.{}.block_sparse_moe.experts.{}.w3.weight": _same("blocks/ffn/keys"),
+  "model.layers.{}.block_sparse_moe.experts.{}.w2.weight": _transposed("blocks/ffn/values"),
+}
 # transformers 5 calls GPT-NeoX's head as it does that of other models.
-_OTHER_NAMES = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}, "gpt2": {}, "llama": {}}
-_PREFIXES = {"gpt_neox": "gpt_neox.", "gpt2": "transformer.", "llama": "model."}
+_OTHER_NAMES = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}, "gpt2": {}, "llama": {}, "mixtral": {}}
+_PREFIXES = {"gpt_neox": "gpt_neox.", "gpt2": "transformer.", "llama": "model.", "mixtral": "model."}
 _HEADS = ("lm_head.weight", "embed_out.weight")
 # Masks and frequencies that earlier versions of transformers stored; they follow from the configuration.
 _BUFFER = re.compile(r"(.*\.)?((attention|attn)\.(bias|masked_bias)|rotary_emb\.inv_freq)")
@@ -176,15 +184,16 @@ def with_full_names(model_type: str, arrays: Mapping[str, Stored]) -> dict[str, 
   return {_OTHER_NAMES[model_type].get(name, name): array for name, array in found.items()}
 
 
-def table(model_type: str, config: ModelConfig) -> dict[str, tuple[Place, int | None]]:
-  """Maps each of their names to its (place, layer) in our tree; the layer is None where there is no layer axis."""
+def table(model_type: str, config: ModelConfig) -> dict[str, tuple[Place, tuple[int, ...]]]:
+  """Maps each of their names to its (place, index) in our tree: (), (layer,) or (layer, expert) of the leaf."""
   paths = _shapes(config)
-  found: dict[str, tuple[Place, int | None]] = {}
+  found: dict[str, tuple[Place, tuple[int, ...]]] = {}
+  counts = (config.num_layers, config.ffn.experts)
   for name, place in _TABLES[model_type].items():
     if place.paths[0] not in paths:
       continue
-    for layer in range(config.num_layers) if "{}" in name else (None,):
-      found[name.format(layer)] = place, layer
+    for index in itertools.product(*map(range, counts[: name.count("{}")])):
+      found[name.format(*index)] = place, index
   return found
 
 
@@ -192,8 +201,8 @@ def their_shapes(model_type: str, config: ModelConfig) -> dict[str, tuple[int, .
   """Maps the name of every array of a model to its shape."""
   shapes = _shapes(config)
   return {
-    name: place.shape([shapes[path] if layer is None else shapes[path][1:] for path in place.paths])
-    for name, (place, layer) in table(model_type, config).items()
+    name: place.shape([shapes[path][len(index) :] for path in place.paths])
+    for name, (place, index) in table(model_type, config).items()
   }
 
 
@@ -215,10 +224,8 @@ def model_from(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> L
   for name, (place, _) in table(model_type, config).items():
     for path, leaf in zip(place.paths, place.ours(np.asarray(known[name]), config.head_dim)):
       layers.setdefault(path, []).append(leaf)
-  flat = {
-    path: jnp.asarray(np.stack(parts) if path.startswith("blocks/") else parts[0], jnp.float32)
-    for path, parts in layers.items()
-  }
+  shapes = _shapes(config)
+  flat = {path: jnp.asarray(np.stack(parts).reshape(shapes[path]), jnp.float32) for path, parts in layers.items()}
   graphdef, _, tau = split(abstract_model(config))
   return nnx.merge(graphdef, traverse_util.unflatten_dict(flat, sep="/"), tau)
 
@@ -237,10 +244,8 @@ def to_hugging_face(
   flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(parameters, sep="/").items()}
   written = {ours: theirs for theirs, ours in _OTHER_NAMES[model_type].items() if theirs in (names or ())}
   return {
-    written.get(name, name): place.theirs(
-      [flat[path] if layer is None else flat[path][layer] for path in place.paths], config.head_dim
-    )
-    for name, (place, layer) in table(model_type, config).items()
+    written.get(name, name): place.theirs([flat[path][index] for path in place.paths], config.head_dim)
+    for name, (place, index) in table(model_type, config).items()
   }
 
 

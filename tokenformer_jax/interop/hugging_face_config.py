@@ -1,10 +1,11 @@
-"""The config.json of Hugging Face's GPT-NeoX (Pythia), GPT-2 and Llama models, to and from our configuration."""
+"""The config.json of Hugging Face's GPT-NeoX (Pythia), GPT-2, Llama and Mixtral models, to and from our configuration."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config.parts import FeedForwardConfig
 from tokenformer_jax.config.presets import PARTS, PRESETS
 from tokenformer_jax.interop.stored_array import quoted
 
@@ -19,6 +20,8 @@ _ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
 }
+# Fields of experts that evaluation and decoding do not read.
+_TRAINING = ("capacity", "balance", "router_z")
 # Fields that change how a model is computed and not which function it is, or that a dense model does not read.
 _FREE = ("compute_dtype", "remat", "kernel", "theta", "gelu")
 
@@ -102,6 +105,22 @@ FAMILIES = {
     },
     fixed=_COMMON,
   ),
+  "mixtral": Family(
+    preset="mixtral",
+    architecture="MixtralForCausalLM",
+    sizes=_SIZES,
+    options={
+      "attention.num_kv_heads": ("num_key_value_heads", 8),
+      "seq_length": ("max_position_embeddings", 131_072),
+      "norm_epsilon": ("rms_norm_eps", 1e-5),
+      "ffn.activation": ("hidden_act", "silu"),
+      "ffn.experts": ("num_local_experts", 8),
+      "ffn.chosen": ("num_experts_per_tok", 2),
+      "tied": ("tie_word_embeddings", False),
+      "rotary_base": ("rope_theta", 1_000_000.0),
+    },
+    fixed={**_COMMON, "sliding_window": None},
+  ),
 }
 
 
@@ -180,7 +199,10 @@ def comparable(config: ModelConfig) -> ModelConfig:
     attention = dataclasses.replace(attention, num_kv_heads=0)
   free = (*_FREE, *(() if attention.positions == "rotary" else ("rotary_fraction", "rotary_base")))
   defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in free}
-  changes: dict[str, Any] = {**defaults, "attention": attention}
+  ffn = config.ffn
+  if ffn.experts > 1:
+    ffn = dataclasses.replace(ffn, **{name: getattr(FeedForwardConfig, name) for name in _TRAINING})
+  changes: dict[str, Any] = {**defaults, "attention": attention, "ffn": ffn}
   return dataclasses.replace(config, **changes)
 
 

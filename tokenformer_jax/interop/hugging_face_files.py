@@ -21,7 +21,7 @@ from tokenformer_jax.nn.parameters import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our leaves, or one layer of it, in an array of a file.
+  """One of our leaves, or one layer or expert of it, in an array of a file.
 
   Attributes:
     array: the array.
@@ -65,7 +65,8 @@ def hugging_face_fields(weights: Weights, path: epath.Path) -> dict[str, Any] | 
 def leaves_of(
   weights: Weights, fields: dict[str, Any], config: ModelConfig | None
 ) -> tuple[ModelConfig, dict[str, dict[str, Leaf]]]:
-  """The model's configuration, and for each path in our tree the arrays that hold it, by name, one for each layer.
+  """The model's configuration, and for each path in our tree the arrays that hold it, by name, one for each layer
+  or each expert of each layer.
 
   Args:
     weights: the weights.
@@ -102,9 +103,9 @@ def their_arrays(model_type: str, parameters: Tree, config: ModelConfig) -> dict
   flat = traverse_util.flatten_dict(parameters, sep="/")
   shapes = their_shapes(model_type, config)
 
-  def computed(name: str, place: Place, layer: int | None) -> ComputedArray:
+  def computed(name: str, place: Place, index: tuple[int, ...]) -> ComputedArray:
     def read() -> np.ndarray:
-      leaves = [np.asarray(flat[path] if layer is None else flat[path][layer]) for path in place.paths]
+      leaves = [np.asarray(flat[path][index]) for path in place.paths]
       return place.theirs(leaves, config.head_dim)
 
     return ComputedArray(shapes[name], read)

@@ -28,7 +28,8 @@ from tokenformer_jax.paths import user_path
 
 TAU_KEY = "tokenformer_jax.tau"  # The key in the metadata of our safetensors files; its value is JSON, τ by pattention.
 
-# The arrays that hold a leaf, by name: one for each layer, or one for a leaf without layers.
+# The arrays that hold a leaf, by name: one for each layer or for each expert of each layer,
+# or one for a leaf without layers.
 Sources = Mapping[str, StoredArray | Leaf]
 
 
@@ -41,7 +42,7 @@ def from_pretrained(
   length) comes from the first of: `config`, the file's metadata, a config.json of this package beside it, the
   named size with these shapes. τ comes from the metadata; without it, τ is that of the released code.
 
-  Of Hugging Face's models, `gpt_neox` (Pythia), `gpt2` and `llama` are read. Their config.json must lie beside the
+  Of Hugging Face's models, `gpt_neox` (Pythia), `gpt2`, `llama` and `mixtral` are read. Their config.json must lie beside the
   weights; all of its fields that change the function are obeyed or refused. It is computed in float32, whatever type the
   arrays have, unless `config` has another `compute_dtype`.
 
@@ -154,16 +155,15 @@ def _tau_metadata(weights: Weights) -> dict[str, float]:
 
 
 def _read(where: str, sources: Sources, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-  """Reads the part `index` of a leaf from its layers in `sources`, or from one array for a leaf without layers."""
+  """Reads the part `index` of a leaf from `sources`: its layers, the experts of its layers, or the leaf as one array."""
   arrays = list(sources.items())
-  layered = len(shape) > len(arrays[0][1].shape)
-  if layered:
-    arrays, index = arrays[index[0]], index[1:]
-  rows, *columns = index
+  depth = len(shape) - len(arrays[0][1].shape)
+  chosen = np.arange(len(arrays)).reshape(shape[:depth])[index[:depth]]
+  rows, *columns = index = index[depth:]
   part_shape = [len(range(*part.indices(size))) for part, size in zip(index, arrays[0][1].shape)]
-  parts = np.empty((len(arrays), *part_shape), np.float32)
-  for part, (name, array) in zip(parts, arrays):
-    bad = 0
+  parts = np.empty((chosen.size, *part_shape), np.float32)
+  for part, number in zip(parts, chosen.reshape(-1)):
+    (name, array), bad = arrays[number], 0
     for place, block in array.blocks(rows):
       with np.errstate(over="ignore"):
         part[place] = block[:, *columns]
@@ -173,7 +173,7 @@ def _read(where: str, sources: Sources, shape: tuple[int, ...], index: tuple[sli
         f"{where}: {name} has {bad} numbers that are NaN or infinite in float32; the file "
         "is damaged, or its training run diverged."
       )
-  return parts if layered else parts[0]
+  return parts.reshape(*chosen.shape, *part_shape)
 
 
 def _name(path) -> str:
