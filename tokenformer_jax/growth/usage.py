@@ -51,8 +51,8 @@ def token_usage(
   for _, module in nnx.iter_modules(model):
     if isinstance(module, (Experts, RoutedBlock)):
       raise ValueError(
-        f"the model has a {type(module).__name__}, whose rows see only some of the tokens: their use is not measured, "
-        "so it cannot be shrunk; grow a smaller model instead."
+        f"the model has a router ({type(module).__name__}), whose rows see only some of the tokens: their use is not "
+        "measured, so it cannot be shrunk; grow a smaller model instead."
       )
   layers = token_layers(model)
   sums_of = _language_model_sums(model) if isinstance(model, LanguageModel) else _sums(model, apply)
