@@ -52,6 +52,7 @@ def test_sizes_that_are_left_out_have_the_defaults_of_transformers():
   gpt2 = model_config(dict(model_type="gpt2", vocab_size=96, n_layer=2, n_embd=32, n_head=4))
   assert gpt2 == dataclasses.replace(model_config(golden("gpt2")[0]), seq_length=1024)
   llama = model_config({"model_type": "llama", **neox})
+  assert model_config({"model_type": "llama", **neox, "num_key_value_heads": 4}) == llama
   assert (llama.norm_epsilon, llama.num_kv_heads, llama.seq_length) == (1e-6, 4, 2048)
 
 

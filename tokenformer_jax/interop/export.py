@@ -14,13 +14,13 @@ from flax import traverse_util
 
 from tokenformer_jax import data
 from tokenformer_jax.config import TOKEN_COUNTS, ModelConfig
-from tokenformer_jax.config.parts import AttentionConfig, FeedForwardConfig, ResidualConfig
 from tokenformer_jax.config.validation import require
 from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.hugging_face_config import config_fields
 from tokenformer_jax.interop.hugging_face_files import their_arrays, written_config
 from tokenformer_jax.interop.model_card import model_card
-from tokenformer_jax.interop.names import pattention_names, released_names
+from tokenformer_jax.interop.names import has_released_form, pattention_names, released_names
+from tokenformer_jax.interop.own_form import own_arrays, own_metadata
 from tokenformer_jax.interop.pretrained import TAU_KEY
 from tokenformer_jax.interop.rewriting import count_names, rewritten_config, rewritten_keys, rewritten_values
 from tokenformer_jax.interop.safetensors_file import write_safetensors
@@ -69,8 +69,9 @@ def export(
 ) -> Exported:
   """Writes `model`, with config.json, README.md and the tokenizer beside it.
 
-  A TokenFormer is written under the released names. A dense model that transformers has as `gpt_neox`, `gpt2` or
-  `llama`, whether it was read from there or trained here, is written as transformers writes it.
+  A TokenFormer is written under the released names. A model that transformers has as well (`FAMILIES` of
+  `hugging_face_config`), whether it was read from there or trained here, is written as transformers writes it. Any other
+  architecture is written under the paths of its parameters (`own_form`), for this package alone.
 
   Args:
     model: the model, with float parameters.
@@ -90,8 +91,8 @@ def export(
     What was written.
 
   Raises:
-    ValueError: a file exists already, the ending or the dtype is unknown, a `.bin` is asked to keep its τ, neither the
-      released code nor transformers can express the model, its parameter tokens are int8, it is a copy for decoding, a
+    ValueError: a file exists already, the ending or the dtype is unknown, a `.bin` is asked to keep its τ, the model
+      has an architecture of its own and the file is a `.bin`, its parameter tokens are int8, it is a copy for decoding, a
       number is too large for float16, or the source does not exist.
   """
   file = user_path(path)
@@ -113,11 +114,11 @@ def export(
       f"model: a {type(model).__name__} has no released names and cannot be exported; give a LanguageModel."
     )
   fields = config_fields(model.config)
-  if fields is None:
+  if has_released_form(model.config):
     form = _released_form(model, file, released)
   else:
-    require(not released, "released", released, "is for a TokenFormer; leave it out for a model of transformers.")
-    form = _hugging_face_form(model, fields)
+    require(not released, "released", released, "is for a TokenFormer; leave it out.")
+    form = _own_form(model, file) if fields is None else _hugging_face_form(model, fields)
   folder = local_path(source, "source") if os.fspath(source) else None
   card = model_card(
     form.config,
@@ -125,7 +126,7 @@ def export(
     dtype=dtype,
     released=form.released,
     rows_added=form.rows_added,
-    architecture="" if fields is None else fields["architectures"][0],
+    architecture=None if fields is None else fields["architectures"][0],
     source=source,
     folder=folder,
     step=step,
@@ -175,13 +176,6 @@ def _released_form(model: LanguageModel, file: epath.Path, released: bool | None
   released = file.suffix == ".bin" if released is None else released
   if file.suffix == ".bin" and not released:
     raise ValueError(f"{file}: a .bin cannot store τ; write a .safetensors, or the released form.")
-  config = model.config
-  parts = (config.attention, config.ffn, config.residual, config.norm, config.final_norm, config.tied)
-  if parts != (AttentionConfig(), FeedForwardConfig(), ResidualConfig(), "plain", "layer_norm", True):
-    raise ValueError(
-      "model: neither the released code nor transformers has an architecture of these parts; `tf.load` reads the work "
-      "folder of its run."
-    )
   _, parameters, tau = split(model)
   config, arrays = released_arrays(parameters, tau, model.config, rewrite=released)
   taus = _taus(tau, config)
@@ -190,6 +184,17 @@ def _released_form(model: LanguageModel, file: epath.Path, released: bool | None
   rows_added = {field: getattr(config, field) - getattr(model.config, field) for field in TOKEN_COUNTS}
   metadata = {} if released else {TAU_KEY: json.dumps(taus)}
   return _Form(config, arrays, metadata, released, rows_added, keeps_grown_tau=grown and not released)
+
+
+def _own_form(model: LanguageModel, file: epath.Path) -> _Form:
+  if file.suffix == ".bin":
+    raise ValueError(
+      f"{file}: neither the released code nor transformers has this architecture, and a .bin has no place for its "
+      "configuration; write a .safetensors."
+    )
+  _, parameters, tau = split(model)
+  rows_added = dict.fromkeys(TOKEN_COUNTS, 0)
+  return _Form(model.config, own_arrays(parameters), own_metadata(tau), False, rows_added, keeps_grown_tau=False)
 
 
 def _hugging_face_form(model: LanguageModel, fields: dict[str, Any]) -> _Form:

@@ -7,6 +7,7 @@ import os
 from etils import epath
 
 from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.interop.names import has_released_form
 from tokenformer_jax.interop.pretrained import is_work_folder
 
 # Our field -> the name of the same field in the released code's YAML files.
@@ -31,7 +32,7 @@ def model_card(
   dtype: str,
   released: bool,
   rows_added: dict[str, int],
-  architecture: str = "",
+  architecture: str | None = None,
   source: str | os.PathLike = "",
   folder: epath.Path | None = None,
   step: int | None = None,
@@ -43,25 +44,30 @@ def model_card(
     file_name: the weight file's name.
     dtype, released, source, step: the arguments of `export`.
     rows_added: the number of rows added to each layer for the released code's τ, by field.
-    architecture: the class of transformers whose names the arrays have; "" for a TokenFormer.
+    architecture: the class of transformers whose names the arrays have; None for other models.
     folder: where the files of `source` are, None without a source.
 
   Raises:
     ValueError: the work folder `source` has a broken config.json.
   """
-  layers = (
-    "dense layers" if architecture else "linear layers that are attention over parameter tokens (arXiv 2410.23168)"
-  )
-  parts = [
-    f"# {architecture or 'TokenFormer'}, {config.num_parameters:,} parameters",
-    f"A language model with {layers}, written by tokenformer_jax.",
-  ]
+  kind, description = "Language model", "A language model, written by tokenformer_jax."
+  names = f"Arrays have the paths of the parameters in tokenformer_jax, which alone reads them, and are {dtype}."
+  if architecture is not None:
+    kind = architecture
+    names = f"Arrays have the names of transformers and are {dtype}: `AutoModelForCausalLM` reads the folder."
+  elif has_released_form(config):
+    kind, names = "TokenFormer", _tau_description(config, dtype, released, rows_added)
+    description = (
+      "A language model whose linear layers are attention over parameter tokens (arXiv 2410.23168), "
+      "written by tokenformer_jax."
+    )
+  parts = [f"# {kind}, {config.num_parameters:,} parameters", description]
   if source:
     parts.append(f"Exported from `{source}`{'' if step is None else f', step {step}'}.")
   code = f'import tokenformer_jax as tf\n\nmodel = tf.from_pretrained("{file_name}")'
   parts += [
     f"## Load it\n\n```python\n{code}\n```",
-    _names_description(dtype) if architecture else _tau_description(config, dtype, released, rows_added),
+    names,
     "## Configuration\n\n" + _table(dataclasses.asdict(config)),
   ]
   if released:
@@ -70,12 +76,6 @@ def model_card(
   if folder is not None and is_work_folder(folder):
     parts += _run_description(folder, step)
   return "\n\n".join(parts) + "\n"
-
-
-def _names_description(dtype: str) -> str:
-  return (
-    f"Arrays have the names of transformers and are {dtype}: `AutoModelForCausalLM.from_pretrained` reads the folder."
-  )
 
 
 def _tau_description(config: ModelConfig, dtype: str, released: bool, rows_added: dict[str, int]) -> str:

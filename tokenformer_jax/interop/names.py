@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config.presets import PARTS
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.interop.stored_array import quoted
 from tokenformer_jax.models.model_class import abstract_model
@@ -34,6 +35,14 @@ _NORM = {"scale": "weight", "bias": "bias"}
 _MOST_NAMES = 1000
 # Finding the nearest name takes about a millisecond.
 _MOST_HINTS = 20
+
+
+def has_released_form(config: ModelConfig) -> bool:
+  """Whether a model is a TokenFormer as the released code has it, apart from its sizes, Θ and positions."""
+  parts = [getattr(config, part) for part in PARTS]
+  return (config.norm, config.final_norm, config.tied) == ("plain", "layer_norm", True) and all(
+    part == type(part)() for part in parts
+  )
 
 
 def released_names(num_layers: int) -> dict[str, tuple[str, int | None]]:

@@ -17,6 +17,7 @@ from tokenformer_jax.interop.foreign_names import with_released_names
 from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.hugging_face_files import Leaf, hugging_face_fields, leaves_of
 from tokenformer_jax.interop.names import check_fit, pattention_names, released_names
+from tokenformer_jax.interop.own_form import is_own_form, read_own_form
 from tokenformer_jax.interop.stored_array import FLOATS, StoredArray, Weights, quoted
 from tokenformer_jax.interop.weight_config import config_for
 from tokenformer_jax.interop.weights import open_weights
@@ -76,7 +77,9 @@ def from_pretrained(
   fields = hugging_face_fields(weights, path)
   places: Mapping[str, Sources]
   taus: dict[str, np.ndarray] = {}
-  if fields is not None:
+  if is_own_form(weights):
+    config, places, taus = read_own_form(weights, config)
+  elif fields is not None:
     config, places = leaves_of(weights, fields, config)
   else:
     config, places, taus = _released(weights, config, path)
@@ -156,6 +159,8 @@ def _tau_metadata(weights: Weights) -> dict[str, float]:
 
 def _read(where: str, sources: Sources, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
   """Reads the part `index` of a leaf from `sources`: its layers, the experts of its layers, or the leaf as one array."""
+  if not shape:  # A single number is stored as an array of one.
+    return _read(where, sources, (1,), (slice(None),)).reshape(())
   arrays = list(sources.items())
   depth = len(shape) - len(arrays[0][1].shape)
   chosen = np.arange(len(arrays)).reshape(shape[:depth])[index[:depth]]

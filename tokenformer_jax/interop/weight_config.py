@@ -105,8 +105,13 @@ def _stored(weights: Weights, path: epath.Path) -> ModelConfig | None:
   )
 
 
-def config_in_metadata(weights: Weights) -> ModelConfig | None:
-  """The configuration that this package wrote into the file's metadata, None if there is none."""
+def config_in_metadata(weights: Weights, *, stacked: bool = False) -> ModelConfig | None:
+  """The configuration that this package wrote into the file's metadata, None if there is none.
+
+  Args:
+    weights: the file.
+    stacked: whether the layers are stacked in one array each, so that there may be more layers than arrays.
+  """
   if CONFIG_KEY not in weights.metadata:
     return None
   where = f"{weights.where}: {CONFIG_KEY} in its metadata"
@@ -116,7 +121,7 @@ def config_in_metadata(weights: Weights) -> ModelConfig | None:
     raise ValueError(f"{where} is not JSON ({error}).") from None
   config = _checked(fields, where)
   largest = max(value for value in dataclasses.astuple(config) if type(value) is int)
-  if config.num_layers > len(weights.arrays) or largest > _LARGEST:
+  if (config.num_layers > len(weights.arrays) and not stacked) or largest > _LARGEST:
     raise ValueError(f"{where} is {quoted(config)}; the file's {len(weights.arrays)} arrays are not such a model.")
   return config
 
