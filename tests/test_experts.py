@@ -15,6 +15,7 @@ from tests.test_interop_pretrained import save
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.config.parts import FeedForwardConfig
 from tokenformer_jax.distributed import axes, mesh
+from tokenformer_jax.distributed.collectives import collectives
 from tokenformer_jax.interop.hugging_face import model_from, to_hugging_face
 from tokenformer_jax.interop.hugging_face_config import config_fields
 from tokenformer_jax.interop.pretrained import from_pretrained
@@ -225,6 +226,9 @@ def test_devices_that_split_the_experts_give_the_same_without_gathering_them(tok
   ours = compiled(*jax.tree.map(jax.device_put, (params, x), shardings))
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), ours, expected)
   assert "f32[4,48,32]" not in compiled.as_text()  # No device ever holds all experts.
+  # The output of each token is added up once, and its gradient once.
+  sent = [one for one in collectives(compiled.as_text(), devices) if one.axes == ("token",) and one.shape[-1] == 32]
+  assert [(one.kind, one.shape) for one in sent] == [("all-reduce", (2, 6, 32))] * 2
   assert "f32[1,48,32]" in compiled.as_text()
 
 

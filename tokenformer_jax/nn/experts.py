@@ -108,12 +108,13 @@ class Experts(nnx.Module):
         chosen = chosen - jax.lax.axis_index(over) * num_local
         chosen = jnp.where((chosen >= 0) & (chosen < num_local), chosen, num_local)
       y = self._local(x.reshape(-1, x.shape[-1]), chosen.reshape(-1), weights, tables, tau)
-      y = y.reshape(x.shape)
-      return (jax.lax.psum(y, over) if over else y).astype(x.dtype)
+      return y.reshape(1, *x.shape)
 
     by_row, by_expert = PartitionSpec(*rows, None), PartitionSpec(over or None, None, None)
     specs = (by_row,) * 3, dict.fromkeys(names, by_expert), None if tau is None else PartitionSpec()
-    return per_device(local, (*specs[0], *specs[1:]), by_row)(x, chosen, weights, tables, tau)
+    # The sum over devices stands outside, where the gradient of each device's part needs no communication.
+    parts = per_device(local, (*specs[0], *specs[1:]), PartitionSpec(over or None, *rows, None))
+    return jnp.sum(parts(x, chosen, weights, tables, tau), axis=0).astype(x.dtype)
 
   def _local(self, x_MxD, chosen_R, weights, tables, tau):
     groups = make_groups(chosen_R, len(tables["keys"]))
