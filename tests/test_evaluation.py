@@ -392,5 +392,7 @@ def test_table_pairs_each_metric_and_filter_with_its_own_standard_error():
   ],
 )
 def test_open_model_takes_a_run_or_weights_with_a_tokenizer(arguments):
-  with pytest.raises(ValueError, match="give exactly one|tokenizer|path is empty|name a weight file|only a run|no such file"):
+  with pytest.raises(
+    ValueError, match="give exactly one|tokenizer|path is empty|name a weight file|only a run|no such file"
+  ):
     open_model(*arguments)
