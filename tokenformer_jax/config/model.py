@@ -78,6 +78,13 @@ class ModelConfig(Checked):
   def validate(self) -> None:
     for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_tokens", "seq_length"):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
+    require(
+      self.num_layers > 1 or not self.has_first_block,
+      "num_layers",
+      self.num_layers,
+      f"norm={self.norm!r} or attention.values={self.attention.values!r} gives the first block parameters that the others "
+      "lack, and there must be others; choose at least 2.",
+    )
     self._check_attention_tokens()
     self._check_depth()
     require(
