@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,9 @@ from tokenformer_jax.config.presets import PRESETS
 from tokenformer_jax.distributed.axes import traced_on, tree_shardings
 from tokenformer_jax.distributed.mesh import MESH_AXES
 from tokenformer_jax.models.model_class import abstract_model
-from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.nn.parameters import declared, logical_axes, split
 from tokenformer_jax.training.checkpoints import Checkpoints
+from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.state import fresh_state
 from tokenformer_jax.training.step import make_train_step
 from tokenformer_jax.training.tau import make_tau_rule
@@ -36,6 +38,7 @@ SIZES = dict(data=2, fsdp=2, token=2)
 SPLIT = {"vocab", "param_token", "heads", "embed"}  # Each of these axes is split in two.
 SMALL = dict(vocab_size=32, num_layers=2, hidden_size=16, num_heads=2, seq_length=8)
 IDS = np.random.default_rng(0).integers(0, 32, (8, 9)).astype(np.int32)
+RUN = small_run.replace(small_run.config(), optimizer=dict(name="muon"))
 PROMPT = 5  # Tokens that are read at once; the others are read after them.
 
 # These presets have all parts of the others among them.
@@ -82,18 +85,18 @@ def test_a_combination_is_right_or_refused(make, tmp_path, caplog):
   assert ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
   mesh = small_run.mesh(**SIZES)
-  graphdef, *trees, axes = drawn(config)
-  assert config.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(trees[0]))
-  params, tau = (jax.device_put(tree, tree_shardings(mesh, own, tree)) for tree, own in zip(trees, axes))
-  result = jax.jit(traced_on(mesh, functools.partial(everything, config, graphdef, axes[0])))(params, tau)
+  program = make_program(dataclasses.replace(RUN, model=config), config, mesh)
+  check_declarations(program, config)
+  params, tau = drawn(program.shapes.params), jax.tree.map(lambda leaf: jnp.full_like(leaf, 3.0), program.shapes.tau)
+  assert config.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+  axes, _ = logical_axes(abstract_model(config))
+  result = jax.jit(traced_on(mesh, functools.partial(everything, config, program.graphdef, axes)))(params, tau)
 
   first, second, third = result["losses"]
   assert np.isfinite(first) and first > second > third
   scale = np.max(np.abs(result["logits"]))
   np.testing.assert_allclose(result["decoded"], result["logits"], atol=2e-5 * scale)
   np.testing.assert_allclose(result["grown"], result["logits"], atol=1e-5 * scale)
-  jax.tree.map(check_split, params, axes[0])
-  jax.tree.map(check_split, result["state"].params, axes[0])
   check_loading(tmp_path / "run", config, result["state"])
   assert [record.getMessage() for record in caplog.records] == []
 
@@ -101,14 +104,25 @@ def test_a_combination_is_right_or_refused(make, tmp_path, caplog):
   assert layers[0] == layers[1]
 
 
-def drawn(config):
-  """(graph definition, parameters of order one half, τ, the logical axes of both)."""
-  abstract = abstract_model(config)
-  graphdef, params, _ = split(abstract)
+def drawn(shapes):
+  """Parameters of order one third, where their shardings say."""
   rng = np.random.default_rng(1)
-  params = jax.tree.map(lambda leaf: rng.normal(0.2, 0.3, leaf.shape).astype(np.float32), params)
-  tau = jax.tree.map(lambda leaf: np.full(leaf.shape, 3.0, np.float32), split(abstract)[2])
-  return graphdef, params, tau, logical_axes(abstract)
+  return jax.tree.map(
+    lambda leaf: jax.device_put(rng.normal(0.2, 0.3, leaf.shape).astype(np.float32), leaf.sharding), shapes
+  )
+
+
+def check_declarations(program, config):
+  """Asserts that each device holds the part of a parameter that the axes declare, and that norms and gains stay."""
+  abstract = abstract_model(config)
+  axes, decayed = (declared(abstract, nnx.Param, name) for name in ("axes", "decayed"))
+
+  def check(leaf, axes, decayed):
+    parts = 2 ** len(SPLIT.intersection(axes))
+    assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * parts == leaf.size, (leaf, axes)
+    assert decayed == (len([axis for axis in axes if axis != "layer"]) > 1), (leaf, axes)
+
+  jax.tree.map(check, program.shapes.params, axes, decayed)
 
 
 def everything(config, graphdef, axes, params, tau):
@@ -133,12 +147,6 @@ def everything(config, graphdef, axes, params, tau):
     decoded=decoding.logits(jnp.concatenate([read, extended], axis=1)),
     grown=bigger(inputs),
   )
-
-
-def check_split(leaf, axes):
-  """Asserts that each device holds the part of a parameter that its axes declare."""
-  parts = 2 ** len(SPLIT.intersection(axes))
-  assert {shard.data.size * parts for shard in leaf.addressable_shards} == {leaf.size}, axes
 
 
 def check_loading(workdir, config, state):

@@ -84,9 +84,8 @@ class Attention(nnx.Module):
       mixed = self._to_cache(q, k, v, context, past, cache)
     if self.shaping is not None:
       mixed, cache = self.shaping(mixed, v, context, cache)
-    y_BxTxD = mixed.reshape(*mixed.shape[:2], -1)
-    if context.visible is None:
-      y_BxTxD = constrain(y_BxTxD, "batch", "time", None)
+    # Without this constraint the partitioner splits the rows of decoding in one order and reads them in another.
+    y_BxTxD = constrain(mixed.reshape(*mixed.shape[:2], -1), "batch", "time", None)
     return y_BxTxD if self.proj is None else self.proj(y_BxTxD), cache
 
   def _among_themselves(self, q, k, v, context):
