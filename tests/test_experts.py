@@ -16,9 +16,11 @@ from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.config.parts import FeedForwardConfig
 from tokenformer_jax.distributed import axes, mesh
 from tokenformer_jax.distributed.collectives import collectives
+from tokenformer_jax.interop.export import export
 from tokenformer_jax.interop.hugging_face import model_from, to_hugging_face
-from tokenformer_jax.interop.hugging_face_config import config_fields
+from tokenformer_jax.interop.hugging_face_config import model_config
 from tokenformer_jax.interop.pretrained import from_pretrained
+from tokenformer_jax.interop.weights import open_weights
 from tokenformer_jax.kernels.grouped import grouped_row_products, grouped_weighted_sums, make_groups
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.experts import Experts
@@ -103,7 +105,7 @@ def mixtral():
   return arrays, json.loads(str(arrays["meta_json"])), parameters
 
 
-def test_a_mixtral_folder_is_read_onto_a_mesh(mixtral, tmp_path):
+def test_a_mixtral_folder_is_read_onto_a_mesh_and_written_back(mixtral, tmp_path):
   _, fields, parameters = mixtral
   (tmp_path / "config.json").write_text(json.dumps(fields))
   save(tmp_path / "model.safetensors", parameters)
@@ -115,7 +117,12 @@ def test_a_mixtral_folder_is_read_onto_a_mesh(mixtral, tmp_path):
     model.blocks.ffn.values[...][1, 2].T, parameters["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
   )
   assert model.blocks.ffn.keys[...].sharding.spec == jax.sharding.PartitionSpec(None, "token", None, "fsdp")
-  assert config_fields(model.config).items() >= dict(model_type="mixtral", num_local_experts=4).items()
+  written = export(expected, tmp_path / "written" / "model.safetensors").path
+  assert model_config(json.loads((tmp_path / "written" / "config.json").read_text())) == expected.config
+  arrays = open_weights(written).arrays
+  assert arrays.keys() == parameters.keys()
+  for name, array in arrays.items():
+    np.testing.assert_array_equal(array.read(), parameters[name], err_msg=name)
 
 
 def test_mixtral_equals_the_original(mixtral):
