@@ -34,7 +34,7 @@ from absl import flags
 
 from experiments.runs import every_seed, held_out_losses
 from tokenformer_jax.cli import command
-from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from tokenformer_jax.config import TOKEN_COUNTS, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tokenformer_jax.training.resize import grow_run
 
 SEAM, STEPS, DECAY, EVERY = 2000, 3000, 400, 50
@@ -85,7 +85,7 @@ def run_seed(seed: int, folder: pathlib.Path) -> dict[str, dict[int, float]]:
   )
 
   for factor in FACTORS:
-    tokens = {name: factor * getattr(base.model, name) for name in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
+    tokens = {name: factor * getattr(base.model, name) for name in TOKEN_COUNTS}
     big = dataclasses.replace(base, model=base.model.grown(**tokens))
 
     grown = folder / f"exact_{factor}"

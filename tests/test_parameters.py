@@ -7,7 +7,7 @@ from flax import nnx
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import RULES
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.nn.parameters import Tau, logical_axes, parameter, split, stack_layers
+from tokenformer_jax.nn.parameters import Tau, is_matrix, logical_axes, parameter, split, stack_layers
 
 CONFIG = ModelConfig(
   vocab_size=12,
@@ -66,3 +66,14 @@ def test_every_array_names_each_of_its_axes():
 
   for tree, axes in zip(trees, logical_axes(model)):
     jax.tree.map(check, tree, axes)
+
+
+def test_matrices_are_what_multiplies_activations_in_the_blocks():
+  """Muon, and the counts of parameters and FLOPs, take these alone."""
+  kinds = {True: set(), False: set()}
+  for preset in ("tokenformer", "gpt2", "sas", "gpt-neox"):
+    model = nnx.eval_shape(lambda: LanguageModel(ModelConfig.named("tiny", preset), rngs=nnx.Rngs(0)))
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+      kinds[is_matrix(variable.axes)].add(path[-1])
+  assert kinds[True] == {"weight", "keys", "values"}
+  assert kinds[False] >= {"embedding", "position_embedding", "head", "scale", "bias", "key_biases", "alpha", "gain"}

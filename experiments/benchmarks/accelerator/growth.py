@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.config import TOKEN_COUNTS, Config, ModelConfig
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.training.program import make_program
@@ -30,7 +30,7 @@ def run(results, clock, tiny):
 
 def _program_and_target(name):
   model = ModelConfig.named(name)
-  counts = {count: 2 * getattr(model, count) for count in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
+  counts = {count: 2 * getattr(model, count) for count in TOKEN_COUNTS}
   program = make_program(Config(model=model), model, make_mesh(devices=jax.devices()[:1]))
   return program, counts
 
