@@ -54,10 +54,15 @@ def test_presets_are_the_original_settings(simplified, name, preset):
   assert config == ModelConfig.named("tiny", preset, **{field: getattr(config, field) for field in fields})
 
 
-@pytest.mark.parametrize("name", ["A_sas_rand", "A_sasp_nonorm_rand", "A_vskipinit_eq4_rand", "A_sas_train60"])
+@pytest.mark.parametrize("name", ["A_sas_rand", "A_sasp_nonorm_rand", "A_vskipinit_eq4_rand"])
 def test_simplified_block(simplified, name):
   (row,) = parity_table.rows_of(simplified / f"{name}.npz")
   check(row)
+
+
+def test_sixty_steps_of_a_simplified_block(simplified):
+  (row,) = parity_table.rows_of(simplified / "A_sas_train60.npz")
+  assert row.output < 1e-5, row
 
 
 def test_the_same_parameters_are_decayed_as_in_the_original(simplified):
