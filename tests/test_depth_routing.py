@@ -18,6 +18,7 @@ from tokenformer_jax.distributed import axes, mesh
 from tokenformer_jax.models import counts
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.depth_routing import RoutedBlock
+from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.rotary import rotation
 from tokenformer_jax.training.flops import product_flops
 from tokenformer_jax.training.program import make_program
@@ -173,6 +174,19 @@ def test_flops_of_training_fall_with_the_capacity():
   for capacity, (program, formula) in flops.items():
     assert abs(program - formula - pairs[capacity]) < 0.02 * program
   assert flops[0.25][0] < 0.72 * flops[1.0][0]
+
+
+def test_a_program_has_the_same_size_for_more_layers():
+  def lines(layers):
+    abstract = nnx.eval_shape(lambda: tf.LanguageModel(small("mode-staged", layers), rngs=nnx.Rngs(0)))
+    graphdef, *leaves = split(abstract)
+
+    def gradient(params, tau):
+      return jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params, tau).hidden(IDS, training=True)[0]))(params)
+
+    return len(jax.jit(gradient).lower(*leaves).as_text().splitlines())
+
+  assert lines(4) == lines(8)
 
 
 def test_experts_in_routed_blocks_grow_exactly():

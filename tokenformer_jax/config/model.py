@@ -175,7 +175,7 @@ class ModelConfig(Checked):
     near = f"{below}" if self.num_layers < below else f"{below} or {below + length}"
     blocks = f"blocks repeat in {length}s" + (" behind a first one" if first else "")
     why = f"depth.every={self.depth.every}: {blocks}; choose {near}."
-    require((self.num_layers - first) % length == 0 and self.num_layers > first, "num_layers", self.num_layers, why)
+    require((self.num_layers - first) % length == 0, "num_layers", self.num_layers, why)
 
   def _check_attention_tokens(self) -> None:
     """Checks that there are parameter tokens exactly where a projection is made of them."""
