@@ -1,18 +1,19 @@
 """How rows should be trained after growth: recipes that all branch off one run at its seam.
 
-    python -m experiments.growth_recipes --workdir=runs/growth_recipes                              # live growth
-    python -m experiments.growth_recipes --workdir=runs/growth_recipes --recipes=tau --decay=400    # the rules for τ
-    python -m experiments.growth_recipes --workdir=runs/growth_recipes --recipes=search --decay=400 --seeds=1
+    python -m experiments.growth_recipes --workdir=runs/growth_recipes
+    python -m experiments.growth_recipes --workdir=runs/growth_recipes --settings=novels,large --decay=1000,400
 
-The run is that of growth_seam.py. The small model is trained once for each seed, and every recipe continues from its
-state on the same batches, so that differences between recipes are their own. `--decay` says over how many of the last
-steps the learning rate decays: 1000 begins at the seam, 400 leaves 600 steps at the full rate. Released growth restarts
-a warm-up and a cosine with a fresh optimizer, as its authors do.
+A small model is trained once, all seeds at the same time (seeds_at_once.py), and every recipe continues from its states at
+the seam on the same batches, so that differences between recipes are their own. `--settings` chooses the model and the
+text: `code` is the run of growth_seam.py; `novels` the same on English novels, from the folder that TOKENFORMER_DATA names;
+`large` a model of 1.1M parameters on the novels. `--decay` says over how many of the last steps the learning rate decays:
+1000 begins at the seam, 400 leaves 600 steps at the full rate. Released growth restarts a warm-up and a cosine with a fresh
+optimizer, as its authors do. `--recipes=live` has variants of the default, `--recipes=exact` the rules for τ.
 
 Two CPU cores busy with other work, November 2026, Python 3.11.7, jax 0.10.2, float32; `--decay=1000`, mean of 3 seeds, per
-cent over the run without growth at the same step. The last column has the end by seed. "Over 100" means that the new
-rows rise over 100 updates; old rows have half the rate. The other recipes of `LIVE` are one seed so far: over 500 ends
-at −1.03 (2 ×) and −2.51 (4 ×) and is never above +0.01.
+cent over the run without growth at the same step, from commit 3c2a349. The last column has the end by seed. "Over 100"
+means that the new rows rise over 100 updates; old rows have half the rate. With one seed, over 500 ends at −1.03 (2 ×) and
+−2.51 (4 ×) and is never above +0.01.
 
 | factor | recipe | +0 | +50 | +100 | +200 | +300 | +400 | +600 | +800 | +1000 | largest | end by seed |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -24,7 +25,7 @@ at −1.03 (2 ×) and −2.51 (4 ×) and is never above +0.01.
 | 4 | live over 300 | +0.00 | -1.55 | +0.06 | -0.15 | -0.34 | -1.04 | -2.00 | -2.53 | -2.91 | +0.13 | -3.03, -3.07, -2.65 |
 
 New rows that rise over 100 updates at 2 × and over 300 at 4 ×, in proportion to how many they are for each old one, are
-above the run without growth by at most 0.13 % and end below released growth at both factors.
+above the run without growth by at most 0.13 % and end below released growth at both factors. This is the default.
 
 The table of the rules for τ is in docs/growth.md. The first search, one seed, 4 ×, at commit 7005107: per cent over the
 loss without growth, at the worst evaluation and at the end (docs/growth_tradeoff.png). The steps to a new τ and the size
@@ -50,183 +51,176 @@ of new values change both; the rate of the old rows changes only the first.
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments.growth_seam import FACTORS, SEAM, SEEDS, STEPS, small_run
-from tokenformer_jax import data
+from experiments.seeds_at_once import CORES, Runs, Text, stop_compiling, with_schedule
 from tokenformer_jax.cli import command
-from tokenformer_jax.config import Config, GrowthConfig
-from tokenformer_jax.distributed.mesh import make_mesh
-from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.models.model_class import abstract_model
-from tokenformer_jax.nn.parameters import logical_axes
-from tokenformer_jax.training.program import Program, make_program
-from tokenformer_jax.training.state import TrainState, fresh_state
+from tokenformer_jax.config import Config, GrowthConfig, ModelConfig
 
-EVALUATED = [SEAM + k for k in (20, 50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 800, 900, 1000)]
-TAU_RULES = {f"τ {rule}": GrowthConfig(tau=rule) for rule in ("kept", "moved", "learned", "recomputed")}
-PLAIN = dict(value_scale=1.0, old_rows_rate=1.0)
-SEARCH = {
-  "τ moved over 300 steps, values × 1": GrowthConfig(**PLAIN, tau_steps=300),
-  "… new rows at a quarter of the rate, rising over 300 steps": GrowthConfig(
-    **PLAIN, tau_steps=300, new_rows_rate=0.25, warmup_steps=300
-  ),
-  "τ kept, values × 1, new rows at a quarter of the rate": GrowthConfig(**PLAIN, tau="kept", new_rows_rate=0.25),
-  "τ kept, values × 0.1": GrowthConfig(tau="kept", value_scale=0.1, old_rows_rate=1.0),
-  "τ moved over 300 steps, values × 0.3": GrowthConfig(tau_steps=300, old_rows_rate=1.0),
-  "τ moved over 300 steps, values × 0.1": GrowthConfig(tau_steps=300, value_scale=0.1, old_rows_rate=1.0),
-  "τ moved over 700 steps, values × 0.1": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0),
-  "… new rows at half the rate": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0, new_rows_rate=0.5),
-  "… new rows rising over 300 steps": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=1.0, warmup_steps=300),
-  "… old rows at half the rate": GrowthConfig(tau_steps=700, value_scale=0.1),
-  "… old rows at a quarter of the rate": GrowthConfig(tau_steps=700, value_scale=0.1, old_rows_rate=0.25),
-  "τ moved over 700 steps, values × 0.3, old rows at half the rate": GrowthConfig(tau_steps=700),
-  "τ moved over 300 steps, values × 0.3, old rows at half the rate": GrowthConfig(tau_steps=300),
-}
+MARKER = "<|endoftext|>"
+EVERY = 50  # Updates in one call, and between evaluations.
+LARGE = ModelConfig(
+  vocab_size=384, num_layers=4, hidden_size=128, num_heads=4, seq_length=64,
+  qkv_tokens=128, proj_tokens=128, ffn_tokens=512,
+)  # fmt: skip
 RELEASED = "released, restarted"
-
-
-def live(warmup: int, new: float = 1.0, old: float = 0.5) -> GrowthConfig:
-  """Live keys; the new rows rise over `warmup` updates, and both kinds of rows have a factor on the rate."""
-  return GrowthConfig(method="live", tau="kept", warmup_steps=warmup, new_rows_rate=new, old_rows_rate=old)
-
-
+DEFAULT: dict[str, GrowthConfig | None] = {"live (default)": GrowthConfig(), RELEASED: None}
 LIVE: dict[str, GrowthConfig | None] = {
-  RELEASED: None,
-  "exact": GrowthConfig(method="exact"),
-  "live over 100": live(100),
-  "live over 300": live(300),
-  "live over 500": live(500),
-  "live over 300, old rows at a quarter": live(300, old=0.25),
-  "live over 300, new rows at 0.6": live(300, new=0.6),
+  **DEFAULT,
+  "live, warm-up 300": GrowthConfig(warmup_steps=300),
+  "live, warm-up 30": GrowthConfig(warmup_steps=30),
+  "live, old rows at a quarter": GrowthConfig(old_rows_rate=0.25),
+  "live, old rows at full rate": GrowthConfig(old_rows_rate=1.0),
+  "live, new rows at 0.6": GrowthConfig(new_rows_rate=0.6),
 }
-RECIPES = {"live": LIVE, "tau": TAU_RULES, "search": SEARCH}
+EXACT = {
+  f"exact, τ {rule}": GrowthConfig(method="exact", tau=rule) for rule in ("kept", "moved", "learned", "recomputed")
+}
+RECIPES = {"default": DEFAULT, "live": LIVE, "exact": EXACT}
 
 
-class Seam:
-  """A small model at its seam, and what every branch reads from there on."""
+def setting(name: str) -> Config:
+  """The run without growth: on Python sources, on novels, or with a larger model on novels."""
+  config = small_run(0)
+  if name == "code":
+    return config
+  folder = os.environ.get("TOKENFORMER_DATA")
+  if not folder:
+    command.fail("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
+  sources = {
+    field: f"text:{folder}/english_novels/{part}.txt.gz#{MARKER}"
+    for field, part in (("source", "train"), ("held_out_source", "valid"))
+  }
+  model = LARGE if name == "large" else config.model
+  return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **sources))
 
-  def __init__(self, seed: int, folder: pathlib.Path, config: Config):
-    self.config = config
-    corpus = data.open_data(self.config.data, seq_length=self.config.model.seq_length)
-    self.held_out = list(corpus.held_out_batches(self.config.training.eval_batches))
-    self.batches = list(itertools.islice(corpus.train_batches(), STEPS))
-    self.folder = folder
-    self.seed = seed
-    self._state = None
 
-  @property
-  def state(self) -> TrainState:
-    if self._state is None:
-      program = make_program(self.config, self.config.model, make_mesh())
-      self._state, _ = self._train(program, program.initial_state(), 0, SEAM, f"seed {self.seed}")
-    return self._state
+class Branch:
+  """A run from the seam on.
 
-  def branch(self, name: str, growth: GrowthConfig | None, factor: int = 1) -> dict[int, float]:
-    """Held-out loss by step of the run that grows at the seam by `factor`; of the one that does not for factor 1."""
-    stored = self.folder / f"{name.replace('/', ':')} {factor}.json"
-    if not stored.exists():
-      model = self.config.model
-      counts = {field: factor * getattr(model, field) for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
-      target = model.grown(**counts)
-      if name == RELEASED:
-        program, state = self._released(target)
-      else:
-        config = self.config if growth is None else dataclasses.replace(self.config, growth=growth)
-        program = make_program(config, target, make_mesh())
-        state = jax.tree.map(jnp.copy, self.state)
-        if growth is not None:
-          state, *_ = grow_state(state, model, target, growth, seed=config.training.seed)
-        if growth is not None and growth.tau == "learned":
-          state = dataclasses.replace(state, tau_opt_state=program.tau_rule.init(state.tau))
-      losses = self._train(program, state, SEAM, STEPS, f"{name}, {factor} ×")[1]
-      stored.parent.mkdir(parents=True, exist_ok=True)
-      stored.write_text(json.dumps(losses))
-    return {int(step): loss for step, loss in json.loads(stored.read_text()).items()}
+  Args:
+    name: of the recipe.
+    growth: None for released growth, and for no growth.
+    factor: on the number of tokens; 1 for no growth.
+    decay: number of the last updates over which the rate falls.
+  """
 
-  def _released(self, target) -> tuple[Program, TrainState]:
-    config = dataclasses.replace(
-      self.config,
-      model=target,
-      optimizer=dataclasses.replace(self.config.optimizer, schedule="warmup_cosine", decay_steps=0),
-      training=dataclasses.replace(self.config.training, num_steps=STEPS - SEAM),
-    )
-    program = make_program(config, target, make_mesh())
-    state = jax.tree.map(jnp.copy, self.state)
-    grown, *_ = grow_state(state, self.config.model, target, GrowthConfig(method="released"), seed=config.training.seed)
-    axes, _ = logical_axes(abstract_model(target))
-    return program, fresh_state(grown.params, grown.tau, axes, program.optimizer, program.tau_rule)
+  def __init__(self, name: str, growth: GrowthConfig | None, factor: int, decay: int, config: Config, folder):
+    # Released growth restarts a cosine, whatever the decay of the other runs is.
+    self.file = folder / ("" if name == RELEASED else f"decay_{decay}") / f"{name} {factor}.json"
+    self.name, self.factor, self.growth = name, factor, growth
+    counts = {field: factor * getattr(config.model, field) for field in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
+    self.model = config.model.grown(**counts)
+    if name == RELEASED:
+      config = with_schedule(config, STEPS - SEAM, 0, schedule="warmup_cosine")
+      self.growth = GrowthConfig(method="released")
+    else:
+      config = with_schedule(config, STEPS, decay)
+    self.config = dataclasses.replace(config, growth=self.growth or GrowthConfig())
 
-  def _train(
-    self, program: Program, state: TrainState, start: int, stop: int, name: str
-  ) -> tuple[TrainState, dict[int, float]]:
-    losses = {start: self._loss(program, state)} if start == SEAM else {}
-    for step in tqdm.trange(start, stop, desc=name, unit="step", mininterval=10):
-      state, _ = program.train_step(state, self.batches[step])
-      if step + 1 > SEAM and step + 1 in EVALUATED:
-        losses[step + 1] = self._loss(program, state)
-    return state, losses
+  def losses(self) -> dict[int, list[float]]:
+    """Held-out losses of the seeds by step, once they are stored."""
+    return {int(step): losses for step, losses in json.loads(self.file.read_text()).items()}
 
-  def _loss(self, program: Program, state: TrainState) -> float:
-    sums = [jax.device_get(program.eval_step(state.params, state.tau, batch)) for batch in self.held_out]
-    return sum(float(s.nats) for s in sums) / sum(float(s.weight) for s in sums)
+  def train(self, run: Runs, states, small: ModelConfig) -> None:
+    if self.growth is not None:
+      states = run.grown(states, small, self.growth)
+    if self.name == RELEASED:
+      states = run.restarted(states)
+    losses = {SEAM: run.losses(states)}
+    for step in range(SEAM, STEPS, EVERY):
+      states = run.updated(states, step)
+      losses[step + EVERY] = run.losses(states)
+    self.file.parent.mkdir(parents=True, exist_ok=True)
+    self.file.write_text(json.dumps(losses))
+    print(f"{self.file}: {losses[STEPS]}", flush=True)
+
+
+def run_setting(config: Config, branches: list[Branch], seeds: tuple[int, ...]) -> None:
+  """Trains the branches that are not stored; the small model is trained again if there are any."""
+  missing = [branch for branch in branches if not branch.file.exists()]
+  if not missing:
+    return
+  text = Text(config.data, config.model.seq_length, config.training.eval_batches)
+  trunk = Runs(with_schedule(config, STEPS, 0), config.model, text, seeds, EVERY)
+  runs: dict[int, Runs] = {}
+
+  def compile_until(stop):
+    for number in range(len(runs), min(stop, len(missing))):
+      branch = missing[number]
+      runs[number] = Runs(branch.config, branch.model, text, seeds, EVERY)
+      if branch.growth is not None:
+        runs[number].prepare_growth(trunk, branch.growth)
+
+  compile_until(CORES)
+  states = trunk.initial_states()
+  for step in range(0, SEAM, EVERY):
+    states = trunk.updated(states, step)
+  states = jax.device_get(states)
+  for number, branch in enumerate(missing):
+    compile_until(number + CORES)
+    branch.train(runs[number], states, config.model)
 
 
 def main(argv):
   del argv
-  folder = pathlib.Path(flags.FLAGS.workdir).absolute()
-  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-  folder.mkdir(parents=True, exist_ok=True)
-  curves: dict[tuple[int, str], list[dict[int, float]]] = {}
-  recipes = RECIPES[flags.FLAGS.recipes]
-  decay = flags.FLAGS.decay
-  for seed in SEEDS[: flags.FLAGS.seeds]:
-    config = small_run(seed)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay_steps=decay))
-    seam = Seam(seed, folder / f"decay_{decay}" / f"seed_{seed}", config)
-    runs = {(1, "no growth"): seam.branch("no growth", None)}
-    for factor, name in itertools.product(FACTORS, recipes):
-      runs[factor, name] = seam.branch(name, recipes[name], factor)
-    for key, losses in runs.items():
-      curves.setdefault(key, []).append(losses)
-  report(curves, folder / f"growth_tradeoff_{decay}.png")
+  given = flags.FLAGS
+  seeds = SEEDS[: given.seeds]
+  for name in given.settings:
+    folder = pathlib.Path(given.workdir).absolute() / name / f"seeds_{len(seeds)}"
+    config = setting(name)
+    by_decay = {}
+    for decay in map(int, given.decay):
+      recipes = itertools.product(RECIPES[given.recipes].items(), FACTORS)
+      branches = [Branch("no growth", None, 1, decay, config, folder)]
+      branches += [Branch(recipe, growth, factor, decay, config, folder) for (recipe, growth), factor in recipes]
+      by_decay[decay] = branches
+    if not given.report:
+      run_setting(config, list({b.file: b for branches in by_decay.values() for b in branches}.values()), seeds)
+    for decay, branches in by_decay.items():
+      print(f"\n{name}, {config.model.num_parameters:,} parameters, decay over {decay} steps, {len(seeds)} seeds.")
+      report([branch for branch in branches if branch.file.exists()], folder / f"growth_tradeoff_{decay}.png")
+  stop_compiling()
 
 
-def report(curves, path: pathlib.Path) -> None:
+def report(branches: list[Branch], path: pathlib.Path) -> None:
   """Prints the table of the means over seeds and draws the trade-off."""
-  shown = [SEAM + k for k in (0, 50, 100, 200, 400, 600, 800, 1000)]
+  if not branches or branches[0].factor != 1:
+    print("The run without growth is not done.")
+    return
+  control = {step: np.asarray(losses) for step, losses in branches[0].losses().items()}
+  shown = [SEAM + k for k in (0, 50, 100, 200, 300, 400, 600, 800, 1000) if SEAM + k in control]
   print(
-    "\nHeld-out loss over that without growth at the same step, per cent; of the means of the seeds:\n\n"
-    "| factor | recipe | " + " | ".join(f"+{step - SEAM}" for step in shown) + " | largest |\n"
-    + "|---" * (len(shown) + 3) + "|"
+    "Held-out loss over that without growth at the same step, per cent; of the means of the seeds:\n\n"
+    "| factor | recipe | " + " | ".join(f"+{step - SEAM}" for step in shown) + " | largest | end by seed |\n"
+    + "|---" * (len(shown) + 4) + "|"
   )  # fmt: skip
-  mean = {
-    key: {step: np.mean([losses[step] for losses in runs]) for step in [SEAM, *EVALUATED]}
-    for key, runs in curves.items()
-  }
-  for (factor, name), losses in mean.items():
-    over = {step: 100 * (loss / mean[1, "no growth"][step] - 1) for step, loss in losses.items()}
+  points = {}
+  for branch in branches:
+    losses = branch.losses()
+    over = {step: 100 * (np.mean(losses[step]) / control[step].mean() - 1) for step in losses}
+    by_seed = 100 * (np.asarray(losses[STEPS]) / control[STEPS] - 1)
     print(
-      f"| {factor} | {name} | " + " | ".join(f"{over[step]:+.2f}" for step in shown) + f" | {max(over.values()):+.2f} |"
-    )
-  plot({f"{factor} ×, {name}": losses for (factor, name), losses in mean.items() if factor != 1}, mean, path)
+      f"| {branch.factor} | {branch.name} | " + " | ".join(f"{over[step]:+.2f}" for step in shown)
+      + f" | {max(over.values()):+.2f} | {', '.join(f'{end:+.2f}' for end in by_seed)} |"
+    )  # fmt: skip
+    if branch.factor != 1:
+      points[f"{branch.factor} ×, {branch.name}"] = max(over[step] for step in over if step > SEAM), over[STEPS]
+  plot(points, path)
 
 
-def plot(curves: dict[str, dict[int, float]], mean, path: pathlib.Path) -> None:
+def plot(points: dict[str, tuple[float, float]], path: pathlib.Path) -> None:
   """Each recipe's loss at the end against that at its worst evaluation, per cent over the run without growth."""
-  control = mean[1, "no growth"]
   figure = matplotlib.figure.Figure(figsize=(10, 5.5), layout="constrained")
   axes = figure.subplots()
-  for number, (name, losses) in enumerate(curves.items()):
-    over = {step: 100 * (loss / control[step] - 1) for step, loss in losses.items()}
-    point = (max(over.values()), over[STEPS])
+  for number, (name, point) in enumerate(points.items()):
     axes.plot(*point, "o", color=f"C{number % 10}", label=f"{number + 1}: {name}")
     axes.annotate(f" {number + 1}", point)
   axes.axvline(0.5, color="grey", linestyle="--")
@@ -238,7 +232,9 @@ def plot(curves: dict[str, dict[int, float]], mean, path: pathlib.Path) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "runs/growth_recipes", "Folder of the results; run again to resume.")
-  flags.DEFINE_integer("decay", 1000, "Steps of the decay at the end: 1000 begins at the seam, 400 later.")
+  flags.DEFINE_list("settings", ["code"], "Which of code, novels and large, separated by commas.")
+  flags.DEFINE_list("decay", ["1000"], "Steps of the decay at the end: 1000 begins at the seam, 400 later.")
   flags.DEFINE_integer("seeds", len(SEEDS), "How many seeds.", lower_bound=1, upper_bound=len(SEEDS))
-  flags.DEFINE_enum("recipes", "live", list(RECIPES), "Live growth, the rules for τ, or the first search.")
+  flags.DEFINE_enum("recipes", "default", list(RECIPES), "The default, variants of live growth, or τ of exact growth.")
+  flags.DEFINE_boolean("report", False, "Only report what is done.")
   command.run(main)

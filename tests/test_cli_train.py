@@ -135,4 +135,4 @@ def test_a_field_is_read_under_its_earlier_name_with_a_warning(folder):
   flags = [f"--config={folder}/good.py", f"--workdir={folder}/new", "--config.growth.how=magic"]
   code, _, (warning, error) = call("train", *flags)
   assert warning == "warning: --config.growth.how is now called --config.growth.method; the earlier name is still read."
-  assert code == 2 and "method='magic': choose one of exact, " in error
+  assert code == 2 and "method='magic': choose one of auto, exact, " in error

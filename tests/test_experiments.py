@@ -1,10 +1,16 @@
-"""The growth chains are those of the paper and of the released code."""
+"""The growth chains are those of the paper and of the released code, and seeds at once are runs of their own."""
 
 import importlib
 
+import jax
+import numpy as np
 import pytest
 
+from tests import small_run
+from tests.small_run import MODEL
 from tokenformer_jax.config import Config
+from tokenformer_jax.data import Batch
+from tokenformer_jax.training.program import make_program
 
 CHAINS = {"paper": [123_569_664, 354_190_848, 753_796_608, 1_309_705_728], "released": [353_503_232, 756_156_416]}
 
@@ -31,3 +37,38 @@ def test_architectures_are_compared_at_equal_parameters(monkeypatch):
 def test_an_unknown_chain_is_refused():
   with pytest.raises(ValueError, match="chain 'paperr' is unknown: choose one of paper, released"):
     importlib.import_module("experiments.paper_chain").get_config("paperr")
+
+
+def test_the_protocols_sizes_and_stages_are_the_papers(tmp_path, monkeypatch):
+  protocol_of = importlib.import_module("experiments.paper_protocol")
+  monkeypatch.setenv("TOKENFORMER_DATA", str(tmp_path))
+  for smallest, rows, unit, _ in protocol_of.PRESETS.values():
+    protocol = protocol_of.Protocol(tmp_path, smallest, rows, unit, 1, 1e-3)
+    sizes = [model.num_parameters - model.vocab_size * model.hidden_size for model in protocol.models]
+    assert [size / sizes[0] for size in sizes] == pytest.approx([1, 2.9, 6.1, 10.6], rel=0.01)
+    legs = {leg.name: leg for leg in protocol.legs}
+    assert all(leg.after is None or list(legs).index(leg.after) < list(legs).index(leg.name) for leg in protocol.legs)
+    assert 300 * unit * rows * 128 >= 200 * sizes[3]
+    units = protocol.unit_flops
+    for chain in ("live 3", "released 3"):
+      assert legs[chain].stop == 150
+      assert protocol.path_flops(legs[chain]) == pytest.approx(60 * units[0] + 30 * sum(units[1:]))
+    assert protocol.path_flops(legs["scratch 3"]) == pytest.approx(300 * units[3])
+    for name in ("equal", "longer"):
+      assert protocol.path_flops(legs[name]) == pytest.approx(protocol.path_flops(legs["live 3"]), rel=0.02)
+
+
+def test_seeds_at_once_are_trained_as_each_is_alone(tmp_path):
+  at_once = importlib.import_module("experiments.seeds_at_once")
+  (tmp_path / "text.txt").write_text(small_run.TEXT)
+  config = small_run.config(f"text:{tmp_path}/text.txt", seed=1)
+  config = small_run.replace(config, data=dict(held_out_source=config.data.source))
+  text = at_once.Text(config.data, MODEL.seq_length, 1)
+  runs = at_once.Runs(config, MODEL, text, (0, 1), 2)
+  states = runs.updated(runs.initial_states(), 3)
+  program = make_program(config, MODEL, small_run.mesh())
+  state = program.initial_state()
+  for rows in text.rows((1,), 3, 5)[:, 0]:
+    ids = np.asarray(text.windows)[rows].astype(np.int32)
+    state, _ = program.train_step(state, Batch(ids[:, :-1], ids[:, 1:]))
+  small_run.assert_close(jax.tree.map(lambda leaf: leaf[1], states.params), state.params, 1e-5)

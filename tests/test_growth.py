@@ -18,6 +18,7 @@ from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.initializers import value_std
 from tokenformer_jax.training.program import make_program
 
+EXACT = GrowthConfig(method="exact")
 GROWN_FURTHER = GROWN.grown(qkv_tokens=24, ffn_tokens=40)
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (2, MODEL.seq_length))
 FIELDS = {"query": "qkv_tokens", "key": "qkv_tokens", "value": "qkv_tokens", "proj": "proj_tokens", "ffn": "ffn_tokens"}
@@ -34,7 +35,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def grown(state):
-  return grow_state(state, MODEL, GROWN, seed=3)
+  return grow_state(state, MODEL, GROWN, EXACT, seed=3)
 
 
 def pattention_of(path):
@@ -56,7 +57,7 @@ def old_and_new_rows(path, leaf):
   "target", [GROWN, MODEL.grown(ffn_tokens=17), MODEL.grown(qkv_tokens=9)], ids=["all", "ffn", "qkv"]
 )
 def test_plan_lists_every_leaf_with_its_shape_in_the_bigger_state(target):
-  plan = plan_growth(program().shapes, MODEL, target)
+  plan = plan_growth(program().shapes, MODEL, target, EXACT)
   old, new = leaves_by_path(program().shapes), leaves_by_path(program(target).shapes)
   assert {path: leaf.old_shape for path, leaf in plan.items()} == {path: leaf.shape for path, leaf in old.items()}
   assert {path: leaf.new_shape for path, leaf in plan.items()} == {path: leaf.shape for path, leaf in new.items()}
@@ -91,7 +92,7 @@ def test_a_state_of_another_model_is_refused(state):
 
 
 def test_grow_keeps_the_counts_not_given():
-  bigger, _ = tf.grow(growth_table.lively(MODEL), proj_tokens=11, seed=3)
+  bigger, _ = tf.grow(growth_table.lively(MODEL), proj_tokens=11, method="exact", seed=3)
   assert bigger.config == MODEL.grown(proj_tokens=11)
   assert bigger.blocks.attention.proj.keys.shape == (2, 11, 16) and bigger.blocks.ffn.keys.shape == (2, 16, 16)
   new = np.asarray(bigger.blocks.attention.proj.values)[:, 8:]
@@ -150,7 +151,7 @@ def test_new_rows_learn_at_once(grown):
 
 def drawn(path, target, seed=3, old=MODEL):
   """The new rows of one leaf when `old` grows to `target`."""
-  plan = plan_growth(program(old).shapes, old, target)[path]
+  plan = plan_growth(program(old).shapes, old, target, EXACT)[path]
   grown = grow_leaf(jnp.zeros(plan.old_shape), plan, leaf_key(plan, seed), jnp.int32(0))
   return np.asarray(grown)[:, plan.old_shape[1] :]
 
@@ -179,7 +180,7 @@ def test_new_rows_depend_on_seed_leaf_layer_and_old_count_alone(grown):
 
 
 def test_a_leaf_grows_in_slices_along_its_layers_as_it_does_whole(state, grown):
-  plan = plan_growth(state, MODEL, GROWN)
+  plan = plan_growth(state, MODEL, GROWN, EXACT)
   for path, whole in leaves_by_path(grown[0]).items():
     if plan[path].axis == 1:
       leaf, key = leaves_by_path(state)[path], leaf_key(plan[path], 3)
@@ -198,7 +199,7 @@ def test_new_values_have_the_spread_of_the_first_times_their_scale(grown):
 def test_growth_onto_a_mesh_with_a_wider_token_axis(state, grown):
   wide = program(GROWN, data=2, token=4)
   sharded = jax.device_put(state, program(data=8).shardings)
-  onto, *_ = grow_state(sharded, MODEL, GROWN, seed=3, out_shardings=wide.shardings)
+  onto, *_ = grow_state(sharded, MODEL, GROWN, EXACT, seed=3, out_shardings=wide.shardings)
   small_run.assert_same(onto, grown[0])
   assert jax.tree.map(lambda leaf: leaf.sharding, onto) == wide.shardings
   keys = onto.params["blocks"]["attention"]["proj"]["keys"]
@@ -206,7 +207,7 @@ def test_growth_onto_a_mesh_with_a_wider_token_axis(state, grown):
 
 
 def test_growth_twice(grown):
-  second, config, _ = grow_state(dataclasses.replace(grown[0], step=jnp.int32(77)), GROWN, GROWN_FURTHER)
+  second, config, _ = grow_state(dataclasses.replace(grown[0], step=jnp.int32(77)), GROWN, GROWN_FURTHER, EXACT)
   assert config == GROWN_FURTHER
   born = np.asarray(second.born["blocks"]["ffn"]["values"])
   assert [int(step) for step in born[[16, 31, 32, 39]]] == [int(grown[0].step)] * 2 + [77] * 2

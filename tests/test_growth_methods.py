@@ -74,6 +74,25 @@ def test_a_layer_stays_and_its_new_rows_are_in_it(method, theta):
   assert np.max(np.abs(other - before)) > 0.01
 
 
+# The default.
+
+
+def test_auto_is_live_in_layers_with_enough_new_rows_and_exact_in_the_others(state):
+  target = MODEL.grown(qkv_tokens=16, proj_tokens=15, ffn_tokens=32)
+  _, _, report = grow_state(state, MODEL, target)
+  rows = {leaf.path: leaf.new_rows for leaf in report.leaves}
+  layers = {"attention/query": True, "attention/proj": False, "ffn": True}  # 8 and 16 new rows do, 7 do not.
+  for layer, live in layers.items():
+    assert rows[f"params/blocks/{layer}/keys"] is (NewRows.LIVE if live else NewRows.ZERO)
+    assert rows[f"params/blocks/{layer}/values"] is (NewRows.ZERO if live else NewRows.RANDOM)
+    assert rows[f"tau/blocks/{layer}/tau"] is (NewRows.SCALED_TAU if live else NewRows.NONE)
+
+
+def test_auto_is_exact_where_live_keys_would_change_the_function(state):
+  _, rows = grown(state, "auto", "gelu_l2_norm")
+  assert rows["params/blocks/ffn/keys"] is NewRows.ZERO and rows["tau/blocks/ffn/tau"] is NewRows.NONE
+
+
 # As released.
 
 
@@ -172,7 +191,7 @@ def test_value_scale_is_that_of_the_new_values(state):
 @pytest.mark.parametrize(
   "fields, message",
   [
-    (dict(method="zero"), "method='zero': choose one of exact, live, released, duplicate"),
+    (dict(method="zero"), "method='zero': choose one of auto, exact, live, released, duplicate"),
     (dict(tau="grow"), "tau='grow': choose one of kept"),
     (dict(value_scale=0.0), "value_scale=0.0: .* would never learn"),
     (dict(tau_steps=0), "tau_steps=0"),

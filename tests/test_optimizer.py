@@ -216,10 +216,11 @@ def test_rows_of_the_latest_growth_and_those_before_have_rates_of_their_own(new,
 
 
 def test_the_updates_of_new_rows_rise_over_the_warm_up():
-  births = [0, 0, 3, 3, 7, 7]
-  assert factors(births, 7, warmup=4) == [1, 1, 1, 1, 0.25, 0.25]  # The first update after the second growth.
-  assert factors(births, 8, warmup=4) == [1, 1, 1, 1, 0.5, 0.5]
-  assert factors(births, 99, warmup=4) == [1] * 6
+  births = [0, 0, 3, 3, 7, 7]  # 2 rows for 4 old ones take half of the warm-up.
+  assert factors(births, 7, warmup=8) == [1, 1, 1, 1, 0.25, 0.25]  # The first update after the second growth.
+  assert factors(births, 8, warmup=8) == [1, 1, 1, 1, 0.5, 0.5]
+  assert factors(births, 99, warmup=8) == [1] * 6
+  assert factors([0, 0, 3, 3, 3, 3], 3, warmup=8) == [1, 1] + [1 / 16] * 4
 
 
 def test_a_parameter_that_did_not_grow_keeps_its_rate():
@@ -233,7 +234,7 @@ def test_a_parameter_that_did_not_grow_keeps_its_rate():
 
 def test_the_decay_of_new_rows_is_warmed_up_like_their_updates():
   config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
-  optimizer = make_optimizer(config, 10, GrowthConfig(warmup_steps=4, old_rows_rate=1.0), AXES, DECAYED)
+  optimizer = make_optimizer(config, 10, GrowthConfig(warmup_steps=8, old_rows_rate=1.0), AXES, DECAYED)
   params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
   zeros = jax.tree.map(jnp.zeros_like, params)
   clip, adam, *rest = optimizer.init(params)
@@ -246,7 +247,7 @@ def test_lion_is_that_of_float64():
   config = OptimizerConfig(
     learning_rate=0.1, warmup_steps=0, name="lion", beta1=0.8, beta2=0.9, weight_decay=0.3, clip_norm=1e9
   )
-  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES, DECAYED)
+  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=4, old_rows_rate=1.0), AXES, DECAYED)
   wide = {name: np.random.default_rng(9).normal(size=shape) for name, shape in SHAPES.items()}
   momentum = {name: np.zeros(shape) for name, shape in SHAPES.items()}
   params = narrow(wide)
@@ -267,7 +268,7 @@ def test_muon_orthogonalises_every_layer_by_itself_and_leaves_the_rest_to_adam()
   config = OptimizerConfig(
     learning_rate=1.0, min_learning_rate=0.0, warmup_steps=0, name="muon", weight_decay=0.0, clip_norm=1e9
   )
-  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=2, old_rows_rate=1.0), AXES, DECAYED)
+  optimizer = make_optimizer(config, 8, GrowthConfig(warmup_steps=4, old_rows_rate=1.0), AXES, DECAYED)
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
   (gradients,) = draws(1)
   updates, state = optimizer.update(narrow(gradients), optimizer.init(params), params, born=born(0), step=0)

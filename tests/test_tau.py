@@ -70,7 +70,9 @@ def test_learned_tau_is_adam_on_its_logarithm_once_grown(birth):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["moved", "learned"])
 def test_a_run_moves_tau_by_its_rule_from_growth_on(rule):
-  config = dataclasses.replace(small_run.config(), growth=GrowthConfig(tau=rule, tau_steps=2, warmup_steps=0))
+  config = dataclasses.replace(
+    small_run.config(), growth=GrowthConfig(method="exact", tau=rule, tau_steps=2, warmup_steps=0)
+  )
   small, large = (make_program(config, model, small_run.mesh()) for model in (MODEL, GROWN))
   state, _ = small.train_step(small.initial_state(), small_run.batch(0))
   small_run.assert_same(state.tau, small.initial_state().tau)

@@ -9,7 +9,7 @@ from tokenformer_jax.config.validation import Checked, require, require_choice
 MOMENT_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lion", "muon")
 SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
-GROWTH_METHODS = ("exact", "live", "released", "duplicate")
+GROWTH_METHODS = ("auto", "exact", "live", "released", "duplicate")
 TAU_RULES = ("kept", "recomputed", "moved", "learned")
 
 
@@ -122,6 +122,8 @@ class GrowthConfig(Checked):
   Attributes:
     stages: the growths of the run, by rising step.
     method: how new rows begin (`growth.grow`):
+      `auto`: `live` in each layer where it keeps the function for any keys, which are the layers of `l2_norm_gelu` with
+        at least min(n, d) new rows for n old keys of d channels; `exact` in the others.
       `exact`: keys zero, values random, τ unchanged; the function stays.
       `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays. An
         average of the weights (`ema_decay`) gets the new keys of the weights themselves, so its own function changes as
@@ -130,11 +132,12 @@ class GrowthConfig(Checked):
       `duplicate`: all rows repeated, each value divided unevenly among its copies, τ to fit; the function stays. The
         new count must be a multiple of the old one. Copies are as old as the rows that they were copied from, so
         `tau`, `warmup_steps` and the two rates do not act on this growth.
-    tau: what happens to τ after the growth: `kept`; `recomputed`, at once that of a new layer, which changes the
+    tau: what happens to τ after `exact` growth: `kept`; `recomputed`, at once that of a new layer, which changes the
       function; `moved` to that over `tau_steps` steps, τ² linearly; `learned`, by Adam on log τ at the run's rate.
     tau_steps: length of the move, in updates.
     value_scale: size of the new values of `exact`, in units of a new layer's.
-    warmup_steps: over how many updates the updates of new rows rise to full size.
+    warmup_steps: over how many updates the updates of new rows rise to full size where a growth doubles a layer; a
+      growth that adds k rows for each old one takes k times as many.
     new_rows_rate: factor on the learning rate of the rows that the last growth of their layer added.
     old_rows_rate: factor on the learning rate of the layer's rows before them; 0 freezes them. A layer that has not
       grown keeps its rate.
@@ -143,7 +146,7 @@ class GrowthConfig(Checked):
   renamed: ClassVar[dict[str, str]] = {"how": "method"}
 
   stages: tuple[GrowthStage, ...] = ()
-  method: str = "exact"
+  method: str = "auto"
   tau: str = "moved"
   tau_steps: int = 500
   value_scale: float = 0.3

@@ -1,6 +1,6 @@
 """Growth: the parameter tokens of a bigger model (arXiv 2410.23168, section 3.3 and appendix B).
 
-Two methods keep the function for every input and let the new rows learn:
+Two methods keep the function for every input and let the new rows learn; `auto` chooses between them for each layer:
 
     exact   K_new = 0, V_new random. A zero key scores 0, so its weight is GeLU(0) = 0 and it adds nothing to the norm.
             Its gradient does not vanish, because its value is not zero.
@@ -42,7 +42,7 @@ def grow_state(
 ) -> tuple[Any, ModelConfig, GrowthReport]:
   """A training state with the parameter tokens of `new_config`.
 
-  Under `exact`, `live` and `duplicate` the function stays that of `config`. The moments of old rows are kept to the bit,
+  Under `auto`, `exact`, `live` and `duplicate` the function stays that of `config`. The moments of old rows are kept to the bit,
   those of new rows begin at 0, and the step count continues. Random rows depend on (seed, leaf, layer, old count) alone.
 
   Args:
@@ -66,7 +66,7 @@ def grow(
   model: nnx.Module,
   counts: Mapping[str, int] | None = None,
   *,
-  method: str = "exact",
+  method: str = "auto",
   seed: int = 0,
   **named_counts: int | None,
 ) -> tuple[Any, GrowthReport]:
@@ -79,7 +79,7 @@ def grow(
   Args:
     model: it is not changed. What is not a parameter token is shared with the copy's arrays.
     counts: path of a layer, or pattern of paths, -> its new number of tokens.
-    method: `exact`, `live` and `duplicate` keep the function, `released` does not; see `GrowthConfig`.
+    method: `auto`, `exact`, `live` and `duplicate` keep the function, `released` does not; see `GrowthConfig`.
     seed: of the random new rows.
     named_counts: name of a count -> new number, e.g. `ffn_tokens=4096`; None for one that stays.
 

@@ -22,6 +22,7 @@ class TokenLayer:
     path: where the model has it, names joined by '/', e.g. `blocks/ffn`.
     count: the name of the count that sets N.
     num_tokens: N.
+    key_width: d_in, the number of channels of a key.
     theta: its Θ; None for hidden units, whose weights are an element-wise function of their scores.
     axes: name of each of its parameters, e.g. `keys` -> logical axes.
     rows: name of each of its parameters -> what its rows are.
@@ -30,6 +31,7 @@ class TokenLayer:
   path: str
   count: str
   num_tokens: int
+  key_width: int
   theta: str | None
   axes: Mapping[str, Axes]
   rows: Mapping[str, Rows]
@@ -60,7 +62,8 @@ def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
       raise ValueError(f"{path}: its parameters have {counts} rows under the counts {sorted(names)}; expected one.")
     axes = {name: v.axes for name, v in parameters.items()}
     rows = {name: v.rows for name, v in parameters.items()}
-    found[path] = TokenLayer(path, names.pop(), next(iter(counts.values())), thetas.get(path), axes, rows)
+    width = min(v.shape[-1] for v in parameters.values() if v.rows.role == "key")
+    found[path] = TokenLayer(path, names.pop(), next(iter(counts.values())), width, thetas.get(path), axes, rows)
   return found
 
 

@@ -138,32 +138,41 @@ def _check_counts(layers: Mapping[str, TokenLayer], counts: Mapping[str, int], g
       raise ValueError(f"{change}: growth cannot take rows away; choose at least {old}.")
     if new == old:
       continue
-    if growth.method == "duplicate" and new % old:
+    method = method_of(layer, new, growth)
+    if method == "duplicate" and new % old:
       raise ValueError(
         f"{change}: method='duplicate' repeats all rows; choose a whole multiple, "
         f"{new // old * old} or {(new // old + 1) * old}, or method='exact'."
       )
-    if growth.method == "exact" and layer.theta == "softmax":
+    if method == "exact" and layer.theta == "softmax":
       raise ValueError(
         "theta='softmax': new rows with zero keys would still get weight exp(0), so method='exact' cannot "
         "keep the function; method='duplicate' does, for whole multiples of the counts."
       )
-    if growth.method == "live" and layer.theta is None:
+    if method == "live" and layer.theta is None:
       raise ValueError(
         f"{layer.count}: method='live' keeps a norm over parameter tokens, and these rows are hidden units; choose "
         "method='exact'."
       )
-    if growth.method == "live" and layer.theta != "l2_norm_gelu":
+    if method == "live" and layer.theta != "l2_norm_gelu":
       raise ValueError(
         f"theta={layer.theta!r}: method='live' keeps the function of l2_norm_gelu alone, whose norm is that of the "
         f"scores themselves; choose method={'duplicate' if layer.theta == 'softmax' else 'exact'!r}."
       )
 
 
+def method_of(layer: TokenLayer, count: int, growth: GrowthConfig) -> str:
+  """How a layer grows to `count` tokens: `growth.method`, or what `auto` means for this layer."""
+  if growth.method != "auto":
+    return growth.method
+  enough = count - layer.num_tokens >= min(layer.num_tokens, layer.key_width)
+  return "live" if layer.theta == "l2_norm_gelu" and enough else "exact"
+
+
 def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: GrowthConfig) -> tuple[NewRows, float]:
   root, rows = path.partition("/")[0], layer.rows[name]
-  is_key = rows.role == "key"
-  if growth.method == "duplicate":
+  method, is_key = method_of(layer, count, growth), rows.role == "key"
+  if method == "duplicate":
     # The parts of a value each have the whole value's gradient; the copies of a key share the key's. The lag of the
     # weights' average (`training.weight_average`) is a difference of weights and is divided like them.
     if root == "params" or "/lag/" in path:
@@ -175,7 +184,7 @@ def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: Growt
     return NewRows.REPEATED, 0.0
   if root != "params":
     return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
-  match growth.method:
+  match method:
     case "released":
       return (NewRows.RANDOM, rows.std_of(count)) if rows.std != 0.0 else (NewRows.ZERO, 0.0)
     case "live":
@@ -189,8 +198,9 @@ def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: Growt
 def _tau_then(layer: TokenLayer, new: int, growth: GrowthConfig) -> tuple[NewRows, float]:
   """What growth to `new` tokens makes of a layer's τ."""
   assert layer.theta is not None  # Only layers with a Θ have a τ.
-  if growth.method in ("duplicate", "live"):
+  method = method_of(layer, new, growth)
+  if method in ("duplicate", "live"):
     return NewRows.SCALED_TAU, initial_tau(layer.theta, new) / initial_tau(layer.theta, layer.num_tokens)
-  if growth.method == "released" or growth.tau == "recomputed":
+  if method == "released" or growth.tau == "recomputed":
     return NewRows.NEW_TAU, initial_tau(layer.theta, new)
   return NewRows.NONE, 0.0

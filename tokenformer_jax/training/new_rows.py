@@ -69,13 +69,13 @@ def scale_rows(
 ) -> optax.GradientTransformationExtraArgs:
   """Factors on the updates of parameter tokens, weight decay included. The state is empty.
 
-  The updates of a new row rise linearly to full size over its first `warmup_steps` updates. In a parameter that has
-  grown, the rows of its latest growth have the factor `new_rate` and all others `old_rate`; a parameter that has not
-  grown keeps its updates as they are.
+  In a parameter that has grown, the rows of its latest growth have the factor `new_rate` and all others `old_rate`. The
+  updates of those rows rise linearly to full size, the more slowly the more rows came at once: over
+  `warmup_steps` · (new rows / rows before them) updates. A parameter that has not grown keeps its updates as they are.
 
   Args:
     axes: the parameters' logical axes, a tree of tuples of names.
-    warmup_steps: length of the new rows' warm-up in updates; 0 for none.
+    warmup_steps: length in updates of the warm-up of as many new rows as there were before; 0 for none.
     new_rate, old_rate: factors on the learning rate.
   """
 
@@ -86,9 +86,12 @@ def scale_rows(
       if "param_token" not in axes:
         return update
       latest = jnp.max(born)
-      rate = jnp.where(latest == 0, 1.0, jnp.where(born == latest, new_rate, old_rate))
-      warmup = jnp.where(born > 0, jnp.minimum((step + 1 - born) / max(warmup_steps, 1), 1.0), 1.0)
-      return update * _along_tokens((rate * warmup).astype(update.dtype), axes)
+      is_new = (born == latest) & (latest > 0)
+      num_new = jnp.sum(is_new)
+      rise = warmup_steps * num_new / jnp.maximum(born.size - num_new, 1)
+      warmup = jnp.minimum((step + 1 - latest) / jnp.maximum(rise, 1.0), 1.0)
+      rate = jnp.where(is_new, new_rate * warmup, jnp.where(latest > 0, old_rate, 1.0))
+      return update * _along_tokens(rate.astype(update.dtype), axes)
 
     return jax.tree.map(scale, updates, born, axes), state
 
