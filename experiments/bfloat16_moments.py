@@ -3,7 +3,7 @@
     python -m experiments.bfloat16_moments --workdir=runs/bfloat16_moments
 
 Two CPU cores that were also busy with other work, about 40 minutes, November 2026, Python 3.11.7, jax 0.10.2, float32 products.
-The run is that of growth_seam.py without growth. The table has the held-out loss in nats a byte, as the mean of 10 seeds ±
+The run is that of growth_recipes.py without growth. The table has the held-out loss in nats a byte, as the mean of 10 seeds ±
 their standard deviation, and its difference from float32's with the same seed, in per cent ± the standard error:
 
 | step | float32 | first in bfloat16 | per cent | both in bfloat16 | per cent |
@@ -20,7 +20,7 @@ import dataclasses
 import numpy as np
 from absl import flags
 
-from experiments.growth_seam import STEPS, small_run
+from experiments.growth_recipes import STEPS, small_run
 from experiments.runs import every_seed, held_out_losses
 from tokenformer_jax.cli import command
 

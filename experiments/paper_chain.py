@@ -7,7 +7,8 @@
 TRAIN and VALID are folders of GPT-NeoX-20B ids that `cli.prepare` wrote. `:released` is the chain of the released
 configurations, 354M → 757M of a deeper and wider model. Batch, length, rate and steps are the paper's (appendix D:
 512 × 1024 tokens, 6e-4, 2,000 steps of warm-up; 600,000 steps, then 60,000 for each growth). The schedule is not: the paper's
-restarts at each growth, while here the rate is constant and falls over the last steps of the run. `cli.compile_check`
+restarts at each growth, while here the rate is constant and falls over the last steps of the run. The new rows' own warm-up
+takes 2,000 steps for each old count's worth of them: 5,431, 2,533 and 1,555 steps at the three growths of the chain. `cli.compile_check`
 reports the memory of all sizes. 4,850 is divisible by 2 and not by 4, so the mesh axis `token` can be 1 or 2 here.
 
 Nobody has run this; it needs hundreds of TPU days. The parameter counts of all sizes are tested.
@@ -38,7 +39,7 @@ def get_config(chain: str = "paper"):
     model=model,
     data=DataConfig(source="tokens:TRAIN", held_out_source="tokens:VALID", tokenizer="TRAIN", batch_size=512),
     optimizer=OptimizerConfig(learning_rate=6e-4, min_learning_rate=0.0, warmup_steps=2000, decay_steps=DECAY),
-    growth=GrowthConfig(stages=stages, warmup_steps=2000, tau_steps=20_000),
+    growth=GrowthConfig(stages=stages, warmup_steps=2000),
     training=TrainingConfig(
       num_steps=FIRST_STEPS + len(bigger) * GROWN_STEPS,
       log_every=50,

@@ -1,20 +1,44 @@
 """The paper's growth chain at small scale: four sizes, grown from one another, and each size from scratch.
 
     export TOKENFORMER_DATA=FOLDER
-    python -m experiments.paper_protocol --workdir=runs/paper_protocol
-    python -m experiments.paper_protocol --workdir=runs/paper_protocol --report
+    python -m experiments.paper_protocol --workdir=runs/paper_protocol --preset=gpu --seeds=2
+    python -m experiments.paper_protocol --workdir=runs/paper_protocol --preset=gpu --seeds=2 --report
 
 FOLDER holds `english_novels/{train,valid}.txt.gz`, books separated by lines that are <|endoftext|>. The text is read as
 bytes. A unit u is `--unit` updates. As in the paper (its table 6) the sizes have 1 : 2.9 : 6.1 : 10.6 times as many
 parameters without the embedding, the smallest is trained for 60u, each growth is followed by 30u, and every size is also
-trained from scratch for 300u. `--preset=gpu` has 200 tokens for each parameter of the largest size; `--preset=cpu` is
-smaller and takes hours. The runs can be killed at any time, and the same command resumes them.
+trained from scratch for 300u. Both presets have 200 tokens or more for each parameter of the largest size; `cpu` is smaller
+and takes hours. The runs can be killed at any time, and the same command resumes them (paper_plan.py has their order).
 
 Every run has a constant rate after its warm-up, which falls linearly to 0 over the last two thirds of its last stage, so
 the chain itself grows at the full rate and each size of it has a branch for the decay. Released growth restarts: random
-rows, a fresh optimizer, a warm-up and a cosine to 0 in each stage, from the weights of the stage before.
+rows, a fresh optimizer, a warm-up and a cosine to 0 in each stage, from the weights of the stage before. `equal` is the
+largest size from scratch, and `longer` the smallest one, with the FLOPs of the whole chain. `net2net` is a dense Transformer
+of about the same parameters whose feed-forward is widened by copying hidden units (arXiv 1511.05641), so each size is a
+multiple of the one before, and `net2net equal` its largest size from scratch with the FLOPs of that chain.
 
-`equal` is the largest size from scratch, and `longer` the smallest one, with the FLOPs of the whole chain.
+The first two runs and released growth's first stage, two seeds at once, until the time given to them was over: one NVIDIA
+H200, three minutes beside growth_recipes.py, November 2026, Python 3.12.3, jax 0.11.2, float32 with XLA's default precision there (products in
+TF32), commit 733b6fd (docs/paper_protocol.png). A `trunk` is the end of a stage at the full
+rate. Parameters are without the embedding, PFLOPs those of all stages, the share is of the largest size from scratch, and
+losses and perplexities are per byte:
+
+| leg | rate | parameters | tokens seen | PFLOPs | share | held-out loss (by seed) | perplexity |
+|---|---|---|---|---|---|---|---|
+| live trunk 0 | constant | 65,536 | 29.5M | 0.0188 | 2.9% | 1.5702 (1.5793, 1.5611) | 4.8076 |
+| live trunk 1 | constant | 190,464 | 44.2M | 0.0393 | 6.0% | 1.4751 (1.4811, 1.4691) | 4.3715 |
+| live trunk 2 | constant | 399,360 | 59.0M | 0.0783 | 12.0% | 1.4269 (1.4274, 1.4264) | 4.1659 |
+| live fork 3 | constant | 694,272 | 63.9M | 0.1000 | 15.4% | 1.4171 (1.4224, 1.4117) | 4.1250 |
+| live 3 | decay | 694,272 | 73.7M | 0.1433 | 22.0% | 1.3422 (1.3436, 1.3409) | 3.8276 |
+| scratch 3 fork | constant | 694,272 | 49.2M | 0.2168 | 33.3% | 1.3978 (1.3938, 1.4019) | 4.0463 |
+| scratch 3 | decay | 694,272 | 147.5M | 0.6505 | 100.0% | 1.2792 (1.2765, 1.2818) | 3.5936 |
+| released 0 | cosine | 65,536 | 29.5M | 0.0188 | 2.9% | 1.5543 (1.5604, 1.5481) | 4.7316 |
+
+The chain ends 4.9 % above the run from scratch for 22 % of its FLOPs and does not reach its loss; the paper has 0.5 %. At
+the full rate the chain has at 12.0 % and 15.4 % of the FLOPs the loss that the run from scratch has at 21 % and 24 %. The
+text has 52M bytes, so the chain reads it 1.4 times and the run from scratch 2.8 times. The training states were not kept:
+the first command begins again and goes on to the other runs. These are 4,500 updates of the chain and 9,000 from scratch
+at 5 to 19 ms each.
 """
 
 import dataclasses
@@ -28,126 +52,21 @@ import matplotlib.figure
 import numpy as np
 from absl import flags
 
+from experiments.paper_plan import SCRATCH, SIZES, Leg, decay, plan
 from experiments.seeds_at_once import CORES, Runs, Text, load, on_host, save, stop_compiling, with_schedule
 from tokenformer_jax.cli import command
 from tokenformer_jax.config import Config, DataConfig, GrowthConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from tokenformer_jax.config.parts import AttentionConfig, FeedForwardConfig
 
 _SAVE_EVERY = 120.0  # Seconds.
 MARKER = "<|endoftext|>"
-RATIOS = (1.0, 2.9, 6.1, 10.6)
-FIRST, STAGE, SCRATCH = 60, 30, 300  # Units.
 GROWTHS = {
   "live": GrowthConfig(),
-  "full": GrowthConfig(old_rows_rate=1.0),
-  "exact": GrowthConfig(method="exact"),
+  "released": GrowthConfig(method="released"),
+  "net2net": GrowthConfig(method="duplicate"),
 }
 # Tokens in each of q, k, v and proj at the smallest size, rows in a batch, updates in a unit, batches in an evaluation.
 PRESETS = {"gpu": (32, 128, 30, 40), "cpu": (18, 32, 68, 40)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Leg:
-  """A piece of a run at one size and under one schedule.
-
-  Attributes:
-    name: of the leg.
-    size: 0 to 3.
-    after: the leg whose last state it continues.
-    start, stop: in units of the run's text.
-    schedule: `constant`; `decay`, the last two thirds of a stage; or `cosine`, a restart with a fresh optimizer.
-    growth: how its chain grows.
-    length: of the run or stage that it belongs to, in units: from the first update of a run from scratch, from the
-      last growth of a chain.
-  """
-
-  name: str
-  size: int
-  after: str | None
-  start: int
-  stop: int
-  schedule: str
-  growth: str
-  length: int
-
-
-def decay(length: int) -> int:
-  return 2 * length // 3
-
-
-def stage_of(size: int) -> tuple[int, int]:
-  """First and last unit of a chain's stage."""
-  start = FIRST + STAGE * (size - 1) if size else 0
-  return start, start + (STAGE if size else FIRST)
-
-
-def trunk(growth: str, size: int) -> list[Leg]:
-  """A chain's stage at the full rate, in two legs: a branch may leave it where the decay begins."""
-  start, stop = stage_of(size)
-  fork = stop - decay(stop - start)
-  before = f"{growth} trunk {size - 1}" if size else None
-  first = Leg(f"{growth} fork {size}", size, before, start, fork, "constant", growth, stop - start)
-  return [first, Leg(f"{growth} trunk {size}", size, first.name, fork, stop, "constant", growth, stop - start)]
-
-
-def branch(growth: str, size: int) -> Leg:
-  start, stop = stage_of(size)
-  fork = stop - decay(stop - start)
-  return Leg(f"{growth} {size}", size, f"{growth} fork {size}", fork, stop, "decay", growth, stop - start)
-
-
-def longer_stage(growth: str, length: int) -> list[Leg]:
-  """The largest size's stage with another length."""
-  start = stage_of(3)[0]
-  fork = start + length - decay(length)
-  return [
-    Leg(f"{growth} fork 3 of {length}", 3, f"{growth} trunk 2", start, fork, "constant", growth, length),
-    Leg(f"{growth} 3 of {length}", 3, f"{growth} fork 3 of {length}", fork, start + length, "decay", growth, length),
-  ]
-
-
-def chain(growth: str) -> list[Leg]:
-  """What the largest size needs, and then the other sizes."""
-  return [leg for size in (0, 1, 2) for leg in trunk(growth, size)] + trunk(growth, 3)[:1] + [branch(growth, 3)]
-
-
-def released(size: int, length: int | None = None) -> Leg:
-  start, stop = stage_of(size)
-  name = f"released {size}" + (f" of {length}" if length else "")
-  stop = start + length if length else stop
-  before = f"released {size - 1}" if size else None
-  return Leg(name, size, before, start, stop, "cosine", "released", stop - start)
-
-
-def alone(name: str, size: int, length: int) -> list[Leg]:
-  """A run from scratch."""
-  fork = length - decay(length)
-  return [
-    Leg(f"{name} fork", size, None, 0, fork, "constant", "live", length),
-    Leg(name, size, f"{name} fork", fork, length, "decay", "live", length),
-  ]
-
-
-def plan(unit_flops: list[float]) -> list[Leg]:
-  """All legs, the most important ones first."""
-  total = FIRST * unit_flops[0] + STAGE * sum(unit_flops[1:])
-  equal, longer = (round(total / unit_flops[size]) for size in (3, 0))
-  return [
-    *chain("live"),
-    *alone("scratch 3", 3, SCRATCH),
-    *[released(size) for size in range(4)],
-    *alone("equal", 3, equal),
-    *alone("longer", 0, longer),
-    *[branch("live", size) for size in (0, 1, 2)],
-    *longer_stage("live", 60),
-    *longer_stage("live", 15),
-    released(3, 60),
-    *alone("scratch 2", 2, SCRATCH),
-    *alone("scratch 1", 1, SCRATCH),
-    *alone("scratch 0", 0, SCRATCH),
-    released(3, 15),
-    *chain("full"),
-    *chain("exact"),
-  ]
 
 
 class Protocol:
@@ -158,9 +77,10 @@ class Protocol:
     if not path:
       command.fail("TOKENFORMER_DATA is not set: name the folder that holds english_novels.")
     self.folder, self.unit = folder, unit
-    self.counts = [max(round(ratio * smallest), 1) for ratio in RATIOS]
+    counts = [max(round(size * smallest), 1) for size in SIZES]
+    self._models = [_token_model(count) for count in counts], [_dense_model(rows) for rows in _dense_rows(counts)]
     self.config = Config(
-      model=self._model(0),
+      model=self._models[0][0],
       data=DataConfig(
         source=f"text:{path}/english_novels/train.txt.gz#{MARKER}",
         held_out_source=f"text:{path}/english_novels/valid.txt.gz#{MARKER}",
@@ -169,25 +89,20 @@ class Protocol:
       optimizer=OptimizerConfig(learning_rate=rate, min_learning_rate=0.0, warmup_steps=2 * unit),
       training=TrainingConfig(num_steps=SCRATCH * unit, eval_batches=eval_batches, sample_tokens=0),
     )
-    self.models = [self._model(size) for size in range(4)]
     tokens = unit * rows * self.config.model.seq_length
-    self.unit_flops = [3.0 * tokens * model.forward_flops_per_token for model in self.models]
-    self.legs = plan(self.unit_flops)
+    self._unit_flops = [[3.0 * tokens * model.forward_flops_per_token for model in models] for models in self._models]
+    self.legs = plan(*self._unit_flops)
 
-  def _model(self, size: int) -> ModelConfig:
-    n = self.counts[size]
-    return ModelConfig(
-      vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, seq_length=128,
-      qkv_tokens=n, proj_tokens=n, ffn_tokens=4 * n,
-    )  # fmt: skip
+  def model(self, leg: Leg) -> ModelConfig:
+    return self._models[leg.is_dense][leg.size]
 
   def config_of(self, leg: Leg) -> Config:
     u = self.unit
     if leg.schedule == "cosine":
       config = with_schedule(self.config, leg.length * u, 0, schedule="warmup_cosine")
-      return dataclasses.replace(config, growth=GrowthConfig(method="released"))
-    steps = decay(leg.length) * u if leg.schedule == "decay" else 0
-    config = with_schedule(self.config, (leg.stop if steps else 10**4) * u, steps)
+    else:
+      steps = decay(leg.length) * u if leg.schedule == "decay" else 0
+      config = with_schedule(self.config, (leg.stop if steps else 10**4) * u, steps)
     return dataclasses.replace(config, growth=GROWTHS[leg.growth])
 
   def losses(self, leg: Leg, seeds: tuple[int, ...]) -> dict[int, dict[int, float]]:
@@ -251,11 +166,11 @@ class Protocol:
     before = self._before(leg)
     assert before is not None
     if before.size != leg.size:
-      state = run.grown(state, self.models[before.size], self.config_of(leg).growth)
+      state = run.grown(state, self.model(before), self.config_of(leg).growth)
     return run.restarted(state) if leg.schedule == "cosine" else state
 
   def _key(self, leg: Leg) -> tuple[Config, ModelConfig]:
-    return self.config_of(leg), self.models[leg.size]
+    return self.config_of(leg), self.model(leg)
 
   def _before(self, leg: Leg) -> Leg | None:
     return next((other for other in self.legs if other.name == leg.after), None)
@@ -263,48 +178,76 @@ class Protocol:
   def path_flops(self, leg: Leg) -> float:
     """The FLOPs of everything that leads to the end of a leg."""
     before = self._before(leg)
-    own = (leg.stop - leg.start) * self.unit_flops[leg.size]
-    return own + (self.path_flops(before) if before else 0.0)
+    return (leg.stop - leg.start) * self.unit_flops(leg) + (self.path_flops(before) if before else 0.0)
+
+  @property
+  def scratch_flops(self) -> float:
+    """The FLOPs of the largest size from scratch."""
+    return SCRATCH * self._unit_flops[0][3]
+
+  def unit_flops(self, leg: Leg) -> float:
+    return self._unit_flops[leg.is_dense][leg.size]
+
+
+def _token_model(count: int, **changes) -> ModelConfig:
+  fields = dict(qkv_tokens=count, proj_tokens=count, ffn_tokens=4 * count) | changes
+  return ModelConfig(vocab_size=384, num_layers=2, hidden_size=64, num_heads=4, seq_length=128, **fields)
+
+
+def _dense_model(rows: int) -> ModelConfig:
+  dense = dict(attention=AttentionConfig(projection="dense"), ffn=FeedForwardConfig(kind="mlp"))
+  return _token_model(0, ffn_tokens=rows, **dense)
+
+
+def _dense_rows(counts: list[int]) -> list[int]:
+  """Hidden units that give a dense Transformer about as many parameters, each number a multiple of the one before."""
+  width = _token_model(1).hidden_size
+  wanted = [max(8 * count - 2 * width, 1) for count in counts]
+  rows = wanted[:1]
+  for number in wanted[1:]:
+    rows.append(max(round(number / rows[-1]), 2) * rows[-1])
+  return rows
 
 
 def report(protocol: Protocol, seeds: tuple[int, ...]) -> None:
-  """Prints the last loss and the FLOPs of every run that is done, and draws loss over FLOPs."""
-  whole = SCRATCH * protocol.unit_flops[3]
+  """Prints the last loss and the FLOPs of every leg that is done, and draws loss over FLOPs."""
+  done = [leg for leg in protocol.legs if protocol.losses(leg, seeds)]
   print(
-    "\n| run | parameters without the embedding | tokens seen | PFLOPs, all stages | of the largest from scratch "
-    "| held-out loss (by seed) | perplexity a byte |\n" + "|---" * 7 + "|"
+    "\n| leg | rate | parameters | tokens seen | PFLOPs | share | held-out loss (by seed) | perplexity |\n"
+    + "|---" * 8
+    + "|"
   )
-  points = {}
-  for leg in protocol.legs:
-    losses = protocol.losses(leg, seeds)
-    if not losses or leg.schedule == "constant":
-      continue
-    last = [each[leg.stop] for each in losses.values()]
-    model, flops = protocol.models[leg.size], protocol.path_flops(leg)
-    points[leg.name] = leg, flops, np.mean(last)
-    own = model.num_parameters - model.vocab_size * model.hidden_size
+  for leg in done:
+    last = [each[leg.stop] for each in protocol.losses(leg, seeds).values()]
+    model, flops = protocol.model(leg), protocol.path_flops(leg)
     tokens = leg.stop * protocol.unit * protocol.config.data.batch_size * model.seq_length
     print(
-      f"| {leg.name} | {own:,} | {tokens / 1e6:.1f}M | {flops / 1e15:.4f} | {flops / whole:.1%} "
+      f"| {leg.name} | {leg.schedule} | {model.num_non_embedding_parameters:,} | {tokens / 1e6:.1f}M "
+      f"| {flops / 1e15:.4f} | {flops / protocol.scratch_flops:.1%} "
       f"| {np.mean(last):.4f} ({', '.join(f'{loss:.4f}' for loss in last)}) | {np.exp(np.mean(last)):.4f} |"
     )
-  if points:
-    print(f"\n{plot(points, protocol.folder / 'paper_protocol.png')}")
+  print(f"\n{plot(protocol, done, seeds, protocol.folder / 'paper_protocol.png')}")
 
 
-def plot(points, path: pathlib.Path) -> pathlib.Path:
+def plot(protocol: Protocol, legs: list[Leg], seeds: tuple[int, ...], path: pathlib.Path) -> pathlib.Path:
+  """Loss over FLOPs, the mean of the seeds; a dot is the end of a run whose rate has fallen."""
   figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
   axes = figure.subplots()
-  groups = {name: [p for leg, *p in points.values() if leg.name.startswith(name)] for name in (*GROWTHS, "released")}
-  groups["from scratch"] = [p for leg, *p in points.values() if leg.name.split()[0] in ("scratch", "equal", "longer")]
-  for number, (name, group) in enumerate(groups.items()):
-    if group:
-      axes.plot(*zip(*sorted(group)), "o" if name == "from scratch" else "o-", color=f"C{number}", label=name)
-  axes.set_xscale("log")
-  axes.set_xlabel("training FLOPs, all stages")
+  groups = [*GROWTHS, "scratch", "equal", "longer"]
+  for leg in legs:
+    losses = list(protocol.losses(leg, seeds).values())
+    units = sorted(losses[0])[1:] if leg.after is None else sorted(losses[0])  # Without the loss before training.
+    mean = [np.mean([each[unit] for each in losses]) for unit in units]
+    end = protocol.path_flops(leg)
+    share = [(end - (leg.stop - unit) * protocol.unit_flops(leg)) / protocol.scratch_flops for unit in units]
+    group = leg.name.split()[0]
+    axes.plot(share, mean, color=f"C{groups.index(group)}")
+    if leg.schedule != "constant":
+      axes.plot(share[-1], mean[-1], "o", color=f"C{groups.index(group)}")
+      axes.annotate(f"{leg.name}", (share[-1], mean[-1]), (4, 4), textcoords="offset points", fontsize="small")
+  axes.set(xscale="log", xlabel="training FLOPs, all stages, over those of the largest from scratch")
   axes.set_ylabel("held-out loss (nats a byte)")
-  axes.legend()
-  figure.savefig(path, dpi=120)
+  figure.savefig(path, dpi=80)
   return path
 
 

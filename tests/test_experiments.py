@@ -40,22 +40,28 @@ def test_an_unknown_chain_is_refused():
 
 
 def test_the_protocols_sizes_and_stages_are_the_papers(tmp_path, monkeypatch):
-  protocol_of = importlib.import_module("experiments.paper_protocol")
+  paper_protocol = importlib.import_module("experiments.paper_protocol")
   monkeypatch.setenv("TOKENFORMER_DATA", str(tmp_path))
-  for smallest, rows, unit, _ in protocol_of.PRESETS.values():
-    protocol = protocol_of.Protocol(tmp_path, smallest, rows, unit, 1, 1e-3)
-    sizes = [model.num_parameters - model.vocab_size * model.hidden_size for model in protocol.models]
-    assert [size / sizes[0] for size in sizes] == pytest.approx([1, 2.9, 6.1, 10.6], rel=0.01)
+  for smallest, rows, unit, _ in paper_protocol.PRESETS.values():
+    protocol = paper_protocol.Protocol(tmp_path, smallest, rows, unit, 1, 1e-3)
     legs = {leg.name: leg for leg in protocol.legs}
     assert all(leg.after is None or list(legs).index(leg.after) < list(legs).index(leg.name) for leg in protocol.legs)
+    units = {}
+    for growth, names in {
+      "live": ["live 0", "live 1", "live 2", "live 3"], "net2net": [f"net2net trunk {i}" for i in range(3)] + ["net2net 3"],
+    }.items():  # fmt: skip
+      sizes = [protocol.model(legs[name]).num_non_embedding_parameters for name in names]
+      assert [size / sizes[0] for size in sizes] == pytest.approx(
+        [1, 2.9, 6.1, 10.6], rel={"live": 0.01, "net2net": 0.25}[growth]
+      )
+      units[growth] = [protocol.unit_flops(legs[name]) for name in names]
     assert 300 * unit * rows * 128 >= 200 * sizes[3]
-    units = protocol.unit_flops
-    for chain in ("live 3", "released 3"):
+    for chain, growth in {"live 3": "live", "released 3": "live", "net2net 3": "net2net"}.items():
       assert legs[chain].stop == 150
-      assert protocol.path_flops(legs[chain]) == pytest.approx(60 * units[0] + 30 * sum(units[1:]))
-    assert protocol.path_flops(legs["scratch 3"]) == pytest.approx(300 * units[3])
-    for name in ("equal", "longer"):
-      assert protocol.path_flops(legs[name]) == pytest.approx(protocol.path_flops(legs["live 3"]), rel=0.02)
+      assert protocol.path_flops(legs[chain]) == pytest.approx(60 * units[growth][0] + 30 * sum(units[growth][1:]))
+    assert protocol.path_flops(legs["scratch 3"]) == pytest.approx(300 * units["live"][3])
+    for name, chain in {"equal": "live 3", "longer": "live 3", "net2net equal": "net2net 3"}.items():
+      assert protocol.path_flops(legs[name]) == pytest.approx(protocol.path_flops(legs[chain]), rel=0.02)
 
 
 def test_seeds_at_once_are_trained_as_each_is_alone(tmp_path):

@@ -12,8 +12,9 @@ from tests import growth_table, small_run
 from tests.growth_table import DEEP, SHALLOW, change
 from tests.small_run import MODEL
 from tokenformer_jax.config import GrowthConfig
+from tokenformer_jax.config.parts import AttentionConfig, FeedForwardConfig
 from tokenformer_jax.growth.grow import grow_leaf, grow_state
-from tokenformer_jax.growth.plan import LeafPlan, NewRows, leaves_by_path
+from tokenformer_jax.growth.plan import LeafPlan, NewRows, leaves_by_path, plan_growth
 from tokenformer_jax.nn.initializers import STD, value_std
 from tokenformer_jax.nn.theta import initial_tau
 from tokenformer_jax.parameter_tokens import ParameterTokens, pattention
@@ -91,6 +92,16 @@ def test_auto_is_live_in_layers_with_enough_new_rows_and_exact_in_the_others(sta
 def test_auto_is_exact_where_live_keys_would_change_the_function(state):
   _, rows = grown(state, "auto", "gelu_l2_norm")
   assert rows["params/blocks/ffn/keys"] is NewRows.ZERO and rows["tau/blocks/ffn/tau"] is NewRows.NONE
+
+
+def test_auto_gives_hidden_units_random_keys_and_zero_values():
+  dense = dataclasses.replace(
+    MODEL, qkv_tokens=0, proj_tokens=0, attention=AttentionConfig(projection="dense"), ffn=FeedForwardConfig(kind="mlp")
+  )
+  shapes = make_program(small_run.config(), dense, small_run.mesh()).shapes
+  plan = plan_growth(shapes, dense, dense.grown(ffn_tokens=32))
+  assert plan["params/blocks/ffn/keys"].new_rows is NewRows.RANDOM
+  assert plan["params/blocks/ffn/values"].new_rows is NewRows.ZERO
 
 
 # As released.

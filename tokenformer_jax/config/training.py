@@ -117,14 +117,14 @@ class GrowthStage(Checked):
 class GrowthConfig(Checked):
   """When the model grows, how new rows begin, and how new and old rows are trained then.
 
-  The defaults are the best that were seen in experiments/growth_seam.py.
+  The defaults are those of experiments/growth_recipes.py that neither disturb the model nor end above released growth.
 
   Attributes:
     stages: the growths of the run, by rising step.
     method: how new rows begin (`growth.grow`):
       `auto`: `live` in each layer where it keeps the function for any keys, which are the layers of `l2_norm_gelu` with
         at least min(n, d) new rows for n old keys of d channels; `exact` in the others.
-      `exact`: keys zero, values random, τ unchanged; the function stays.
+      `exact`: keys zero, values random, τ unchanged; the function stays. Hidden units have random keys and zero values.
       `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays. An
         average of the weights (`ema_decay`) gets the new keys of the weights themselves, so its own function changes as
         far as its keys differ from theirs.

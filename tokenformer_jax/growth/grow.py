@@ -42,8 +42,9 @@ def grow_state(
 ) -> tuple[Any, ModelConfig, GrowthReport]:
   """A training state with the parameter tokens of `new_config`.
 
-  Under `auto`, `exact`, `live` and `duplicate` the function stays that of `config`. The moments of old rows are kept to the bit,
-  those of new rows begin at 0, and the step count continues. Random rows depend on (seed, leaf, layer, old count) alone.
+  Under `auto`, `exact`, `live` and `duplicate` the function stays that of `config`. The moments of old rows are kept to
+  the bit, those of new rows begin at 0, and the step count continues. Random rows depend on (seed, leaf, layer, old
+  count) alone.
 
   Args:
     state: a dataclass pytree with `params` and `tau`, and whatever else a training state has (`training.state`).

@@ -1,9 +1,9 @@
 """τ after growth: kept, moved to the τ of a new layer, or learned (`GrowthConfig.tau`).
 
 τ belongs to a layer and not to its rows. Exact growth leaves it as it was, while a layer that is initialised with as
-many tokens has a larger one. A layer whose tokens have not grown keeps its τ under every rule. Growth by
-`method="duplicate"` scales τ with the number of tokens at once and adds no new rows (see `new_rows`), so no rule acts
-after it unless the layer grew by another method before.
+many tokens has a larger one; `live` growth scales it to that at once. A layer whose tokens have not grown keeps its τ
+under every rule. Growth by `method="duplicate"` scales τ with the number of tokens at once and adds no new rows (see
+`new_rows`), so no rule acts after it unless the layer grew by another method before.
 """
 
 from collections.abc import Callable
