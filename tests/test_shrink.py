@@ -13,6 +13,7 @@ import tokenformer_jax as tf
 from tests import oracle, small_run
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax import data
+from tokenformer_jax.config import GrowthConfig
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.layers import leaves_by_path
 from tokenformer_jax.growth.plan import counts_of, layers_of
@@ -120,7 +121,7 @@ def test_untrained_growth_is_undone_to_the_bit(theta):
   config = dataclasses.replace(MODEL, theta=theta)
   run = small_run.replace(small_run.config(), model=dict(theta=theta))
   state = small_run.noise(make_program(run, config, small_run.mesh()).shapes)
-  grown, *_ = grow_state(state, config, dataclasses.replace(GROWN, theta=theta))
+  grown, *_ = grow_state(state, config, dataclasses.replace(GROWN, theta=theta), GrowthConfig(method="exact"))
   graphdef, *_ = split(
     nnx.eval_shape(lambda: tf.LanguageModel(dataclasses.replace(GROWN, theta=theta), rngs=nnx.Rngs(0)))
   )
@@ -166,7 +167,7 @@ def test_a_grown_work_folder_is_shrunk_back_to_what_it_was(tmp_path):
   checkpoints.close()
   (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
   data.save_tokenizer(tokenizer, tmp_path / "run" / "tokenizer.json")
-  grow_run(str(tmp_path / "run"), str(tmp_path / "grown"), qkv_tokens=16, proj_tokens=24, ffn_tokens=32)
+  grow_run(str(tmp_path / "run"), str(tmp_path / "grown"), method="exact", qkv_tokens=16, proj_tokens=24, ffn_tokens=32)
   before = small_run.folder_digest(tmp_path / "grown")
   report = shrink_run(str(tmp_path / "grown"), str(tmp_path / "back"), **BACK)
   assert report.num_parameters == (GROWN.num_parameters, MODEL.num_parameters)

@@ -262,7 +262,7 @@ def test_without_an_average_the_state_is_that_of_earlier_checkpoints():
 
 @pytest.mark.slow
 def test_muon_with_an_average_trains_and_grows():
-  config = small_run.replace(CONFIG, optimizer=dict(name="muon", eps=1e-8, ema_decay=0.9))
+  config = small_run.replace(CONFIG, optimizer=dict(name="muon", eps=1e-8, ema_decay=0.9), growth=dict(method="exact"))
   mesh = small_run.mesh()
   small, large = (make_program(config, model, mesh) for model in (small_run.MODEL, small_run.GROWN))
   state, losses, batch = small.initial_state(), [], small_run.placed(BATCHES[0], mesh)
