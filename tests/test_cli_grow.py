@@ -19,7 +19,7 @@ def test_a_run_is_grown_trained_and_shrunk(tmp_path):
   code, out, errors = call("grow", f"--workdir={run}", f"--output={tmp_path}/grown", *COUNTS)
   assert code == 0 and errors == ["leaf 60/60"], errors
   table, parameters, onward = out.splitlines()[:-2], *out.splitlines()[-2:]
-  assert "params/blocks/ffn/keys                        (2, 16, 16)  (2, 32, 16)  zeros" in table
+  assert "params/blocks/ffn/keys                        (2, 16, 16)  (2, 32, 16)  mixtures of the old" in table
   assert parameters == f"parameters: {MODEL.num_parameters:,} -> {GROWN.num_parameters:,}"
   assert onward == f"Resume with: python -m tokenformer_jax.cli.train --workdir={tmp_path}/grown"
 
