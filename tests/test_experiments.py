@@ -1,6 +1,7 @@
 """The growth chains are those of the paper and of the released code, and seeds at once are runs of their own."""
 
 import importlib
+import itertools
 
 import jax
 import numpy as np
@@ -55,7 +56,10 @@ def test_the_protocols_sizes_and_stages_are_the_papers(tmp_path, monkeypatch):
         [1, 2.9, 6.1, 10.6], rel={"live": 0.01, "net2net": 0.25}[growth]
       )
       units[growth] = [protocol.unit_flops(legs[name]) for name in names]
-    assert 300 * unit * rows * 128 >= 200 * sizes[3]
+    dense = [protocol.model(legs[f"net2net fork {size}"]).ffn_tokens for size in range(4)]
+    assert all(larger % smaller == 0 for smaller, larger in itertools.pairwise(dense))
+    largest = protocol.model(legs["scratch 3"]).num_non_embedding_parameters
+    assert 300 * unit * rows * 128 >= 200 * largest
     for chain, growth in {"live 3": "live", "released 3": "live", "net2net 3": "net2net"}.items():
       assert legs[chain].stop == 150
       assert protocol.path_flops(legs[chain]) == pytest.approx(60 * units[growth][0] + 30 * sum(units[growth][1:]))
