@@ -51,7 +51,7 @@ def write_source(workdir, config=CONFIG):
     {
       "model": dataclasses.asdict(config.model),
       "config": config.to_dict(),
-      "data": {"next_batch": 7},
+      "data": {"next_batch": STEP},
       "fingerprint": {"a": 1},
       "tokenizer": tokenizer.fingerprint,
     },
