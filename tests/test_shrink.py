@@ -148,7 +148,7 @@ def test_a_layer_whose_scores_are_all_zero_keeps_its_tau():
 @pytest.mark.slow
 def test_a_grown_work_folder_is_shrunk_back_to_what_it_was(tmp_path):
   (tmp_path / "text.txt").write_text(small_run.TEXT)
-  config = small_run.config(f"text:{tmp_path}/text.txt")
+  config = small_run.replace(small_run.config(f"text:{tmp_path}/text.txt"), growth=dict(method="exact"))
   shapes = make_program(config, MODEL, small_run.mesh()).shapes
   state = dataclasses.replace(small_run.noise(shapes), step=jnp.int32(6))
   tokenizer = data.open_tokenizer("bytes")
@@ -167,7 +167,7 @@ def test_a_grown_work_folder_is_shrunk_back_to_what_it_was(tmp_path):
   checkpoints.close()
   (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
   data.save_tokenizer(tokenizer, tmp_path / "run" / "tokenizer.json")
-  grow_run(str(tmp_path / "run"), str(tmp_path / "grown"), method="exact", qkv_tokens=16, proj_tokens=24, ffn_tokens=32)
+  grow_run(str(tmp_path / "run"), str(tmp_path / "grown"), qkv_tokens=16, proj_tokens=24, ffn_tokens=32)
   before = small_run.folder_digest(tmp_path / "grown")
   report = shrink_run(str(tmp_path / "grown"), str(tmp_path / "back"), **BACK)
   assert report.num_parameters == (GROWN.num_parameters, MODEL.num_parameters)
