@@ -13,7 +13,7 @@ from tests import growth_table, small_run
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax.config import GrowthConfig
 from tokenformer_jax.growth.grow import grow_leaf, grow_state, leaf_key
-from tokenformer_jax.growth.plan import NewRows, leaves_by_path, plan_growth
+from tokenformer_jax.growth.plan import LeafPlan, NewRows, leaves_by_path, plan_growth
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.initializers import value_std
 from tokenformer_jax.training.program import make_program
@@ -186,6 +186,16 @@ def test_a_leaf_grows_in_slices_along_its_layers_as_it_does_whole(state, grown):
       leaf, key = leaves_by_path(state)[path], leaf_key(plan[path], 3)
       slices = [grow_leaf(leaf[layer : layer + 1], plan[path], key, state.step, layer) for layer in range(2)]
       assert np.concatenate(slices).tobytes() == np.asarray(whole).tobytes(), path
+
+
+@pytest.mark.parametrize("new_rows", [NewRows.RANDOM, NewRows.LIVE])
+def test_experts_grow_in_slices_along_their_layers_as_they_do_whole(new_rows):
+  keys = np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32)
+  plan = LeafPlan("params/keys", keys.shape, (2, 3, 8, 6), 2, new_rows, 1.0)
+  grow = jax.jit(lambda keys, first: grow_leaf(keys, plan, leaf_key(plan, 3), jnp.int32(0), first))
+  whole = np.asarray(grow(keys, 0))
+  np.testing.assert_array_equal(np.concatenate([grow(keys[layer : layer + 1], layer) for layer in range(2)]), whole)
+  assert len(np.unique(whole[:, :, 4:].reshape(6, -1), axis=0)) == 6
 
 
 def test_new_values_have_the_spread_of_the_first_times_their_scale(grown):

@@ -189,16 +189,16 @@ def _copies(leaf: jax.Array, plan: LeafPlan) -> list[jax.Array]:
   return [*parts, leaf - sum(parts)]  # Together they are the old row, as nearly as its dtype can express it.
 
 
-def _layer_keys(key: jax.Array, first_layer: jax.Array | int, num_layers: int) -> jax.Array:
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, first_layer + jnp.arange(num_layers))
+def _layer_keys(key: jax.Array, first_layer: jax.Array | int, stacked: tuple[int, ...]) -> jax.Array:
+  """A key for each layer of a stack of shape [layer, …]; each expert of a layer has its own."""
+  first = first_layer * math.prod(stacked[1:])
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(math.prod(stacked)))
 
 
 def _random_rows(shape: tuple[int, ...], key: jax.Array, first_layer: jax.Array | int) -> jax.Array:
   """N(0, 1) of a shape [..., new, channel]; the rows of a layer depend on no other layer."""
-  num_layers = math.prod(shape[:-2])
-  rows = jax.vmap(lambda key: jax.random.normal(key, shape[-2:], jnp.float32))(
-    _layer_keys(key, first_layer, num_layers)
-  )
+  keys = _layer_keys(key, first_layer, shape[:-2])
+  rows = jax.vmap(lambda key: jax.random.normal(key, shape[-2:], jnp.float32))(keys)
   return rows.reshape(shape)
 
 
@@ -220,7 +220,7 @@ def _live_rows(keys: jax.Array, num_new: int, key: jax.Array, first_layer: jax.A
     return math.sqrt(num_new / n) * jax.lax.optimization_barrier(product)
 
   # One layer after the other, so that a slice of the layers gets the same rows as all of them at once.
-  rows = jax.lax.map(of_layer, (layers, _layer_keys(key, first_layer, len(layers))))
+  rows = jax.lax.map(of_layer, (layers, _layer_keys(key, first_layer, keys.shape[:-2])))
   return rows.reshape(*keys.shape[:-2], num_new, d)
 
 
