@@ -6,6 +6,7 @@ from typing import Any
 from tokenformer_jax.config.parts import NORMS, AttentionConfig, DepthConfig, FeedForwardConfig, ResidualConfig
 from tokenformer_jax.config.presets import PARTS, PRESETS
 from tokenformer_jax.config.sizes import NAMED_SIZES
+from tokenformer_jax.config.task import ClassifierConfig, VisionConfig, check_task
 from tokenformer_jax.config.validation import Checked, build, nearest, require, require_choice
 
 THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
@@ -23,21 +24,22 @@ TOKEN_COUNTS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Checked):
-  """A language model: TokenFormer (arXiv 2410.23168, section 3) by default, and others by their parts (`parts.py`).
+  """A model: TokenFormer (arXiv 2410.23168, section 3) by default, and others by their parts (`parts.py`).
 
   Attributes:
-    vocab_size: token ids, those that only pad the vocabulary included.
+    vocab_size: token ids, those that only pad the vocabulary included; 0 for images.
     num_layers, hidden_size, num_heads: L, d and H; each head has d / H channels.
     qkv_tokens: parameter tokens in each of query, key and value; 0 for dense projections. Growth changes this and the
       next two numbers alone.
     proj_tokens: parameter tokens in the attention's output projection; 0 where there is none or it is dense.
     ffn_tokens: rows of the feed-forward: parameter tokens, or hidden units.
-    seq_length: the most tokens that the model reads at once.
+    seq_length: the most tokens that the model reads at once; for images their number of tokens.
     theta, gelu: Θ and its GELU (`nn/theta.py`).
     norm: the norms inside the blocks: `plain`, a layer norm without parameters; `layer_norm`, with scale and bias;
       `rms_norm`, x / √(mean x² + ε) · scale; `rms_norm_outer`, x / (√mean x² + ε) · scale; or `none`, where only the
       first block's attention has a norm, a layer norm.
     final_norm: the norm before the logits.
+    embedding_norm: the norm of the embedded tokens, before the first block.
     norm_epsilon: ε of all norms.
     tied: whether the logits' matrix is the embedding's, or one of its own.
     rotary_fraction: the share of each head's channels that rotate.
@@ -47,8 +49,11 @@ class ModelConfig(Checked):
       products with parameters. `full`: a whole layer from its input.
     kernel: how pattention is computed: by the `reference`, or `fused` on TPUs (`kernels/fused_pattention.py`). `auto`
       is the fastest that was measured, which is the reference so far.
+    task: `next_token`, a language model; `masked_token`, an encoder with logits of each token itself; or `classify`, an
+      encoder of images or texts with a head of classes. The tokens of an encoder see those before and behind them.
     attention, ffn, residual: the parts of a block.
     depth: which blocks only some of the tokens go through.
+    vision, classifier: what a model that classifies reads, and its head; `classifier` is for texts.
   """
 
   vocab_size: int
@@ -63,6 +68,7 @@ class ModelConfig(Checked):
   gelu: str = "erf"
   norm: str = "plain"
   final_norm: str = "layer_norm"
+  embedding_norm: str = "none"
   norm_epsilon: float = 1e-5
   tied: bool = True
   rotary_fraction: float = 0.25
@@ -70,13 +76,17 @@ class ModelConfig(Checked):
   compute_dtype: str = "float32"
   remat: str = "none"
   kernel: str = "auto"
+  task: str = "next_token"
   attention: AttentionConfig = AttentionConfig()
   ffn: FeedForwardConfig = FeedForwardConfig()
   residual: ResidualConfig = ResidualConfig()
   depth: DepthConfig = DepthConfig()
+  vision: VisionConfig = VisionConfig()
+  classifier: ClassifierConfig = ClassifierConfig()
 
   def validate(self) -> None:
-    for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_tokens", "seq_length"):
+    check_task(self)
+    for field in ("num_layers", "hidden_size", "num_heads", "ffn_tokens", "seq_length"):
       require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1.")
     require(
       self.num_layers > 1 or not self.has_first_block,
@@ -109,6 +119,7 @@ class ModelConfig(Checked):
     )
     require_choice("norm", self.norm, NORMS)
     require_choice("final_norm", self.final_norm, NORMS)
+    require_choice("embedding_norm", self.embedding_norm, NORMS)
     require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "must be positive.")
     require_choice("theta", self.theta, THETAS)
     require_choice("gelu", self.gelu, GELUS)
@@ -122,6 +133,15 @@ class ModelConfig(Checked):
       f"theta={self.theta!r} has none; choose reference.",
     )
     self._check_unused()
+
+  @property
+  def is_causal(self) -> bool:
+    """Whether a token sees only itself and those before it."""
+    return self.task == "next_token"
+
+  @property
+  def reads_images(self) -> bool:
+    return self.vision.image_size > 0
 
   @property
   def head_dim(self) -> int:
@@ -272,6 +292,8 @@ class ModelConfig(Checked):
       ffn_tokens=(ffn_tokens * 2 // 3 if fields["ffn"].kind == "gated" else ffn_tokens) // fields["ffn"].chosen,
       seq_length=seq_length,
     )
+    if fields["vision"].image_size > 0:
+      size |= dict(vocab_size=0, seq_length=fields["vision"].num_tokens)
     return cls(**{**size, **fields})
 
 

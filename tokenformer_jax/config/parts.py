@@ -10,7 +10,7 @@ from tokenformer_jax.config.validation import Checked, require, require_choice
 PROJECTIONS = ("pattention", "dense")
 VALUES = ("projected", "orthogonal", "identity", "identity_plus")
 SHAPES = ("none", "skip", "centred")
-POSITIONS = ("rotary", "learned", "sinusoidal")
+POSITIONS = ("rotary", "learned", "sinusoidal", "scaled_sinusoidal")
 BIASES = ("none", "query_key", "all")
 FEED_FORWARDS = ("pattention", "mlp", "gated")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -35,7 +35,8 @@ class AttentionConfig(Checked):
     shaped: the attention matrix: `none`, the softmax A; `skip`, α I + β A with β = 0 at first (V-SkipInit, eq. 4);
       `centred`, α I + β A − γ C, where C is A for scores of zero (eq. 5). Queries then begin at 0, so that attention
       is the identity in a new model. α, β and γ are trained, one for each head.
-    positions: `rotary`, or an embedding added to the tokens': `learned` or `sinusoidal`.
+    positions: `rotary`, or an embedding added to the tokens': `learned`, `sinusoidal`, or `scaled_sinusoidal`, whose
+      factor is trained and begins at 1 / √d.
   """
 
   projection: str = "pattention"

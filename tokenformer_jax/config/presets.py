@@ -68,4 +68,29 @@ PRESETS |= {
 }
 PRESETS |= {f"{name}-no-norm": PRESETS[name] | dict(norm="none") for name in ("sas", "sas-p")}
 
-PARTS = ("attention", "ffn", "residual", "depth")
+# Encoders.
+_VISION = dict(image_size=224, num_classes=1000)
+PRESETS |= {
+  # Crammed BERT (arXiv 2212.14034).
+  "bert": dict(
+    task="masked_token",
+    norm="layer_norm",
+    norm_epsilon=1e-12,
+    embedding_norm="layer_norm",
+    attention=dict(projection="dense", positions="scaled_sinusoidal"),
+    ffn=dict(kind="gated"),
+  ),
+  # arXiv 2010.11929
+  "vit": dict(
+    task="classify",
+    norm="layer_norm",
+    norm_epsilon=1e-6,
+    attention=dict(projection="dense", bias="all", positions="learned"),
+    ffn=dict(kind="mlp", bias=True),
+    vision=_VISION | dict(pool="class_token"),
+  ),
+  # TokenFormer for images (arXiv 2410.23168, table 4): the norms inside of the blocks have no parameters.
+  "tokenformer-vit": dict(task="classify", attention=dict(positions="learned"), vision=_VISION),
+}
+
+PARTS = ("attention", "ffn", "residual", "depth", "vision", "classifier")

@@ -33,8 +33,9 @@ def forward_flops_per_token(config: ModelConfig) -> int:
   """Forward FLOPs in products for a token at full context, causal attention counted at half; training is 3×."""
   # In a routed layer the square of the capacity's share of all pairs.
   layers = sum(config.depth.capacity**2 if config.is_routed(layer) else 1 for layer in range(config.num_layers))
-  between_tokens = round(2 * config.seq_length * config.hidden_size * layers)
-  return 2 * num_active_parameters(config) + between_tokens + 2 * config.vocab_size * config.hidden_size
+  between_tokens = round((2 if config.is_causal else 4) * config.seq_length * config.hidden_size * layers)
+  logits = 0 if config.task == "classify" else 2 * config.vocab_size * config.hidden_size
+  return 2 * num_active_parameters(config) + between_tokens + logits
 
 
 def _parameters(config: ModelConfig) -> list[nnx.Param]:

@@ -34,7 +34,8 @@ class DecodingModel(VocabularyEnds, nnx.Module):
     self.embedding = model.embedding
     self.blocks = each_block(model.first, model.blocks, model.config)
     self.final_norm = model.final_norm
-    self.position_embedding = model.position_embedding
+    self.position_embedding, self.position_scale = model.position_embedding, model.position_scale
+    self.embedding_norm = model.embedding_norm
     self.head = model.head
 
   @classmethod

@@ -16,8 +16,10 @@ from tokenformer_jax.nn.parameters import parameter
 from tokenformer_jax.nn.stack import AnyBlock, Apply, make_blocks, mean_over_layers, through_blocks
 
 
-class LanguageModel(VocabularyEnds, nnx.Module):
+class TextModel(VocabularyEnds, nnx.Module):
   """Embedding, `num_layers` blocks under one scan, a final norm, and logits from the embedding or a matrix of their own.
+
+  It is what `LanguageModel` and the encoders of texts share.
 
   Parameters are float32; products run in `config.compute_dtype`, sums in float32 or wider.
 
@@ -29,7 +31,6 @@ class LanguageModel(VocabularyEnds, nnx.Module):
     ValueError: `compute_dtype` is float64 and JAX has 64-bit types switched off.
   """
 
-  position_embedding: nnx.Param | None = None
   head: nnx.Param | None = None
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -40,25 +41,10 @@ class LanguageModel(VocabularyEnds, nnx.Module):
     self.embedding = parameter(rngs, (config.vocab_size, size), ("vocab", "embed"), normal)
     self.first, self.blocks = make_blocks(config, rngs=rngs)
     self.final_norm = Norm(config.final_norm, size, config.norm_epsilon, rngs=rngs)
-    if config.attention.positions == "learned":
-      self.position_embedding = parameter(rngs, (config.seq_length, size), (None, "embed"), normal)
+    self.make_positions(rngs)
+    self.embedding_norm = Norm(config.embedding_norm, size, config.norm_epsilon, rngs=rngs)
     if not config.tied:
       self.head = parameter(rngs, (config.vocab_size, size), ("vocab", "embed"), normal)
-
-  def __call__(
-    self,
-    tokens: Int[Array, "batch time"],
-    positions: Int[Array, "batch time"] | None = None,
-    segments: Int[Array, "batch time"] | None = None,
-  ) -> Float[Array, "batch time vocab"]:
-    """Float32 logits [B, T, V] of the next token after each of `tokens` [B, T].
-
-    Args:
-      tokens: ids in [0, vocab_size). They are not checked here; the CLI and `generate` check them on the host.
-      positions: position of each token in its document; by default 0 … T − 1.
-      segments: document of each token; attention stays inside a document. By default one document.
-    """
-    return self.logits(self.hidden(tokens, positions, segments)[0])
 
   def hidden(
     self,
@@ -71,8 +57,11 @@ class LanguageModel(VocabularyEnds, nnx.Module):
     """(outputs of the final norm [B, T, d], what the blocks say beside them: scalars by name, means over the layers).
 
     Args:
-      tokens, positions, segments: as for a call of the model.
-      real: which tokens are not padding, for the statistics of routers; by default all.
+      tokens: ids [B, T].
+      positions: position of each token in its document; by default 0 … T − 1.
+      segments: document of each token; attention stays inside a document. By default one document.
+      real: which tokens are not padding, by default all. No token of an encoder sees padding; a language model reads
+        this for the statistics of routers alone, since the padding is behind its tokens or in segments of its own.
       training: whether routers may drop tokens, as they do in training.
     """
 
@@ -104,9 +93,30 @@ class LanguageModel(VocabularyEnds, nnx.Module):
     if positions is None:
       positions = jnp.arange(tokens.shape[1])[None]
     x_BxTxD = self.embed(tokens, positions)
-    context = Context(positions, self.rotation(positions), segments, real, training=training)
+    context = Context(
+      positions, self.rotation(positions), segments, real, causal=self.config.is_causal, training=training
+    )
     x_BxTxD, observed = through_blocks(self.first, self.blocks, x_BxTxD, context, self.config, apply)
     return self.final_norm(x_BxTxD), observed
+
+
+class LanguageModel(TextModel):
+  """A `TextModel` that predicts each token from those before it."""
+
+  def __call__(
+    self,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"] | None = None,
+    segments: Int[Array, "batch time"] | None = None,
+  ) -> Float[Array, "batch time vocab"]:
+    """Float32 logits [B, T, V] of the next token after each of `tokens` [B, T].
+
+    Args:
+      tokens: ids in [0, vocab_size). They are not checked here; the CLI and `generate` check them on the host.
+      positions: position of each token in its document; by default 0 … T − 1.
+      segments: document of each token; attention stays inside a document. By default one document.
+    """
+    return self.logits(self.hidden(tokens, positions, segments)[0])
 
   def for_decoding(self) -> DecodingModel:
     """A copy of the model for `prefill` and `extend`, in the form that decodes fastest."""

@@ -1,17 +1,25 @@
 """Which model a configuration describes, and what it has before any array is made."""
 
+from typing import Any
+
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.masked_language_model import MaskedLanguageModel, TextClassifier
+from tokenformer_jax.models.vision_classifier import VisionClassifier
 
 
-def model_class(config: ModelConfig) -> type[LanguageModel]:
+def model_class(config: ModelConfig) -> type[Any]:
   """The class of the model that `config` describes; `model_class(config)(config, rngs=…)` makes it."""
-  del config
-  return LanguageModel
+  match config.task:
+    case "next_token":
+      return LanguageModel
+    case "masked_token":
+      return MaskedLanguageModel
+  return VisionClassifier if config.reads_images else TextClassifier
 
 
-def abstract_model(config: ModelConfig) -> LanguageModel:
+def abstract_model(config: ModelConfig) -> Any:
   """The model with `jax.ShapeDtypeStruct`s instead of arrays."""
   return nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))

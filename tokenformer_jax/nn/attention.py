@@ -1,4 +1,4 @@
-"""Causal attention between tokens, with projections of parameter tokens or dense ones."""
+"""Attention between tokens, with projections of parameter tokens or dense ones."""
 
 import functools
 
@@ -16,7 +16,7 @@ from tokenformer_jax.nn.pattention import Pattention
 from tokenformer_jax.nn.projection import Dense, IdentityPlus, give_zero, make_projection
 from tokenformer_jax.nn.rotary import rotate
 from tokenformer_jax.nn.shaping import Shaping
-from tokenformer_jax.nn.token_attention import causal_attention, masked_attention
+from tokenformer_jax.nn.token_attention import bidirectional_attention, causal_attention, masked_attention
 
 # The initial β of values and outputs α x + β x W: in the one layer that has them, and where all layers do.
 _FIRST_BETA, _EVERY_BETA = 1.0, 0.2
@@ -72,7 +72,8 @@ class Attention(nnx.Module):
   ) -> tuple[Float[Array, "batch time embed"], LayerCache | None]:
     """The output [B, T, d] for what `project` returned, and the cache with these keys and values.
 
-    Every token attends to itself and to the tokens before it in its segment, or to the slots that are visible to it.
+    Every token attends to itself and to the tokens before it in its segment; where `context.causal` is not set, to all
+    that are not padding; with a cache, to the slots that are visible to it.
     """
     past = cache
     if cache is not None:
@@ -90,7 +91,9 @@ class Attention(nnx.Module):
 
   def _among_themselves(self, q, k, v, context):
     k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-    return causal_attention(q, k, v, context.segments)
+    if context.causal:
+      return causal_attention(q, k, v, context.segments)
+    return bidirectional_attention(q, k, v, context.segments, context.key_segments())
 
   def _to_cache(self, q, k, v, context, past, cache):
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))

@@ -19,6 +19,8 @@ class Context:
     rotation: rotary tables of these positions; None for a model that adds its positions to the embedding.
     segments: document of each token; attention stays inside a document. None is one document.
     real: which tokens are not padding; None is all of them.
+    causal: whether a token sees only itself and those before it; an encoder's tokens also see those behind them, but no
+      padding.
     visible: which slots of the cache each token may see, [B, 1, T, S]; None where tokens attend among themselves.
     filled: the number of slots that the cache had filled before these tokens, or that of each row; None without a
       cache.
@@ -33,6 +35,7 @@ class Context:
   rotation: Rotation | None = None
   segments: Int[Array, "batch time"] | None = None
   real: Bool[Array, "batch time"] | None = None
+  causal: bool = True
   visible: Bool[Array, "batch 1 time slot"] | None = None
   filled: Int[Array, "*rows"] | None = None
   seen: Int[Array, "batch time"] | None = None
@@ -60,3 +63,9 @@ class Context:
       segments = jnp.where(valid, 0 if segments is None else segments, -1)
     rotation = None if self.rotation is None else (take(self.rotation[0]), take(self.rotation[1]))
     return dataclasses.replace(self, positions=take(self.positions), rotation=rotation, segments=segments, real=valid)
+
+  def key_segments(self) -> Int[Array, "batch time"] | None:
+    """The document of each token as one that others may see: padding belongs to none, which no token has as its own."""
+    if self.real is None:
+      return self.segments
+    return jnp.where(self.real, 0 if self.segments is None else self.segments, -1)

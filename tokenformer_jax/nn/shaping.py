@@ -71,6 +71,8 @@ def _each_head(v, mixed):
 def _visible_mean(v, context: Context, cache: LayerCache | None):
   """The mean of the values that each token may see, and the cache with their sum."""
   wide = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+  if not context.causal:
+    return segment_mean(wide, context.segments, context.key_segments()), None
   if cache is None:
     return causal_mean(wide, context.segments), None
   assert cache.value_sum is not None
@@ -109,3 +111,23 @@ def causal_mean(
   begins = jnp.broadcast_to((time == first)[:, :, None, None], (*v.shape[:2], 1, 1))
   sums, _ = jax.lax.associative_scan(add, (v, begins), axis=1)
   return sums / (time - first + 1)[:, :, None, None]
+
+
+def segment_mean(
+  v: Float[Array, "batch time head channel"],
+  segments: Int[Array, "batch time"] | None = None,
+  key_segments: Int[Array, "batch time"] | None = None,
+) -> Float[Array, "batch #time head channel"]:
+  """The mean over all tokens of each token's segment; for C of an encoder, whose entries are 1 / T.
+
+  Args:
+    v: the values.
+    segments: document of each token; by default there is one, and the result has a time axis of 1.
+    key_segments: as `segments`, but with another number for padding, which counts in no mean.
+  """
+  if key_segments is None:
+    return jnp.mean(v, axis=1, keepdims=True)
+  queries = jnp.zeros_like(key_segments[:, :1]) if segments is None else segments
+  visible = (queries[:, :, None] == key_segments[:, None, :]).astype(v.dtype)
+  count = jnp.maximum(jnp.sum(visible, axis=2), 1.0)
+  return jnp.einsum("bts,bshc->bthc", visible, v) / count[:, :, None, None]

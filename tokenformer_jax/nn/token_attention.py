@@ -1,4 +1,4 @@
-"""Causal softmax attention between tokens, by the implementation that is fastest on the device."""
+"""Softmax attention between tokens, causal or not, by the implementation that is fastest on the device."""
 
 import functools
 import itertools
@@ -43,6 +43,31 @@ def causal_attention(
   Raises:
     ValueError: the implementation is unknown, or it does not support this device or this number of positions.
   """
+  return _attention(q, k, v, segments, segments, implementation, causal=True)
+
+
+def bidirectional_attention(
+  q: Float[Array, "batch time head channel"],
+  k: Float[Array, "batch time kv_head channel"],
+  v: Float[Array, "batch time kv_head channel"],
+  segments: Int[Array, "batch time"] | None = None,
+  key_segments: Int[Array, "batch time"] | None = None,
+  implementation: str | None = None,
+) -> Float[Array, "batch time head channel"]:
+  """`causal_attention` without an order: every token attends to all tokens of its own segment.
+
+  Args:
+    q, k, v, implementation: as for `causal_attention`.
+    segments: document of each token as a query; None is document 0.
+    key_segments: document of each token as a key, which is that of no query for padding; by default `segments`. A query
+      that no key belongs to gets some finite output.
+  """
+  if segments is None and key_segments is not None:
+    segments = jnp.zeros_like(key_segments)
+  return _attention(q, k, v, segments, segments if key_segments is None else key_segments, implementation, causal=False)
+
+
+def _attention(q, k, v, segments, key_segments, implementation, causal):
   if implementation is None:
     implementation = default_implementation(platform(), q.dtype, q.shape)
   require_choice("implementation", implementation, IMPLEMENTATIONS)
@@ -59,11 +84,11 @@ def causal_attention(
         f"{q.shape[1]}{' split ones' if is_split('time') else ''}; choose 'xla'."
       )
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) if q.shape[2] != k.shape[2] else a for a in (k, v))
-    return _splash(q, k, v, segments)
+    return _splash(q, k, v, segments, key_segments, causal)
   if implementation == "xla":
-    return _plain(q, k, v, segments)
-  mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    return _plain(q, k, v, segments, key_segments, causal)
+  mask = None if segments is None else (segments[:, None, :, None] == key_segments[:, None, None, :])
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
 
 
 def default_implementation(platform: str, dtype: jnp.dtype, shape: tuple[int, ...]) -> str:
@@ -81,9 +106,9 @@ def default_implementation(platform: str, dtype: jnp.dtype, shape: tuple[int, ..
   return "xla"
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _plain(q, k, v, segments):
-  """Attention in blocks of queries. A block reads only the keys up to its end, which saves up to 3/8 of the scores.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(5,))
+def _plain(q, k, v, segments, key_segments, causal):
+  """Attention in blocks of queries. A causal one reads only the keys up to its end, which saves up to 3/8 of the scores.
 
   The backward pass computes the scores again, because they would be the largest arrays that a layer keeps.
   """
@@ -92,11 +117,14 @@ def _plain(q, k, v, segments):
   q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
 
   def block(first):
-    end = first + size
-    visible = (jnp.arange(first, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
+    last = first + size
+    end = last if causal else time
+    visible = jnp.ones((1, 1, size, end), bool)
+    if causal:
+      visible = (jnp.arange(first, last)[:, None] >= jnp.arange(end)[None, :])[None, None]
     if segments is not None:
-      visible &= segments[:, None, first:end, None] == segments[:, None, None, :end]
-    return masked_attention(q[:, :, first:end], (k[:, :, :end],), (v[:, :, :end],), visible)
+      visible &= segments[:, None, first:last, None] == key_segments[:, None, None, :end]
+    return masked_attention(q[:, :, first:last], (k[:, :, :end],), (v[:, :, :end],), visible)
 
   return jnp.concatenate([block(first) for first in range(0, time, size)], axis=2).swapaxes(1, 2)
 
@@ -131,7 +159,7 @@ def masked_attention(
   return functools.reduce(jnp.add, [jnp.einsum("bhts,bhsc->bhtc", weights, v) for weights, v in parts])
 
 
-def _splash(q, k, v, segments, interpret=False):
+def _splash(q, k, v, segments, key_segments, causal, interpret=False):
   """Splash attention for T a multiple of 128; on a mesh, each device computes its own rows and heads."""
   # Imported only here, because importing Pallas takes longer than importing the rest of this package.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -139,23 +167,26 @@ def _splash(q, k, v, segments, interpret=False):
   split_heads = PartitionSpec(splits("batch", q.shape[0]) or None, None, splits("heads", q.shape[2]) or None, None)
   split_rows = PartitionSpec(split_heads[0], None)
 
-  def local(q, k, v, segments):
+  mask_class = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+
+  def local(q, k, v, segments, key_segments):
     time, heads, channels = q.shape[1:]
     tile = math.gcd(time, _LARGEST_TILE)
     sizes = splash_attention_kernel.BlockSizes(
       block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
     )
     kernel = splash_attention_kernel.make_splash_mha(
-      splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((time, time))] * heads),
+      splash_attention_mask.MultiHeadMask([mask_class((time, time))] * heads),
       block_sizes=sizes,
       head_shards=1,
       q_seq_shards=1,
       interpret=interpret,
     )
-    ids = None if segments is None else splash_attention_kernel.SegmentIds(segments, segments)
+    ids = None if segments is None else splash_attention_kernel.SegmentIds(segments, key_segments)
     q, k, v = (a.swapaxes(1, 2) for a in (q * channels**-0.5, k, v))
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2).astype(v.dtype)
 
   if segments is None:
-    return per_device(functools.partial(local, segments=None), (split_heads,) * 3, split_heads)(q, k, v)
-  return per_device(local, (split_heads,) * 3 + (split_rows,), split_heads)(q, k, v, segments)
+    alone = functools.partial(local, segments=None, key_segments=None)
+    return per_device(alone, (split_heads,) * 3, split_heads)(q, k, v)
+  return per_device(local, (split_heads,) * 3 + (split_rows,) * 2, split_heads)(q, k, v, segments, key_segments)
