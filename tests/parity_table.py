@@ -14,11 +14,11 @@ import sys
 
 import jax
 
-from tests import parity_dense, parity_simplified, parity_tokenformer
+from tests import parity_dense, parity_encoders, parity_simplified, parity_tokenformer
 from tests.golden_files import GOLDEN, GRADIENT_BOUND, Builder, NoModelError, Row, read
 
 # Module with `recognises(description)` and `rows(golden)`, for each family of models.
-_FAMILIES = (parity_tokenformer, parity_dense, parity_simplified)
+_FAMILIES = (parity_tokenformer, parity_dense, parity_encoders, parity_simplified)
 
 
 def builder_for(description) -> Builder:

@@ -122,9 +122,14 @@ def generate(
 
   Raises:
     ValueError: an empty list of ids, an id outside the vocabulary, a prompt that is longer than the model's
-      `seq_length` together with the new tokens, a setting out of range, another model's tokenizer, or a model whose
-      logits are not finite.
+      `seq_length` together with the new tokens, a setting out of range, another model's tokenizer, an encoder, or a
+      model whose logits are not finite.
   """
+  if not hasattr(model, "for_decoding"):
+    raise ValueError(
+      f"model is a {type(model).__name__}: an encoder reads what stands behind a token and generates no text; give a "
+      "LanguageModel (task='next_token')."
+    )
   config = model.config
   if not 1 <= tokenizer.vocab_size <= config.vocab_size:
     raise ValueError(

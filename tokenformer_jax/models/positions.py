@@ -53,5 +53,5 @@ class WithPositions:
 def sinusoidal(positions: Int[Array, "batch time"], channels: int) -> Float[Array, "batch time embed"]:
   """sin and cos, in turn along the channels, of position · 10,000^(−2i / channels), float32 (arXiv 1706.03762)."""
   frequencies = 10_000.0 ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-  angles = positions.astype(jnp.float32)[..., None] * frequencies
+  angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
   return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, -1)[..., :channels]

@@ -43,7 +43,13 @@ from tokenformer_jax.training.resume import (
   check_same_weights,
   check_tokenizer_file,
 )
-from tokenformer_jax.training.run_checks import check_growths, check_samples, check_trackers, check_vocabulary
+from tokenformer_jax.training.run_checks import (
+  check_growths,
+  check_samples,
+  check_task,
+  check_trackers,
+  check_vocabulary,
+)
 from tokenformer_jax.training.run_log import RunLog
 from tokenformer_jax.training.skips import Diverged, Skips
 from tokenformer_jax.training.state import TrainState, fresh_state
@@ -87,6 +93,7 @@ class _Run:
     check_same_run(config, workdir, allow_data_change)
     on_first_process(lambda: check_trackers(config))
     check_run(config, self.mesh)
+    check_task(config)
     check_growths(config, self.mesh)
     index, count = share_of_rows(batch_sharding(self.mesh, (config.data.batch_size,)), (config.data.batch_size,))
     self.data = data.open_data(

@@ -16,6 +16,15 @@ def check_trackers(config: Config) -> None:
     import_wandb(config.training.wandb_project)
 
 
+def check_task(config: Config) -> None:
+  """Raises ValueError for a model that sees the tokens it is to predict."""
+  if not config.model.is_causal:
+    raise ValueError(
+      f"model.task={config.model.task!r}: a run on texts predicts the next token; choose 'next_token', or train the "
+      "encoder with a loop of your own."
+    )
+
+
 def check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Raises ValueError for a growth stage that could not be done when its step comes."""
   for stage in config.growth.stages:
