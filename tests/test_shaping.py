@@ -23,7 +23,7 @@ TOLERANCE = dict(rtol=0, atol=1e-5)
 def attention_config(kind, **part):
   part = {"values": "projected", "positions": "learned", "shaped": kind, **part}
   return ModelConfig.named(
-    "tiny", "sas", vocab_size=8, num_layers=1, hidden_size=SIZE, num_heads=HEADS, ffn_tokens=4, attention=part
+    "tiny", "sas", vocab_size=8, num_layers=2, hidden_size=SIZE, num_heads=HEADS, ffn_tokens=4, attention=part
   )
 
 

@@ -1,4 +1,4 @@
-"""All implementations of causal attention give the same numbers."""
+"""All implementations of attention, causal or not, give the same numbers."""
 
 import functools
 
@@ -9,36 +9,53 @@ import pytest
 
 from tests import small_run
 from tokenformer_jax.distributed.axes import replicated, traced_on
-from tokenformer_jax.nn.token_attention import _splash, causal_attention, default_implementation
+from tokenformer_jax.nn.token_attention import (
+  _splash,
+  bidirectional_attention,
+  causal_attention,
+  default_implementation,
+)
 
 SHAPE = (2, 256, 2, 8)  # Two tiles of 128.
 SEGMENTS = np.stack([np.sort(np.random.default_rng(i).integers(0, 4, 256)) for i in range(2)]).astype(np.int32)
 
 
-def in_float64(q, k, v, segments):
+def in_float64(q, k, v, segments, key_segments=None):
+  """Causal attention, or with `key_segments` bidirectional attention."""
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
   scores = np.einsum("bthc,bshc->bhts", q, k) / np.sqrt(SHAPE[-1])
-  visible = np.tril(np.ones(scores.shape[-2:], bool))[None] & (segments[:, :, None] == segments[:, None, :])
+  visible = segments[:, :, None] == (segments if key_segments is None else key_segments)[:, None, :]
+  if key_segments is None:
+    visible &= np.tril(np.ones(scores.shape[-2:], bool))[None]
   weights = np.where(visible[:, None], np.exp(scores), 0.0)
   return np.einsum("bhts,bshc->bthc", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("mesh", [{}, dict(data=2, token=2)], ids=str)
-def test_splash_equals_xla_and_float64(mesh):
+@pytest.mark.parametrize("mesh, causal", [({}, False), (dict(data=2, token=2), True)], ids=str)
+def test_splash_equals_xla_and_float64(mesh, causal):
   mesh = small_run.mesh(**mesh)
   arrays = tuple(np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32))
   q, k, v, d_output = jax.device_put(arrays, replicated(mesh))
 
+  # In the bidirectional case some tokens are padding, which nobody sees.
+  segments = (SEGMENTS,) if causal else (SEGMENTS, np.where(np.arange(256) % 5 == 3, -1, SEGMENTS).astype(np.int32))
+
   def value_and_gradients(attention):
     def run(q, k, v, segments):
-      y, pull = jax.vjp(lambda *qkv: attention(*qkv, segments), q, k, v)
+      y, pull = jax.vjp(lambda *qkv: attention(*qkv, *segments), q, k, v)
       return y, *pull(d_output)
 
-    return jax.jit(traced_on(mesh, run))(q, k, v, SEGMENTS)
+    return jax.jit(traced_on(mesh, run))(q, k, v, segments)
 
-  xla = value_and_gradients(functools.partial(causal_attention, implementation="xla"))
-  splash = value_and_gradients(functools.partial(_splash, interpret=True))
-  np.testing.assert_allclose(splash[0], in_float64(q, k, v, SEGMENTS), atol=1e-6)
+  xla = value_and_gradients(
+    functools.partial(causal_attention if causal else bidirectional_attention, implementation="xla")
+  )
+
+  def interpreted(q, k, v, segments, key_segments=None):
+    return _splash(q, k, v, segments, segments if key_segments is None else key_segments, causal, interpret=True)
+
+  splash = value_and_gradients(interpreted)
+  np.testing.assert_allclose(splash[0], in_float64(q, k, v, *segments), atol=1e-6)
   small_run.assert_close(dict(enumerate(splash)), dict(enumerate(xla)), 1e-5)
 
 
