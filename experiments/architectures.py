@@ -28,7 +28,7 @@ from absl import flags
 from experiments.runs import held_out_losses, training_flops
 from tokenformer_jax.cli import command
 from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from tokenformer_jax.config.presets import PRESETS
+from tokenformer_jax.config.presets import LANGUAGE_MODELS
 from tokenformer_jax.data import Batch
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.training.program import make_program
@@ -136,7 +136,7 @@ def main(argv):
   args = flags.FLAGS
   folder = pathlib.Path(args.workdir).absolute()
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-  names = args.presets or list(PRESETS)
+  names = args.presets or list(LANGUAGE_MODELS)
   seeds = range(args.seeds)
   for name in names:
     model_of(name)  # An unknown preset is refused before anything is trained.

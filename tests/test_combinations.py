@@ -23,7 +23,7 @@ from tests import small_run
 from tokenformer_jax import data
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.config.parts import PROJECTIONS
-from tokenformer_jax.config.presets import PRESETS
+from tokenformer_jax.config.presets import LANGUAGE_MODELS
 from tokenformer_jax.distributed.axes import traced_on, tree_shardings
 from tokenformer_jax.distributed.mesh import MESH_AXES
 from tokenformer_jax.models.model_class import abstract_model
@@ -59,7 +59,7 @@ def small(preset: str, projection: str = "", **changes) -> ModelConfig:
 
 
 def combinations():
-  for preset, projection in itertools.product(PRESETS, ("", *PROJECTIONS)):
+  for preset, projection in itertools.product(LANGUAGE_MODELS, ("", *PROJECTIONS)):
     own = ModelConfig.named("tiny", preset)
     is_routed = own.ffn.experts > 1 or own.depth.capacity < 1  # They have tests of their own.
     if not is_routed and projection != own.attention.projection:

@@ -93,4 +93,6 @@ PRESETS |= {
   "tokenformer-vit": dict(task="classify", attention=dict(positions="learned"), vision=_VISION),
 }
 
+LANGUAGE_MODELS = tuple(name for name, fields in PRESETS.items() if "task" not in fields)
+
 PARTS = ("attention", "ffn", "residual", "depth", "vision", "classifier")
