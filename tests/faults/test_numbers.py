@@ -38,8 +38,8 @@ def one_step():
   optimizer = optax.chain(program.optimizer, breaking)
   loss_of = step_module._loss
 
-  def breakable(graphdef, params, tau, batch, z_loss):
-    nats, sums, said = loss_of(graphdef, params, tau, batch, z_loss)
+  def breakable(graphdef, params, tau, batch, z_loss, training):
+    nats, sums, said = loss_of(graphdef, params, tau, batch, z_loss, training)
     zero = 0.0 * params["embedding"][0, 0]
     # The square root of 0 is 0, and its derivative, infinity times 0 here, is NaN.
     return nats + jax.lax.cond(batch.inputs[0, 0] == BAD_GRADIENT, jnp.sqrt, lambda x: x, zero), sums, said

@@ -73,12 +73,7 @@ def make_train_step(
     zeros = (tuple(jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in trained), LossSums(*jnp.zeros(3)))
     (totals, sums), said = jax.lax.scan(add_micro_batch, zeros, micro_batches)
 
-    def mean_gradients():
-      grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, totals)
-      return grads, tau_grads
-
-    def updated() -> TrainState:
-      grads, tau_grads = mean_gradients()
+    def updated(state: TrainState, grads, tau_grads) -> TrainState:
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params, born=state.born, step=state.step)
       tau, tau_opt_state = tau_rule.update(
         state.tau, *(tau_grads or [None]), state.tau_opt_state, state.born, state.step
@@ -92,12 +87,12 @@ def make_train_step(
         born=state.born,
       )
 
-    grads, tau_grads = mean_gradients()
+    grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, totals)
     loss, grad_norm = sums.nats / sums.weight, optax.tree.norm(grads)
     is_good = jnp.isfinite(loss) & (loss <= most_loss) & jnp.isfinite(grad_norm) & all_finite(tau_grads)
     if checks_updates:
-      # Only its sum is kept. The update is computed again below: to keep it would take the memory of the parameters.
-      new = updated()
+      # Only this is kept of the update, which is computed again below: to keep it would take the memory of the state.
+      new = updated(state, grads, tau_grads)
       is_good &= all_finite((new.params, new.tau))
     metrics = {
       "loss": loss,
@@ -106,9 +101,10 @@ def make_train_step(
       "skipped": 1.0 - is_good.astype(jnp.float32),
       **{name: jnp.sum(values) / sums.weight for name, values in said.items()},
     }
-    # A conditional updates the donated state in place, whereas `jnp.where` takes a second copy of a part of it. Its
-    # branch divides the gradients itself, so that XLA fuses this with the update as it does without a conditional.
-    return jax.lax.cond(is_good, updated, lambda: _skipped(state)), metrics
+    # The barrier keeps the two updates apart. There is no conditional around the second one, because XLA:CPU does not
+    # keep the collectives of a branch in the same order on all processes.
+    new = updated(*jax.lax.optimization_barrier((state, grads, tau_grads)))
+    return jax.tree.map(lambda good, kept: jnp.where(is_good, good, kept), new, _skipped(state)), metrics
 
   return train_step
 
