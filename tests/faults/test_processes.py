@@ -30,6 +30,14 @@ def after_fault(count, fault, failing=0):
   return codes, end - float(at), out, errors
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_not_ignored():
+  """Jobs that a shell starts in the background ignore SIGINT, and so does what they start themselves."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def errors_of(text):
   return [line for line in text.splitlines() if line.startswith("error: ")]
 
