@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
 def exported(tmp_path_factory):
   """A folder with a grown model, as `export` writes it, and a tokenizer."""
   folder = tmp_path_factory.mktemp("exported")
-  bigger, _ = grow(LanguageModel(CONFIG, rngs=nnx.Rngs(0)), ffn_tokens=40)
+  bigger, _ = grow(LanguageModel(CONFIG, rngs=nnx.Rngs(0)), ffn_tokens=40, method="exact")
   export(bigger, folder)
   data.save_tokenizer(ByteTokenizer(), folder / "tokenizer.json")
   return folder
