@@ -46,7 +46,7 @@ def model():
 @pytest.fixture(scope="module")
 def grown(model):
   """A grown model whose new keys are no longer zero, as after training."""
-  bigger, _ = grow(model, qkv_tokens=14, proj_tokens=10, ffn_tokens=40)
+  bigger, _ = grow(model, qkv_tokens=14, proj_tokens=10, ffn_tokens=40, method="exact")
   graphdef, parameters, tau = split(bigger)
   rng = np.random.default_rng(1)
   parameters = jax.tree.map(lambda leaf: leaf + 0.1 * np.float32(rng.normal(size=leaf.shape)), parameters)
