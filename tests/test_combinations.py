@@ -1,6 +1,6 @@
 """Every combination of parts is right or refused: presets × projections, and residual topologies × projections × attention.
 
-Everything that a combination computes is one compiled program on eight simulated devices.
+The usual run takes some presets; `pytest -m every_combination` takes the others. Everything that a combination computes is one compiled program on eight simulated devices.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ RUN = small_run.replace(small_run.config(), optimizer=dict(name="muon"))
 PROMPT = 5  # Tokens that are read at once; the others are read after them.
 
 # These presets have all parts of the others among them.
-QUICK = ("tokenformer", "transformer", "gpt2", "gpt-neox", "v-skipinit-eq4", "sas-eq6", "sas-p", "sas-no-norm")
+USUAL = ("tokenformer", "transformer", "gpt2", "gpt-neox", "v-skipinit-eq4", "sas-eq6", "sas-p", "sas-no-norm")
+QUICK = ("tokenformer", "sas-p")
 RESIDUALS = {
   "sequential": {},
   "post-norm": dict(norms="post"),
@@ -63,7 +64,8 @@ def combinations():
     own = ModelConfig.named("tiny", preset)
     is_routed = own.ffn.experts > 1 or own.depth.capacity < 1  # They have tests of their own.
     if not is_routed and projection != own.attention.projection:
-      marks = () if preset in QUICK and not projection else pytest.mark.slow
+      usual = () if preset in QUICK else pytest.mark.slow
+      marks = usual if preset in USUAL and not projection else pytest.mark.every_combination
       make = functools.partial(small, preset, projection)
       yield pytest.param(make, id=f"{preset}-{projection}".rstrip("-"), marks=marks)
   # Norms and positions take turns.
@@ -73,11 +75,15 @@ def combinations():
     attention = dict(shaped=shaped, positions=positions, num_kv_heads=1 if shaped == "none" else 0)
     changes = dict(norm=norm, attention=attention, residual=RESIDUALS[residual])
     make = functools.partial(small, "tokenformer", projection, **changes)
-    yield pytest.param(make, id=f"{residual}-{projection}-{shaped}-{norm}-{positions}", marks=pytest.mark.slow)
+    yield pytest.param(
+      make, id=f"{residual}-{projection}-{shaped}-{norm}-{positions}", marks=pytest.mark.every_combination
+    )
 
 
 @pytest.mark.parametrize("make", list(combinations()))
-def test_a_combination_is_right_or_refused(make, tmp_path, caplog):
+def test_a_combination_is_right_or_refused(make, tmp_path, caplog, request):
+  if request.node.get_closest_marker("every_combination") and "every" not in request.config.option.markexpr:
+    pytest.skip("takes a quarter of an hour: pytest -m every_combination")
   try:
     config = make()
   except ValueError as error:
