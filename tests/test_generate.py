@@ -105,9 +105,9 @@ def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
   traced, draws = [], []
   through_layers = DecodingModel._through_layers
 
-  def recording(self, cache, tokens, *rest):
+  def recording(self, tokens, context, cache):
     traced.append((tokens.shape, cache.num_slots))
-    return through_layers(self, cache, tokens, *rest)
+    return through_layers(self, tokens, context, cache)
 
   monkeypatch.setattr(DecodingModel, "_through_layers", recording)
   config = ModelConfig.named("tiny", vocab_size=300, num_layers=1)

@@ -193,7 +193,8 @@ class HarnessModel(TemplateLM):
     """The number of rows, a power of two, whose key-value cache is within its limit."""
     config = self._model.config
     num_slots = bucket(bucket(prompt_length) + max_new_tokens)
-    row_bytes = 2 * config.num_layers * config.hidden_size * num_slots * jnp.dtype(config.compute_dtype).itemsize
+    channels = config.num_kv_heads * config.head_dim
+    row_bytes = 2 * config.num_layers * channels * num_slots * jnp.dtype(config.compute_dtype).itemsize
     rows = max(1, min(_MAX_ROWS, _CACHE_BYTES // row_bytes))
     return 2 ** (rows.bit_length() - 1)
 

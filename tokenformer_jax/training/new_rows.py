@@ -46,7 +46,7 @@ def scale_by_adam_of_rows(
   def init(params):
     return with_second_moment_in(second_moment_dtype, adam.init(params))
 
-  def update(gradients, state, params=None, *, born, **_):
+  def update(gradients, state, params=None, *, born, step=None, **_):
     del params
     adams, state = adam.update(gradients, with_second_moment_in(jnp.float32, state))
 
@@ -54,7 +54,8 @@ def scale_by_adam_of_rows(
       if "param_token" not in axes:
         return adams
       born = _along_tokens(born, axes)
-      age = state.count - born
+      # Updates that were skipped are counted in the step, from which births are counted, and not in the state.
+      age = (state.count if step is None else step + 1) - born
       own = mean / (1 - beta1**age) / (jnp.sqrt(square / (1 - beta2**age)) + eps)
       return jnp.where(born > 0, own, adams)
 
