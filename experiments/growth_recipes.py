@@ -101,7 +101,7 @@ DEFAULT: dict[str, GrowthConfig | None] = {"live (default)": GrowthConfig(), REL
 LIVE: dict[str, GrowthConfig | None] = {
   **DEFAULT,
   "live, warm-up 300": GrowthConfig(warmup_steps=300),
-  "live, warm-up 30": GrowthConfig(warmup_steps=30),
+  "live, warm-up 33": GrowthConfig(warmup_steps=33),
   "live, old rows at a quarter": GrowthConfig(old_rows_rate=0.25),
   "live, old rows at full rate": GrowthConfig(old_rows_rate=1.0),
   "live, new rows at 0.6": GrowthConfig(new_rows_rate=0.6),

@@ -2,7 +2,7 @@
 
     python -m tests.parity_table [FOLDER …]
 
-prints a row for each file of the folders, by default for the released TokenFormer's in `tests/golden`. The errors are the
+prints a row for each file of the folders, by default of `tests/golden`. The errors are the
 largest absolute difference of the outputs, and the largest max|g − ĝ| / max|ĝ| of any gradient. The model is built from the
 file's own description. The exit code is 1 if an error is over its bound; a description for which there is no model gets a
 row that says so, and counts as an error with `--strict`.
@@ -67,9 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("folders", nargs="*", type=pathlib.Path, metavar="FOLDER", help="files here and in folders below")
   parser.add_argument("--strict", action="store_true", help="a file without a model counts as an error")
   options = parser.parse_args(arguments)
-  paths = sorted(GOLDEN.glob("*.npz"))
-  if options.folders:
-    paths = [path for folder in options.folders for path in sorted(folder.rglob("*.npz"))]
+  paths = [path for folder in options.folders or [GOLDEN] for path in sorted(folder.rglob("*.npz"))]
   if not paths:
     print(f"no npz file in {', '.join(map(str, options.folders))}: name a folder of golden files.", file=sys.stderr)
     return 2

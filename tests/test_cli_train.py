@@ -42,6 +42,10 @@ def get_config(good=get_config):
 MISTAKES = {
   "no flags": ([], ["--workdir"]),
   "neither a config nor a run to resume": (["--workdir={0}/new"], ["{0}/new: no config.json there; give --config"]),
+  "a field of a run that is not there": (
+    ["--workdir", "{0}/new", "--config.training.num_steps=5"],
+    ["error: {0}/new: no config.json there; give --config"],
+  ),
   "no workdir": (["--config={0}/good.py"], ["--workdir"]),
   "unknown flag": (["--config={0}/good.py", "--workdir={0}/run", "--work_dir=x"], ["'work_dir'", "workdir ?"]),
   "no such file": (["--config={0}/missing.py", "--workdir={0}/run"], ["--config={0}/missing.py: no such file"]),

@@ -64,6 +64,11 @@ def test_growth_chains_differ_in_their_tokens_alone():
       )
 
 
+def test_a_part_may_be_given_whole():
+  whole = ModelConfig.named("tiny", attention=AttentionConfig(num_kv_heads=2), projection="dense")
+  assert whole == ModelConfig.named("tiny", attention=dict(num_kv_heads=2), projection="dense")
+
+
 def test_released_rotary_dims():
   dims = [ModelConfig.named(name).rotary_dims for name in ("150m", "450m", "900m", "1.5b")]
   assert dims == [16, 16, 20, 24]
@@ -132,6 +137,10 @@ def test_model_refusals(changes, message):
     (
       lambda: ModelConfig.named("tiny", "sas", attention=dict(num_kv_heads=1)),
       "model.attention: num_kv_heads=1: values='identity' are the inputs themselves",
+    ),
+    (
+      lambda: ModelConfig.named("tiny", "sas-eq6", attention=dict(bias="all")),
+      "model.attention: bias='all': values='identity_plus' have none; choose 'query_key' or 'none'",
     ),
     (
       lambda: ModelConfig.named("tiny", ffn=dict(bias=True)),

@@ -236,3 +236,18 @@ def test_what_an_encoder_cannot_do_is_refused(tmp_path):
   images = nnx.merge(*drawn(vision()))
   with pytest.raises(ValueError, match=r"images \(2, 8, 8, 3\): expected \[batch, 8, 8, 1\], height, width, channels"):
     images(jnp.zeros((2, 8, 8, 3)))
+  with pytest.raises(
+    ValueError, match="model is a MaskedLanguageModel, whose layers run under a scan: use is measured"
+  ):
+    tf.shrink(model, [np.ones((2, 4), np.int32)], ffn_tokens=4)
+
+
+def test_logits_of_classes_are_not_rounded_to_bfloat16():
+  config = encoder(compute_dtype="bfloat16", task="classify", classifier=dict(num_classes=3))
+  logits = jax.jit(nnx.merge(*drawn(config)))(jnp.ones((4, 6), jnp.int32))
+  assert logits.dtype == jnp.float32 and np.any(logits != logits.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_float64_without_64_bit_types_is_refused_for_images():
+  with pytest.raises(ValueError, match="compute_dtype='float64': JAX has it switched off"):
+    nnx.eval_shape(lambda: VisionClassifier(vision(compute_dtype="float64"), rngs=nnx.Rngs(0)))

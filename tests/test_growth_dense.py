@@ -109,6 +109,7 @@ def test_growth_and_shrinking_of_a_folder_are_those_in_memory(source, tmp_path):
   of_folder = stored_config(str(tmp_path / "grown"))
   expected, *_ = grow_state(state, MODEL, grown_model, of_folder.growth, seed=config.training.seed)
   small_run.assert_same(restored(tmp_path / "grown", of_folder, grown_model), expected)
+  assert Checkpoints(str(tmp_path / "grown")).record(test_stream.STEP)["losses"] == []
   report = shrink_run(str(tmp_path / "grown"), str(tmp_path / "back"), ffn_tokens=8)
   assert report.losses[0] == pytest.approx(report.losses[1], rel=1e-6)
   assert set(report.tokens) == {"first/ffn", "blocks/ffn"}
@@ -117,6 +118,13 @@ def test_growth_and_shrinking_of_a_folder_are_those_in_memory(source, tmp_path):
 
 def restored(folder, config, model):
   return Checkpoints(str(folder)).restore(test_stream.STEP, test_stream.shapes(config, model))
+
+
+def test_new_units_whose_keys_have_the_default_size_are_not_zero():
+  mlp = MLP(6, 5, 8, count="units", rngs=nnx.Rngs(0))
+  mlp.keys.set_metadata(rows=dataclasses.replace(mlp.keys.rows, std=None))
+  bigger, _ = tf.grow(mlp, units=12, method="exact")
+  assert np.all(np.any(np.asarray(bigger.keys[...])[8:] != 0, axis=1)) and not np.any(bigger.values[...][8:])
 
 
 def test_live_growth_of_hidden_units_is_refused():

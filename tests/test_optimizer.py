@@ -157,13 +157,22 @@ def test_a_new_row_has_an_adam_of_its_own_and_old_rows_keep_theirs(beta2, size):
     if step < birth:
       gradients["keys"][:, OLD:] = 0.0
     gradients["keys"] *= size
-    updates, state = update(narrow(gradients), state, born=born(birth))
+    updates, state = update(narrow(gradients), state, born=born(birth), step=step)
     adams, adam_state = adam(narrow(gradients), adam_state)
     old, new = np.asarray(updates["keys"][:, :OLD]), np.asarray(updates["keys"][:, OLD:])
     small_run.assert_same({**updates, "keys": old}, {**adams, "keys": np.asarray(adams["keys"][:, :OLD])})
     if step >= birth:
       np.testing.assert_allclose(new, fresh(gradients["keys"][:, OLD:]), rtol=1e-4, atol=1e-4)
   small_run.assert_same(state, adam_state)
+
+
+def test_a_row_added_after_skipped_updates_has_an_age():
+  """Skipped updates are counted in the step and not in Adam's state."""
+  optimizer, fresh = scale_by_adam_of_rows(AXES, 0.9, 0.999, 1e-8), Adam(0.9, 0.999, 1e-8)
+  params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
+  (gradients,) = draws(1)
+  updates, _ = optimizer.update(narrow(gradients), optimizer.init(params), born=born(40), step=40)
+  np.testing.assert_allclose(updates["keys"][:, OLD:], fresh(gradients["keys"][:, OLD:]), rtol=1e-4)
 
 
 def test_moments_in_bfloat16_are_rounded_between_updates_and_not_in_them():
@@ -175,9 +184,9 @@ def test_moments_in_bfloat16_are_rounded_between_updates_and_not_in_them():
   params = narrow({name: np.zeros(shape) for name, shape in SHAPES.items()})
   state, expected_state = optimizer.init(params), wide.init(params)
   for gradients in draws(20):
-    expected, after = jax.jit(wide.update)(narrow(gradients), expected_state, born=born(0))
+    expected, after = jax.jit(wide.update)(narrow(gradients), expected_state, born=born(0), step=0)
     expected_state = after._replace(mu=rounded(after.mu), nu=rounded(after.nu))
-    updates, state = jax.jit(optimizer.update)(narrow(gradients), state, born=born(0))
+    updates, state = jax.jit(optimizer.update)(narrow(gradients), state, born=born(0), step=0)
     small_run.assert_close(updates, expected, 2e-2)
   assert {leaf.dtype for leaf in jax.tree.leaves((state.mu, state.nu))} == {jnp.dtype("bfloat16")}
   small_run.assert_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.nu), expected_state.nu, 2e-2)

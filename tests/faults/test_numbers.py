@@ -116,6 +116,19 @@ def test_f16_a_spike_is_skipped_and_a_good_update_is_done(one_step):
   assert metrics["skipped"] == 0 and not np.array_equal(new.params["embedding"], state.params["embedding"])
 
 
+def test_f16_a_tau_that_moves_with_the_step_moves_in_a_skipped_update_too(one_step):
+  state, step, good = one_step
+  state = dataclasses.replace(
+    state,
+    tau=jax.tree.map(lambda tau: 0.5 * tau, state.tau),
+    born=jax.tree.map(jnp.ones_like, state.born),  # All rows were added by a growth after the first update.
+  )
+  done, skipped = step(state, good, np.float32(math.inf))[0], step(state, good, np.float32(0.0))[0]
+  small_run.assert_same(skipped.tau, done.tau)
+  small_run.assert_same(skipped.params, state.params)
+  assert all(np.all(new > old) for new, old in zip(jax.tree.leaves(skipped.tau), jax.tree.leaves(state.tau)))
+
+
 def observe(skips, step, loss, skipped=0):
   return skips.observe(step, {"loss": np.float32(loss), "grad_norm": np.float32(1), "skipped": np.float32(skipped)})
 

@@ -389,6 +389,10 @@ def test_F9_without_locks_the_owner_renews_its_file_and_one_that_does_not_is_gon
   assert not second.lost
   second.release()
   assert not (tmp_path / "lock").exists()
+  third = WorkFolderLock(epath.Path(tmp_path))
+  (tmp_path / "lock").write_text("of a run that took the folder over")
+  third.release()
+  assert (tmp_path / "lock").exists()
 
 
 def test_F9_a_run_whose_folder_was_taken_while_it_slept_ends(workdir):

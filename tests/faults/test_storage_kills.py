@@ -93,7 +93,7 @@ def saving(library, tmp_path_factory):
 
 
 def check_saved(folder, expected):
-  """The newest step is one of those expected, it is bit for bit what was saved, and the next run goes on from it."""
+  """The newest step is one of those expected, it is bit for bit what was saved, and the next run resumes from it."""
   checkpoints = Checkpoints(str(folder), kept=1)
   step = checkpoints.latest_step()
   assert step in expected, folder

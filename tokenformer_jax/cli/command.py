@@ -1,7 +1,7 @@
 """The wrapper of all CLI commands: a user's mistake is one line on stderr and exit code 2.
 
 A mistake is a missing file, an unknown flag or field, or a `ValueError` that this package raised about its input. A
-full device is one line too, with exit code 1, and a run whose numbers are no longer finite, with exit code 3; a reader
+full device or another error of the operating system is one line too, with exit code 1, and a run whose numbers are no longer finite, with exit code 3; a reader
 that closed the pipe ends the command in silence, as it does with other tools. Every other error keeps its traceback,
 because it is a fault of this package.
 """
@@ -41,7 +41,7 @@ def run(main, renamed: Mapping[str, str] | None = None) -> None:
     renamed: earlier names of flags, and the flags that they name today.
 
   Raises:
-    SystemExit: with 0 after `--help`; with 1 or 2 after an error that the module's docstring names; with 141 where
+    SystemExit: with 0 after `--help`; with 1, 2 or 3 after an error that the module's docstring names; with 141 where
       the reader of stdout closed the pipe.
   """
   format_warning = warnings.formatwarning
@@ -61,7 +61,9 @@ def run(main, renamed: Mapping[str, str] | None = None) -> None:
     try:
       argv = flags.FLAGS(argv)
     except flags.Error as error:
-      fail(str(error))
+      # A --config file of this package may have refused what it was given; the flag's own message has a traceback then.
+      refused = [_mistake(cause) for cause in _causes(error.__context__)]
+      fail(next(filter(None, refused), str(error)))
     except Exception as error:  # A --config file may raise anything, and so may a value for one of its fields.
       fail(f"--config: {_described(error)}")
     if len(argv) > 1:

@@ -4,10 +4,10 @@
 
 Any field of the configuration can be set: --config.training.num_steps=2000. Running the same command again resumes
 from the newest checkpoint and gives, bit by bit, the run that was never stopped. Without --config the run resumes with
-the configuration in the work folder's config.json, in which fields can be set too. Number of steps, learning rate, intervals, growth stages to come,
-mesh and number of processes may change then; model, data and the kind of optimizer may not. SIGTERM, SIGINT and SIGHUP save
-a checkpoint and end the run with exit code 143; docs/reliability.md has the other codes. For several processes see
-docs/running.md.
+the configuration in the work folder's config.json, in which fields can be set too. Number of steps, learning rate,
+intervals, growth stages to come, mesh and number of processes may change then; model, data and the kind of optimizer may
+not. SIGTERM, SIGINT and SIGHUP save a checkpoint and end the run with exit code 143; docs/reliability.md has the other
+codes. For several processes see docs/running.md.
 """
 
 import sys
@@ -46,7 +46,8 @@ def main(argv):
 def with_stored_config(arguments: list[str]) -> list[str]:
   """The arguments with `--config` for the stored configuration, where they set fields of a configuration and name none."""
   names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
-  workdirs = [argument.partition("=")[2] for name, argument in zip(names, arguments) if name == "workdir"]
+  following = [*arguments[1:], ""]
+  workdirs = [a.partition("=")[2] or after for name, a, after in zip(names, arguments, following) if name == "workdir"]
   if "config" in names or not workdirs or not any(name.startswith("config.") for name in names):
     return arguments
   return [f"--config={stored_config.__file__}:{workdirs[-1]}", *arguments]

@@ -267,8 +267,9 @@ class ModelConfig(Checked):
       raise ValueError(f"model field {unknown[0]!r} is unknown." + nearest(unknown[0], known_fields))
     fields = {**PRESETS[preset], **changes}
     for part in PARTS:
-      if not dataclasses.is_dataclass(fields.get(part)):
-        fields[part] = {**PRESETS[preset].get(part, {}), **changes.get(part, {})}
+      given = changes.get(part, {})
+      whole = dataclasses.is_dataclass(given) and not isinstance(given, type)
+      fields[part] = dataclasses.asdict(given) if whole else {**PRESETS[preset].get(part, {}), **given}
     if projection:
       fields["attention"] |= dict(projection=projection)
       if projection == "pattention":
@@ -278,8 +279,7 @@ class ModelConfig(Checked):
       elif fields["ffn"].get("kind", "pattention") == "pattention":
         fields["ffn"] |= dict(kind="mlp")
     for part in PARTS:
-      if not dataclasses.is_dataclass(fields[part]):
-        fields[part] = build(_PART_CLASSES[part], fields[part], f"model.{part}")
+      fields[part] = build(_PART_CLASSES[part], fields[part], f"model.{part}")
     layers, hidden, heads, attention_tokens, ffn_tokens, seq_length = NAMED_SIZES[name]
     is_dense, has_proj = fields["attention"].projection == "dense", fields["attention"].values != "identity"
     size = dict(

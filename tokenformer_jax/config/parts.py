@@ -62,6 +62,7 @@ class AttentionConfig(Checked):
         "parameter tokens have no orthogonal start; choose another or projection='dense'.",
       )
     if self.values.startswith("identity"):
+      require(self.bias != "all", "bias", self.bias, f"values={self.values!r} have none; choose 'query_key' or 'none'.")
       require(
         self.num_kv_heads == 0,
         "num_kv_heads",

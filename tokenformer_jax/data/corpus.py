@@ -1,4 +1,4 @@
-"""Corpora: the token ids of many documents, in memory or in mapped files, split into training and held-out parts."""
+"""Corpora: the token ids of many documents, in memory or in files, split into training and held-out parts."""
 
 import collections
 import concurrent.futures
@@ -18,7 +18,7 @@ class Corpus:
   """Documents as token ids, one after the other, each followed by the end-of-document id.
 
   Attributes:
-    tokens: [n] unsigned integers, in memory or mapped.
+    tokens: [n] unsigned integers, in memory or read from files when asked for.
     ends: [documents] int64, where each document ends in `tokens`; increasing, the last one is n.
     keys: [documents] uint64, a hash of each document, which decides whether it is held out.
     identity: JSON-able; what was read, equal for equal text in whatever folder it is.

@@ -29,7 +29,7 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
   """The folder to write to.
 
   Raises:
-    ValueError: the path is empty, or a URI, where files cannot be appended to and mapped.
+    ValueError: the path is empty, or a URI, where files cannot be appended to.
   """
   path = user_path(folder, "out")
   if is_uri(path):

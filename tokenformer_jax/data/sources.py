@@ -27,7 +27,7 @@ def open_documents(spec: SourceSpec) -> documents.DocumentSource:
 
 
 def open_corpus(spec: SourceSpec, tokenizer: Tokenizer, bad_text: str = "error") -> Corpus:
-  """The token ids of a source: token files are mapped, text is tokenized into memory.
+  """The token ids of a source: token files are read when asked for, text is tokenized into memory.
 
   Raises:
     ValueError: the source cannot be opened, or its text cannot be read (see `BadText`).

@@ -128,7 +128,7 @@ def open_tokens(rest: str, tokenizer: Tokenizer) -> TokenFile:
       - a bare `.bin` of ids, as nanoGPT writes; DTYPE is their type (uint16, uint32, int32, int64), and is needed
         only for files so short that it cannot be recognised;
       - a glob of such files, which are shards of one corpus in the order of their names.
-      A URI (gs://…) is copied to a temporary folder first, as ids are mapped into memory.
+      A URI (gs://…) is copied to a temporary folder first, as ids are read from local files.
     tokenizer: the tokenizer that wrote the ids.
 
   Raises:

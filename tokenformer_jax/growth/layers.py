@@ -62,7 +62,7 @@ def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
       raise ValueError(f"{path}: its parameters have {counts} rows under the counts {sorted(names)}; expected one.")
     axes = {name: v.axes for name, v in parameters.items()}
     rows = {name: v.rows for name, v in parameters.items()}
-    width = min(v.shape[-1] for v in parameters.values() if v.rows.role == "key")
+    width = min(v.shape[-1] for v in parameters.values() if v.rows.role == "key" and v.axes[-1] != "param_token")
     found[path] = TokenLayer(path, names.pop(), next(iter(counts.values())), width, thetas.get(path), axes, rows)
   return found
 

@@ -191,7 +191,7 @@ def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: Growt
       return (NewRows.LIVE if is_key else NewRows.ZERO), 0.0
   if layer.theta is None:
     # With zero keys a ReLU or a gated unit would never learn.
-    return (NewRows.RANDOM, rows.std_of(count)) if is_key and rows.std else (NewRows.ZERO, 0.0)
+    return (NewRows.RANDOM, rows.std_of(count)) if is_key and rows.std != 0.0 else (NewRows.ZERO, 0.0)
   return (NewRows.ZERO, 0.0) if is_key else (NewRows.RANDOM, growth.value_scale * rows.std_of(count))
 
 

@@ -54,6 +54,11 @@ def token_usage(
         f"the model has a router ({type(module).__name__}), whose rows see only some of the tokens: their use is not "
         "measured, so it cannot be shrunk; grow a smaller model instead."
       )
+  if hasattr(model, "through_layers") and not isinstance(model, LanguageModel):
+    raise ValueError(
+      f"model is a {type(model).__name__}, whose layers run under a scan: use is measured for a LanguageModel alone, so it "
+      "cannot be shrunk; grow a smaller model instead."
+    )
   layers = token_layers(model)
   sums_of = _language_model_sums(model) if isinstance(model, LanguageModel) else _sums(model, apply)
   total: dict[str, Any] = {}

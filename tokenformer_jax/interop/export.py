@@ -111,7 +111,7 @@ def export(
   require_float_tokens(model, "exported")
   if not isinstance(model, LanguageModel):
     raise ValueError(
-      f"model: a {type(model).__name__} has no released names and cannot be exported; give a LanguageModel."
+      f"model: a {type(model).__name__} cannot be exported, only a LanguageModel; keep the work folder of its run."
     )
   fields = config_fields(model.config)
   if has_released_form(model.config):

@@ -40,9 +40,9 @@ _MOST_HINTS = 20
 def has_released_form(config: ModelConfig) -> bool:
   """Whether a model is a TokenFormer as the released code has it, apart from its sizes, Θ and positions."""
   parts = [getattr(config, part) for part in PARTS]
-  return (config.norm, config.final_norm, config.tied) == ("plain", "layer_norm", True) and all(
-    part == type(part)() for part in parts
-  )
+  ends = (config.task, config.norm, config.final_norm, config.embedding_norm, config.tied)
+  released_ends = ("next_token", "plain", "layer_norm", "none", True)
+  return ends == released_ends and all(part == type(part)() for part in parts)
 
 
 def released_names(num_layers: int) -> dict[str, tuple[str, int | None]]:

@@ -1,6 +1,5 @@
 """The language model: TokenFormer by default, and every other architecture that its configuration describes."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -13,7 +12,7 @@ from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.initializers import STD
 from tokenformer_jax.nn.norm import Norm
 from tokenformer_jax.nn.parameters import parameter
-from tokenformer_jax.nn.stack import AnyBlock, Apply, make_blocks, mean_over_layers, through_blocks
+from tokenformer_jax.nn.stack import Apply, make_blocks, mean_over_layers, run_block, through_blocks
 
 
 class TextModel(VocabularyEnds, nnx.Module):
@@ -34,8 +33,6 @@ class TextModel(VocabularyEnds, nnx.Module):
   head: nnx.Param | None = None
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-      raise ValueError("compute_dtype='float64': JAX has it switched off; set jax_enable_x64, or choose float32.")
     self.config = config
     normal, size = nnx.initializers.normal(STD), config.hidden_size
     self.embedding = parameter(rngs, (config.vocab_size, size), ("vocab", "embed"), normal)
@@ -65,11 +62,7 @@ class TextModel(VocabularyEnds, nnx.Module):
       training: whether routers may drop tokens, as they do in training.
     """
 
-    def apply(block: AnyBlock, x: Array, context: Context) -> tuple[Array, Said]:
-      x, _, said = block(x, context)
-      return x, said
-
-    hidden, said = self.through_layers(apply, tokens, positions, segments, real, training)
+    hidden, said = self.through_layers(run_block, tokens, positions, segments, real, training)
     return hidden, mean_over_layers(said)
 
   def through_layers(
@@ -81,7 +74,7 @@ class TextModel(VocabularyEnds, nnx.Module):
     real: Bool[Array, "batch time"] | None = None,
     training: bool = False,
   ) -> tuple[Float[Array, "batch time embed"], dict]:
-    """Applies a function to each layer, by default what `hidden` does, and collects what it observes.
+    """Applies a function to each layer, and collects what it observes.
 
     Args:
       apply: `(block, x [B, T, d], context) -> (x, observed)`, called in the place of each block.
@@ -89,8 +82,16 @@ class TextModel(VocabularyEnds, nnx.Module):
 
     Returns:
       (outputs of the final norm [B, T, d], what `apply` observed, by path as in `nn.stack.through_blocks`).
+
+    Raises:
+      ValueError: there are more tokens than learned positions, and no `positions`.
     """
     if positions is None:
+      if self.position_embedding is not None and tokens.shape[1] > self.config.seq_length:
+        raise ValueError(
+          f"tokens {tokens.shape}: attention.positions='learned' has seq_length={self.config.seq_length} of them; give at "
+          f"most {self.config.seq_length} tokens a row."
+        )
       positions = jnp.arange(tokens.shape[1])[None]
     x_BxTxD = self.embed(tokens, positions)
     context = Context(

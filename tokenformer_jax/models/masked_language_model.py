@@ -60,7 +60,8 @@ class TextClassifier(TextModel):
 
   def logits(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch class"]:
     """Float32 logits [B, classes] from the outputs of the final norm [B, T, d]."""
-    return self.classes(jnp.tanh(self.pooler(hidden[:, 0]))).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    first = hidden[:, 0].astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    return self.classes(jnp.tanh(self.pooler(first)))
 
   def table(self) -> jax.Array:
     raise TypeError("a TextClassifier has no logits of tokens; `logits(hidden)` gives those of the classes.")

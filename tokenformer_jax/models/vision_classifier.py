@@ -12,7 +12,7 @@ from tokenformer_jax.nn.initializers import STD
 from tokenformer_jax.nn.norm import Norm
 from tokenformer_jax.nn.parameters import parameter
 from tokenformer_jax.nn.projection import Dense
-from tokenformer_jax.nn.stack import Apply, make_blocks, mean_over_layers, through_blocks
+from tokenformer_jax.nn.stack import Apply, make_blocks, mean_over_layers, run_block, through_blocks
 
 
 class VisionClassifier(WithPositions, nnx.Module):
@@ -58,11 +58,7 @@ class VisionClassifier(WithPositions, nnx.Module):
       training: whether routers may drop tokens, as they do in training.
     """
 
-    def apply(block, x: Array, context: Context) -> tuple[Array, Said]:
-      x, _, said = block(x, context)
-      return x, said
-
-    hidden, said = self.through_layers(apply, images, training)
+    hidden, said = self.through_layers(run_block, images, training)
     return hidden, mean_over_layers(said)
 
   def through_layers(

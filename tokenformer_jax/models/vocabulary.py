@@ -11,7 +11,7 @@ from tokenformer_jax.nn.norm import Norm
 
 
 class VocabularyEnds(WithPositions):
-  """What `LanguageModel` and `DecodingModel` do before their first block and after their last one.
+  """What `TextModel` and `DecodingModel` do before their first block and after their last one.
 
   Attributes:
     embedding: [vocab, d].

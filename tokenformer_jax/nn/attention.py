@@ -23,7 +23,7 @@ _FIRST_BETA, _EVERY_BETA = 1.0, 0.2
 
 
 class Attention(nnx.Module):
-  """Multi-head attention with queries, keys, values and an output projection.
+  """Multi-head attention: projections to queries, keys and values, and an output projection, as `config.attention` says.
 
   Args:
     config: sizes and choices of the model; `config.attention` describes this part.
@@ -72,8 +72,8 @@ class Attention(nnx.Module):
   ) -> tuple[Float[Array, "batch time embed"], LayerCache | None]:
     """The output [B, T, d] for what `project` returned, and the cache with these keys and values.
 
-    Every token attends to itself and to the tokens before it in its segment; where `context.causal` is not set, to all
-    that are not padding; with a cache, to the slots that are visible to it.
+    Every token attends to itself and to the tokens before it in its segment; where `context.causal` is not set, to all of
+    its segment that are not padding; where `context.visible` is set, to those slots of the cache.
     """
     past = cache
     if cache is not None:

@@ -24,7 +24,7 @@ _RECORDED: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorde
 
 @contextlib.contextmanager
 def recorded_inputs() -> Iterator[list[tuple[nnx.Module, Array]]]:
-  """A context in which every call of a `Pattention` or an `MLP` appends (layer, x) to the list that the context gives.
+  """A context in which every call of a `Pattention`, an `MLP` or `Experts` appends (layer, x) to the list that the context gives.
 
   Under a JAX transformation the inputs are tracers of that transformation: use them before it ends.
   """

@@ -26,7 +26,9 @@ class Dense(nnx.Module):
 
   def __init__(self, d_in: int, d_out: int, *, axes: Axes, bias: bool, init: nnx.Initializer, rngs: nnx.Rngs):
     self.weight = parameter(rngs, (d_in, d_out), axes, init)
-    self.bias = parameter(rngs, (d_out,), (axes[1],), nnx.initializers.zeros, decayed=False) if bias else None
+    # Biases stay in float32: parameters with an axis `embed` are cast to the dtype of the products.
+    bias_axes = (None if axes[1] == "embed" else axes[1],)
+    self.bias = parameter(rngs, (d_out,), bias_axes, nnx.initializers.zeros, decayed=False) if bias else None
 
   def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
     weight = self.weight[...].astype(x.dtype)

@@ -48,7 +48,8 @@ class Shaping(nnx.Module):
       mixed: A V, the softmax's output.
       v: the values, with as many heads or with fewer that are shared.
       context: which tokens see each other.
-      cache: the layer's cache before these tokens; None outside decoding.
+      cache: the layer's cache, whose keys and values are written and whose sum is that before these tokens; None outside
+        decoding.
     """
     alpha, beta = _along_heads(self.alpha), _along_heads(self.beta)
     y = alpha * _each_head(v, mixed) + beta * mixed.astype(jnp.promote_types(mixed.dtype, jnp.float32))

@@ -29,7 +29,13 @@ class Pattern(nnx.Module):
 
 
 def make_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> tuple[Block | None, Block | RoutedBlock | Pattern]:
-  """(the first block or None, the repeating ones as one module whose leaves have a leading axis of repetitions)."""
+  """(the first block or None, the repeating ones as one module whose leaves have a leading axis of repetitions).
+
+  Raises:
+    ValueError: `compute_dtype` is float64 and JAX has 64-bit types switched off.
+  """
+  if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    raise ValueError("compute_dtype='float64': JAX has it switched off; set jax_enable_x64, or choose float32.")
   first = Block(config, is_first=True, rngs=rngs) if config.has_first_block else None
 
   def repeated(rngs: nnx.Rngs) -> Block | RoutedBlock | Pattern:
@@ -87,6 +93,12 @@ def through_blocks(
 
   x, repeated = jax.lax.scan(repetition, x, stacked)
   return constrain(x, "batch", "time", None), observed | repeated
+
+
+def run_block(block: AnyBlock, x: jax.Array, context: Context) -> tuple[jax.Array, Said]:
+  """The usual `apply` of `through_blocks`: (the output of the block [B, T, d], what it says)."""
+  x, _, said = block(x, context)
+  return x, said
 
 
 def _layer(graphdef, axes: Tree, context: Context, config: ModelConfig, apply: Apply):

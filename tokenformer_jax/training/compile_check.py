@@ -198,12 +198,12 @@ def _for_decoding(program: Program):
   graphdef, *shapes = split(nnx.eval_shape(lambda leaves: nnx.merge(program.graphdef, *leaves).for_decoding(), stacked))
 
   def layers_of(tree):
-    stacked = [tree["first"]] if "first" in tree else []
+    layers = [tree["first"]] if "first" in tree else []
     length = len(program.model.pattern)
     pattern = [tree["blocks"]] if length == 1 else [tree["blocks"][str(index)] for index in range(length)]
-    stacked += pattern * ((program.model.num_layers - len(stacked)) // length)
+    layers += pattern * ((program.model.num_layers - len(layers)) // length)
     rest = {name: branch for name, branch in tree.items() if name not in ("first", "blocks")}
-    return {**rest, "blocks": dict(enumerate(stacked))}
+    return {**rest, "blocks": dict(enumerate(layers))}
 
   sources = [layers_of(tree) for tree in stacked]
 

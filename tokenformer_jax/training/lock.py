@@ -52,6 +52,8 @@ class WorkFolderLock:
       return
     self._end.set()
     with contextlib.suppress(OSError):  # The folder may be gone.
+      if self._descriptor < 0 and self._content() != self._mine:
+        return  # Another run has taken the folder over, and this file is its own.
       self._path.unlink()
       if self._made and not is_uri(self._path):
         os.rmdir(self._path.parent)

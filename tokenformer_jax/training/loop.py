@@ -23,11 +23,10 @@ from tokenformer_jax.distributed.processes import (
   share_of_rows,
 )
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.models.model_class import abstract_model
-from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.paths import replace_text, user_path
 from tokenformer_jax.progress import Progress, say
-from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints, load, load_tokenizer
+from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints
+from tokenformer_jax.training.first_state import first_state
 from tokenformer_jax.training.flops import peak_flops
 from tokenformer_jax.training.held_out import held_out_losses, write_sample
 from tokenformer_jax.training.loss_curve import plot_losses
@@ -40,8 +39,6 @@ from tokenformer_jax.training.resume import (
   check_same_optimizer,
   check_same_run,
   check_same_tokenizer,
-  check_same_weights,
-  check_tokenizer_file,
 )
 from tokenformer_jax.training.run_checks import (
   check_growths,
@@ -51,8 +48,8 @@ from tokenformer_jax.training.run_checks import (
   check_vocabulary,
 )
 from tokenformer_jax.training.run_log import RunLog
-from tokenformer_jax.training.skips import Diverged, Skips
-from tokenformer_jax.training.state import TrainState, fresh_state
+from tokenformer_jax.training.skips import Skips
+from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.timing import Clock, Trace
 from tokenformer_jax.training.watchdog import Watchdog
 
@@ -112,8 +109,8 @@ class _Run:
     self.skips = Skips(self.config.training)
     self.unseen: dict[str, jax.Array] | None = None  # The metrics of the newest update, unless they were looked at.
     self.owes_evaluation = self.owes_save = False
-    self.checkpoints.claim()
     try:
+      self.checkpoints.claim()
       self._start(allow_data_change)
     except BaseException:
       self.checkpoints.close()
@@ -125,7 +122,7 @@ class _Run:
     check_agree(configuration=self.config.to_dict(), data=self.data.fingerprint, latest_checkpoint=latest)
     self.saved_step = latest
     if latest is None:
-      self.program, self.state = self._begin()
+      self.program, self.state = first_state(self.config, self.workdir, self.mesh, self.data.tokenizer)
     else:
       self.program, self.state = self._resume(latest, allow_data_change)
     on_first_process(lambda: self._open_folder(latest or 0))
@@ -141,25 +138,6 @@ class _Run:
     replace_text(folder / CONFIG, json.dumps(self.config.to_dict(), indent=2))
     self.log = RunLog(self.workdir, step, self.config)
 
-  def _begin(self) -> tuple[Program, TrainState]:
-    config = self.config
-    check_tokenizer_file(self.workdir, self.data.tokenizer)
-    program = make_program(config, config.model, self.mesh)
-    if not config.init_from:
-      return program, program.initial_state()
-    source = load(config.init_from, mesh=self.mesh, average=False)
-    check_same_weights(source.config, config.model, config.init_from)
-    check_same_tokenizer(
-      load_tokenizer(config.init_from).fingerprint, self.data.tokenizer, f"init_from={config.init_from}"
-    )
-    _, params, tau = split(source)
-    axes, _ = logical_axes(abstract_model(config.model))
-    fresh = jax.jit(
-      lambda params, tau: fresh_state(params, tau, axes, program.optimizer, program.tau_rule),
-      out_shardings=program.shardings,
-    )
-    return program, fresh(params, tau)
-
   def _resume(self, step: int, allow_data_change: bool) -> tuple[Program, TrainState]:
     record = self.checkpoints.record(step)
     model = check_same_model(record["model"], self.config, step, self.workdir)
@@ -172,7 +150,7 @@ class _Run:
     state = self.checkpoints.restore(step, program.shapes)
     check_position(record, int(state.step), step, self.workdir)
     self.batches.set_state(record["data"])
-    self.skips = Skips(self.config.training, record.get("losses", ()))
+    self.skips = Skips(self.config.training, () if allow_data_change else record.get("losses", ()))
     self.owes_evaluation = record.get("owes_evaluation", False)
     return program, state
 
@@ -190,7 +168,8 @@ class _Run:
       if self.owes_evaluation:
         loss = self._evaluate(step)
       while step < training.num_steps:
-        if self.config.model_at(step) != self.program.model:
+        grows = any(stage.step == step for stage in self.config.growth.stages)
+        if grows and self.config.model_at(step) != self.program.model:
           self._grow(step)
           clock = None
         with Watchdog(training.step_timeout if clock else 0):
@@ -226,7 +205,7 @@ class _Run:
         if stop:
           self._stop(step)
       if self.skips.in_a_row:
-        raise self._diverged("the last update was skipped")
+        raise self.skips.diverged("the last update was skipped", self.saved_step)
     if loss is None:
       loss = self._held_out_loss()
       _say(
@@ -249,21 +228,10 @@ class _Run:
     if skipped := self.skips.observe(step, metrics):
       _say(skipped)
       if self.skips.are_too_many():
-        raise self._diverged(f"{self.skips.in_a_row} updates in a row were skipped, the last at step {step}")
+        raise self.skips.diverged(
+          f"{self.skips.in_a_row} updates in a row were skipped, the last at step {step}", self.saved_step
+        )
     return metrics
-
-  def _diverged(self, what: str) -> Diverged:
-    """The error that ends the run; it names the newest checkpoint after which an update was good."""
-    saved, first = self.saved_step, self.skips.first_step
-    good = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved}"
-    if saved is not None and saved == first - 1:
-      good += (
-        ", whose next update was the first of them: if it fails again, remove that checkpoint to resume from before"
-      )
-    return Diverged(
-      f"{what}, because loss, gradient or result were not finite or the loss was too large; {good}. Lower "
-      "optimizer.learning_rate or optimizer.clip_norm, or raise training.max_skips_in_a_row, and run the same command again."
-    )
 
   def _stop(self, step: int) -> NoReturn:
     kept = f"not saved, because its last {self.skips.in_a_row} updates were skipped" if self.owes_save else "and saved"
@@ -286,6 +254,7 @@ class _Run:
       )
 
   def _grow(self, step: int) -> None:
+    self._look(step)  # The losses of the smaller model are forgotten below, that of its last update too.
     before = self._held_out_loss()
     model = self.config.model_at(step)
     program = make_program(self.config, model, self.mesh)

@@ -30,7 +30,8 @@ def scale_by_adam_of_rows(
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam` with a separate bias correction for rows that growth added.
 
-  A new row gets the update of an Adam that was started when the row was added. Rows that were there from the start get
+  A new row gets the update of an Adam that was started when the row was added. Updates that are skipped count in its age,
+  which makes its first updates smaller, never larger. Rows that were there from the start get
   optax's update to the bit. The state is `optax.ScaleByAdamState`.
 
   Args:
@@ -46,7 +47,7 @@ def scale_by_adam_of_rows(
   def init(params):
     return with_second_moment_in(second_moment_dtype, adam.init(params))
 
-  def update(gradients, state, params=None, *, born, step=None, **_):
+  def update(gradients, state, params=None, *, born, step, **_):
     del params
     adams, state = adam.update(gradients, with_second_moment_in(jnp.float32, state))
 
@@ -55,7 +56,7 @@ def scale_by_adam_of_rows(
         return adams
       born = _along_tokens(born, axes)
       # Updates that were skipped are counted in the step, from which births are counted, and not in the state.
-      age = (state.count if step is None else step + 1) - born
+      age = step + 1 - born
       own = mean / (1 - beta1**age) / (jnp.sqrt(square / (1 - beta2**age)) + eps)
       return jnp.where(born > 0, own, adams)
 

@@ -149,7 +149,10 @@ class Source:
       with Progress(len(jax.tree.leaves(state)), "leaf", seconds=_SECONDS_BETWEEN_LINES) as progress:
         target = CheckpointStreams(str(unfinished), lambda name: progress.update())
         target.save(
-          self.step, state, self.record | {"model": dataclasses.asdict(config.model), "config": config.to_dict()}
+          self.step,
+          state,
+          # Losses of a model of another size do not say what a loss of this one should be.
+          self.record | {"model": dataclasses.asdict(config.model), "config": config.to_dict(), "losses": []},
         )
         # Orbax would commit a checkpoint that lacks leaves.
         target.open(self.step, _shapes(config, config.model))

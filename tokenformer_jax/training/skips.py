@@ -12,7 +12,7 @@ _WINDOW = 100  # Good losses whose mean a spike is compared with.
 
 
 class Diverged(FloatingPointError):
-  """A run that cannot go on: too many of its updates in a row were skipped, or its state is not finite."""
+  """A run that cannot go on: too many of its updates in a row were skipped, or its last one was."""
 
 
 class Skips:
@@ -76,3 +76,20 @@ class Skips:
     """The number of skipped updates since the last call."""
     count, self._unreported = self._unreported, 0
     return count
+
+  def diverged(self, what: str, saved_step: int | None) -> Diverged:
+    """The error that ends the run; it names the newest checkpoint after which an update was good.
+
+    Args:
+      what: what ends the run.
+      saved_step: the step of the newest checkpoint, None if there is none.
+    """
+    good = "there is no checkpoint" if saved_step is None else f"the newest checkpoint is of step {saved_step}"
+    if saved_step is not None and saved_step == self.first_step - 1:
+      good += (
+        ", whose next update was the first of them: if it fails again, remove that checkpoint to resume from before"
+      )
+    return Diverged(
+      f"{what}, because loss, gradient or result were not finite or the loss was too large; {good}. Lower "
+      "optimizer.learning_rate or optimizer.clip_norm, or raise training.max_skips_in_a_row, and run the same command again."
+    )

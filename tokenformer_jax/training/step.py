@@ -15,7 +15,7 @@ from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.tau import TauRule
 
 
-def all_finite(tree) -> jax.Array:
+def _all_finite(tree) -> jax.Array:
   """Whether all numbers of all leaves are finite, bool []; whole numbers always are."""
   leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
   return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in leaves], jnp.bool_(True))
@@ -41,6 +41,7 @@ def make_train_step(
     schedule: the learning rate, for the metrics.
     z_loss: coefficient of the mean of log² Σ exp(logits).
     accumulation: number of micro-batches; it divides the rows of the batch.
+    checks_updates: whether the new parameters and τ are looked at, for which the update is computed twice.
 
   Returns:
     A function that takes a `TrainState`, a `data.Batch` of arrays [B, T] and `most_loss`, by default inf. Its metrics
@@ -48,8 +49,9 @@ def make_train_step(
     blocks say (`nn.block.Said`), each float32 []. What a block says under a name that begins with `loss/` is added to
     the loss whose gradient is taken. Micro-batches count by the weight of their tokens.
 
-    `skipped` is 1 where the loss, the gradient or a number of the new state is not finite, or the loss is above
-    `most_loss`: the state then stays as it was, except for the step and the schedule's count of it.
+    `skipped` is 1 where the loss or the gradient is not finite, or with `checks_updates` a new parameter or τ, or where
+    the loss is above `most_loss`: the state then stays as it was, except for the step, the schedule's count of it, and a
+    τ that a rule moves with the step.
   """
 
   def objective(params, tau, batch):
@@ -89,11 +91,11 @@ def make_train_step(
 
     grads, *tau_grads = jax.tree.map(lambda g: g / sums.weight, totals)
     loss, grad_norm = sums.nats / sums.weight, optax.tree.norm(grads)
-    is_good = jnp.isfinite(loss) & (loss <= most_loss) & jnp.isfinite(grad_norm) & all_finite(tau_grads)
+    is_good = jnp.isfinite(loss) & (loss <= most_loss) & jnp.isfinite(grad_norm) & _all_finite(tau_grads)
     if checks_updates:
       # Only this is kept of the update, which is computed again below: to keep it would take the memory of the state.
       new = updated(state, grads, tau_grads)
-      is_good &= all_finite((new.params, new.tau))
+      is_good &= _all_finite((new.params, new.tau))
     metrics = {
       "loss": loss,
       "grad_norm": grad_norm,
@@ -104,7 +106,10 @@ def make_train_step(
     # The barrier keeps the two updates apart. There is no conditional around the second one, because XLA:CPU does not
     # keep the collectives of a branch in the same order on all processes.
     new = updated(*jax.lax.optimization_barrier((state, grads, tau_grads)))
-    return jax.tree.map(lambda good, kept: jnp.where(is_good, good, kept), new, _skipped(state)), metrics
+    kept = _skipped(state)
+    if not tau_rule.learns:  # Such a rule reads no gradient, and a step that it missed would be missing for ever.
+      kept = dataclasses.replace(kept, tau=new.tau)
+    return jax.tree.map(lambda new, kept: jnp.where(is_good, new, kept), new, kept), metrics
 
   return train_step
 
@@ -126,7 +131,7 @@ def _loss(graphdef, params, tau, batch, z_loss, training) -> tuple[jax.Array, Lo
 
 
 def _skipped(state: TrainState) -> TrainState:
-  """The state after an update that was not done: only the step is counted, by the learning rate's schedule too."""
+  """The state after an update that was not done: only the step is counted, by the learning rates' schedules too."""
 
   def is_clock(node):
     return isinstance(node, optax.ScaleByScheduleState)
@@ -134,5 +139,5 @@ def _skipped(state: TrainState) -> TrainState:
   def count(node):
     return node._replace(count=node.count + 1) if is_clock(node) else node
 
-  opt_state = jax.tree.map(count, state.opt_state, is_leaf=is_clock)
-  return dataclasses.replace(state, step=state.step + 1, opt_state=opt_state)
+  opt_state, tau_opt_state = jax.tree.map(count, (state.opt_state, state.tau_opt_state), is_leaf=is_clock)
+  return dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, tau_opt_state=tau_opt_state)

@@ -14,6 +14,7 @@ from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.inference.generate import decoding_programs
 from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.cache import KVCache
 from tokenformer_jax.nn.parameters import split
 
@@ -107,7 +108,7 @@ def _model(name, form):
   def for_decoding(model):
     return (int8_tokens(model) if form == "int8" else model).for_decoding()
 
-  stacked, *_ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+  stacked, *_ = split(abstract_model(config))
   # Drawing and unstacking are two programs; in one, XLA would draw each layer's numbers in a kernel of its own.
   drawn = jax.jit(lambda: split(LanguageModel(config, rngs=nnx.Rngs(0)))[1:])()
   graphdef, *_ = split(nnx.eval_shape(lambda: for_decoding(LanguageModel(config, rngs=nnx.Rngs(0)))))

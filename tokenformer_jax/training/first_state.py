@@ -1,0 +1,43 @@
+"""The state of a run before its first update: random parameters, or those of another model."""
+
+import jax
+
+from tokenformer_jax import data
+from tokenformer_jax.config import Config
+from tokenformer_jax.models.model_class import abstract_model
+from tokenformer_jax.nn.parameters import logical_axes, split
+from tokenformer_jax.training.checkpoints import load, load_tokenizer
+from tokenformer_jax.training.program import Program, make_program
+from tokenformer_jax.training.resume import check_same_tokenizer, check_same_weights, check_tokenizer_file
+from tokenformer_jax.training.state import TrainState, fresh_state
+
+
+def first_state(
+  config: Config, workdir: str, mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer
+) -> tuple[Program, TrainState]:
+  """(the program of the run's first model, its state on `mesh`).
+
+  Args:
+    config: the run; `init_from` names the weights to start from, or nothing.
+    workdir: the run's folder, which may hold a tokenizer already.
+    mesh: the devices.
+    tokenizer: that of the run's data.
+
+  Raises:
+    ValueError: the folder or the weights belong to another tokenizer, the weights to another model, or see
+      `make_program`.
+  """
+  check_tokenizer_file(workdir, tokenizer)
+  program = make_program(config, config.model, mesh)
+  if not config.init_from:
+    return program, program.initial_state()
+  source = load(config.init_from, mesh=mesh, average=False)
+  check_same_weights(source.config, config.model, config.init_from)
+  check_same_tokenizer(load_tokenizer(config.init_from).fingerprint, tokenizer, f"init_from={config.init_from}")
+  _, params, tau = split(source)
+  axes, _ = logical_axes(abstract_model(config.model))
+  fresh = jax.jit(
+    lambda params, tau: fresh_state(params, tau, axes, program.optimizer, program.tau_rule),
+    out_shardings=program.shardings,
+  )
+  return program, fresh(params, tau)
