@@ -17,6 +17,7 @@ from tokenformer_jax.config import (
   OptimizerConfig,
   TrainingConfig,
 )
+from tokenformer_jax.config.parts import AttentionConfig
 
 TINY = ModelConfig.named("tiny", vocab_size=384)
 

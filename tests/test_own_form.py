@@ -38,7 +38,11 @@ def leaves(model):
   [
     ("sas", "pattention", dict(qkv_tokens=5, ffn_tokens=6)),
     ("pre-ln", "", dict(ffn_tokens=6)),
-    ("tokenformer", "", dict(embedding_norm="layer_norm", qkv_tokens=5, proj_tokens=4, ffn_tokens=6)),
+    (
+      "tokenformer",
+      "",
+      dict(embedding_norm="layer_norm", rotary_fraction=0.5, qkv_tokens=5, proj_tokens=4, ffn_tokens=6),
+    ),
   ],
 )
 def test_every_leaf_comes_back(tmp_path, preset, projection, tokens):
