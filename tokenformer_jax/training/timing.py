@@ -43,7 +43,11 @@ class Trace:
 
   def start(self) -> None:
     if self._wanted:
-      jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
+      options = jax.profiler.ProfileOptions()
+      # Hooks in every Python thread can crash the process when a thread of the loader or of a save ends while they are
+      # set or taken out (python/cpython#137400), and their events leave less room for the devices'.
+      options.python_tracer_level = 0
+      jax.profiler.start_trace(self._local.name if self._local else str(self._folder), profiler_options=options)
       self._wanted, self._steps_left = False, _TRACED_STEPS
 
   def step(self, state) -> None:
