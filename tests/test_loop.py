@@ -228,6 +228,17 @@ def test_held_out_losses_are_those_of_the_averaged_weights_on_every_set(second):
     assert abs(logged - plain) > 1e-4
 
 
+def test_sixty_batches_are_evaluated_on_eight_devices(second):
+  # XLA on several CPU devices blocks for ever where more than 32 programs wait.
+  config, workdir, *_ = second
+  mesh = small_run.mesh(data=8)
+  program = make_program(config, GROWN, mesh)
+  state = Checkpoints(str(workdir)).restore(1, program.shapes)
+  batch = small_run.placed(small_run.batch(), mesh)
+  one, sixty = (held_out.held_out_losses(program, state, {"a": [batch] * count})["a"] for count in (1, 60))
+  np.testing.assert_allclose(sixty, one, rtol=1e-12)
+
+
 def test_a_loaded_model_has_the_averaged_weights_unless_the_weights_are_asked_for(second):
   config, workdir, *_ = second
   state = Checkpoints(str(workdir)).restore(1, make_program(config, GROWN, small_run.mesh(data=8)).shapes)

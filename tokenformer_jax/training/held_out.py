@@ -9,12 +9,16 @@ from flax import nnx
 from tokenformer_jax import data
 from tokenformer_jax.config import TrainingConfig
 from tokenformer_jax.inference.generate import generate
+from tokenformer_jax.training.loss import LossSums
 from tokenformer_jax.training.program import Program
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.weight_average import evaluation_params
 
 # JAX makes a random key of 32 bits of a seed.
 SEEDS = 2**32
+# Evaluations that may wait for the devices at once. With more than 32 programs waiting, XLA on several CPU devices
+# blocks for ever in a collective operation, and ends the process after 40 seconds.
+_WAITING = 8
 
 
 def held_out_losses(
@@ -26,9 +30,14 @@ def held_out_losses(
     batches: for each set its batches, on the run's devices.
   """
   params = evaluation_params(state)
-  sums = {
-    name: [program.eval_step(params, state.tau, batch) for batch in of_a_set] for name, of_a_set in batches.items()
-  }
+  sums: dict[str, list[LossSums]] = {}
+  for name, of_a_set in batches.items():
+    sums[name] = []
+    for number, batch in enumerate(of_a_set):
+      if number >= _WAITING:
+        jax.block_until_ready(sums[name][number - _WAITING])
+      sums[name].append(program.eval_step(params, state.tau, batch))
+    jax.block_until_ready(sums[name])
   losses = {}
   for name, of_a_set in jax.device_get(sums).items():
     nats, _, weight = np.asarray(of_a_set, np.float64).sum(axis=0)  # In the order of LossSums.
