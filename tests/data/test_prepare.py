@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from tests.object_store import bucket  # noqa: F401
 from tokenformer_jax.cli import prepare as command
 from tokenformer_jax.config import DataConfig
 from tokenformer_jax.data import corpus as corpus_module
-from tokenformer_jax.data import open_data
+from tokenformer_jax.data import fingerprint, open_data
 from tokenformer_jax.data.corpus import split, tokenize
 from tokenformer_jax.data.documents import text_files
 from tokenformer_jax.data.prepare import prepare
@@ -53,6 +54,7 @@ def test_prepared_tokens_are_those_of_the_text_and_split_alike(texts, tmp_path):
   assert sum(shown) == manifest["bytes"] == texts.size()
   assert load_tokenizer(tmp_path / "out" / "tokenizer.json").fingerprint == ByteTokenizer().fingerprint
   assert set(contents(tmp_path / "out")) == {
+    "SHA256SUMS",
     "inputs.json",
     "keys.bin",
     "manifest.json",
@@ -72,7 +74,8 @@ def test_what_a_killed_process_left_does_not_stop_the_next(texts, tmp_path):
   for name in ("tokenizer.json", "tokenizer_config.json", "manifest.json"):
     (tmp_path / "out" / f"{name}.unfinished").write_text("{")
   prepare(texts, ByteTokenizer(), tmp_path / "out")
-  open_tokens(f"{tmp_path}/out", ByteTokenizer())
+  prepare(texts, ByteTokenizer(), tmp_path / "undisturbed")
+  assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 class Stopped(Exception):
@@ -363,6 +366,21 @@ def test_a_stopped_part_is_resumed(texts, small_batches, tmp_path):
     merge_parts(tmp_path / "out")
   prepare(texts, ByteTokenizer(), tmp_path / "out", part=(2, 2))
   assert merge_parts(tmp_path / "out") == prepare(texts, ByteTokenizer(), tmp_path / "straight")
+
+
+def test_a_part_that_changed_between_the_blocks_of_its_fingerprint_is_not_merged(texts, tmp_path, monkeypatch):
+  monkeypatch.setattr(fingerprint, "WHOLE", 40)
+  monkeypatch.setattr(fingerprint, "BLOCK", 10)
+  for number in (1, 2):
+    prepare(texts, ByteTokenizer(), tmp_path / "out", part=(number, 2))
+  part = tmp_path / "out" / "part-00002-of-00002"
+  raw = bytearray((part / "tokens.bin").read_bytes())
+  # The form of sha256sum, which can check the folder as well.
+  assert f"{hashlib.sha256(raw).hexdigest()}  tokens.bin" in (part / "SHA256SUMS").read_text().splitlines()
+  raw[20] ^= 1
+  (part / "tokens.bin").write_bytes(raw)
+  with pytest.raises(ValueError, match="00002/tokens.bin has changed since it was prepared"):
+    merge_parts(tmp_path / "out")
 
 
 def test_parts_that_do_not_belong_together_are_not_merged(texts, tmp_path):

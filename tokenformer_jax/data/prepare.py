@@ -14,7 +14,15 @@ from tokenformer_jax.data.corpus import encoded_batches, key_hash, update_digest
 from tokenformer_jax.data.documents import BadText, Document, DocumentSource
 from tokenformer_jax.data.fingerprint import hash_file
 from tokenformer_jax.data.megatron_index import write_index
-from tokenformer_jax.data.prepared_folder import INPUTS, begin, is_unchanged, local_folder, stamps, write_json
+from tokenformer_jax.data.prepared_folder import (
+  INPUTS,
+  begin,
+  is_unchanged,
+  local_folder,
+  stamps,
+  write_json,
+  write_sums,
+)
 from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, TOKENS
 from tokenformer_jax.data.tokenizer import Tokenizer
 
@@ -107,7 +115,7 @@ def part_folder(folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
 def finish(
   folder: pathlib.Path, manifest: dict, dtype: np.dtype, lengths: np.ndarray, replaced: int, skipped: int
 ) -> dict:
-  """Writes the index and the complete manifest of a folder; returns the manifest.
+  """Writes the index, the sums and the complete manifest of a folder; returns the manifest.
 
   Args:
     folder: the folder, with its tokens and keys.
@@ -118,7 +126,9 @@ def finish(
     skipped: the number of documents that were left out.
   """
   write_index(folder / INDEX, dtype, lengths)
-  files = {name: hash_file(folder / name) for name in (TOKENS, INDEX, KEYS)}
+  names = (TOKENS, INDEX, KEYS)
+  write_sums(folder, names)
+  files = {name: hash_file(folder / name) for name in names}
   manifest.update(complete=True, replaced=replaced, skipped=skipped, files=files)
   write_json(folder / MANIFEST, manifest)
   (folder / LENGTHS).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 
 from tokenformer_jax.data.documents import DocumentSource
-from tokenformer_jax.data.token_files import MANIFEST, TOKENIZER, read_manifest
+from tokenformer_jax.data.token_files import MANIFEST, SUMS, TOKENIZER, read_manifest
 from tokenformer_jax.data.tokenizer import Tokenizer
 from tokenformer_jax.data.tokenizer_files import config_path, save_tokenizer
 from tokenformer_jax.paths import is_uri, replace_text, user_path
@@ -142,6 +142,23 @@ def read_stamps(folder: pathlib.Path) -> Stamps:
     return [[name, size, time] for name, size, time in json.loads((folder / INPUTS).read_text(encoding="utf-8-sig"))]
   except (OSError, ValueError, TypeError) as error:
     raise ValueError(f"{folder / INPUTS} cannot be read ({error}): remove {folder} and prepare it again.") from None
+
+
+def write_sums(folder: pathlib.Path, names: Sequence[str]) -> None:
+  """Writes the SHA-256 of whole files in the form that `sha256sum --check` reads; manifests have those of samples."""
+  replace_text(folder / SUMS, "".join(f"{_whole_sha256(folder / name)}  {name}\n" for name in names))
+
+
+def changed_file(folder: pathlib.Path) -> str:
+  """The first file that differs from the folder's sums, or ""; folders of earlier versions have none."""
+  lines = (folder / SUMS).read_text(encoding="utf-8").splitlines() if (folder / SUMS).is_file() else []
+  sums = (line.partition("  ") for line in lines)
+  return next((name for digest, _, name in sums if _whole_sha256(folder / name) != digest), "")
+
+
+def _whole_sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -10,8 +10,15 @@ import numpy as np
 from tokenformer_jax.data.fingerprint import hash_file
 from tokenformer_jax.data.megatron_index import read_index
 from tokenformer_jax.data.prepare import finish, part_folder
-from tokenformer_jax.data.prepared_folder import INPUTS, local_folder, read_stamps, require_no_other_files, write_json
-from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, TOKENIZER, TOKENS, read_manifest
+from tokenformer_jax.data.prepared_folder import (
+  INPUTS,
+  changed_file,
+  local_folder,
+  read_stamps,
+  require_no_other_files,
+  write_json,
+)
+from tokenformer_jax.data.token_files import INDEX, KEYS, MANIFEST, SUMS, TOKENIZER, TOKENS, read_manifest
 from tokenformer_jax.data.tokenizer_files import config_path, load_tokenizer, save_tokenizer
 
 CHUNK = 2**24  # Tokens that are in memory at once.
@@ -57,7 +64,7 @@ def merge_parts(folder: str | os.PathLike, *, progress: Callable[[int], None] = 
     if merged["complete"] and all(merged.get(key) == value for key, value in identity.items()):
       return merged
     raise ValueError(f"{folder} holds other tokens than its parts: remove {folder / MANIFEST}, or the parts.")
-  own = {TOKENS, INDEX, KEYS, INPUTS, MANIFEST, TOKENIZER, config_path(folder / TOKENIZER).name}
+  own = {TOKENS, INDEX, KEYS, INPUTS, MANIFEST, SUMS, TOKENIZER, config_path(folder / TOKENIZER).name}
   require_no_other_files(folder, own | {part.name for part in parts})
 
   save_tokenizer(load_tokenizer(parts[0] / TOKENIZER), folder / TOKENIZER)
@@ -97,9 +104,10 @@ def _part_manifest(part: pathlib.Path) -> dict:
   manifest = read_manifest(part)
   if not manifest["complete"] or "whole" not in manifest:
     raise ValueError(f"{part} is not finished: prepare it again with the same flags.")
-  for name, stored in manifest["files"].items():
-    if not (part / name).is_file() or hash_file(part / name) != stored:
-      raise ValueError(f"{part / name} has changed since it was prepared: remove {part} and prepare it again.")
+  files = manifest["files"].items()
+  changed = [name for name, stored in files if not (part / name).is_file() or hash_file(part / name) != stored]
+  if name := next(iter(changed), "") or changed_file(part):
+    raise ValueError(f"{part / name} has changed since it was prepared: remove {part} and prepare it again.")
   return manifest
 
 

@@ -22,7 +22,7 @@ from tokenformer_jax.data.tokenizer import Tokenizer
 from tokenformer_jax.paths import is_uri, user_path
 
 TOKENS, INDEX, KEYS = "tokens.bin", "tokens.idx", "keys.bin"
-TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
+TOKENIZER, MANIFEST, SUMS = "tokenizer.json", "manifest.json", "SHA256SUMS"
 SCAN = 2**24  # Tokens that are looked at together.
 
 
