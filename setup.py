@@ -44,6 +44,7 @@ setuptools.setup(
     "colab": _NOTEBOOKS,
     # The formatter's style differs between minor versions, so its version is bounded.
     "dev": ["build>=1.2", "mypy>=1.18", "pre-commit>=4.0", "ruff>=0.17,<0.18"],
+    "docs": ["furo>=2025.12", "myst-parser>=5.0", "sphinx>=9.0"],
     "eval": ["lm_eval>=0.4.13"],
     "gcs": ["etils[epath-gcs]>=1.13"],
     "gpu": ["jax[cuda12]"],

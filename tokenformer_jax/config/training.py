@@ -122,16 +122,18 @@ class GrowthConfig(Checked):
   Attributes:
     stages: the growths of the run, by rising step.
     method: how new rows begin (`growth.grow`):
-      `auto`: `live` in each layer where it keeps the function for any keys, which are the layers of `l2_norm_gelu` with
+
+      - `auto`: `live` in each layer where it keeps the function for any keys, which are the layers of `l2_norm_gelu` with
         at least min(n, d) new rows for n old keys of d channels; `exact` in the others.
-      `exact`: keys zero, values random, τ unchanged; the function stays. Hidden units have random keys and zero values.
-      `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays. An
+      - `exact`: keys zero, values random, τ unchanged; the function stays. Hidden units have random keys and zero values.
+      - `live`: values zero, keys random with the second moments of the old ones, τ to fit; the function stays. An
         average of the weights (`ema_decay`) gets the new keys of the weights themselves, so its own function changes as
         far as its keys differ from theirs.
-      `released`: keys and values random, τ that of a new layer; the function changes, as in the released code.
-      `duplicate`: all rows repeated, each value divided unevenly among its copies, τ to fit; the function stays. The
+      - `released`: keys and values random, τ that of a new layer; the function changes, as in the released code.
+      - `duplicate`: all rows repeated, each value divided unevenly among its copies, τ to fit; the function stays. The
         new count must be a multiple of the old one. Copies are as old as the rows that they were copied from, so
         `tau`, `warmup_steps` and the two rates do not act on this growth.
+
     tau: what happens to τ after `exact` growth: `kept`; `recomputed`, at once that of a new layer, which changes the
       function; `moved` to that over `tau_steps` steps, τ² linearly; `learned`, by Adam on log τ at the run's rate.
     tau_steps: length of the move, in updates.

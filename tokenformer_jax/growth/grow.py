@@ -71,7 +71,7 @@ def grow(
   seed: int = 0,
   **named_counts: int | None,
 ) -> tuple[Any, GrowthReport]:
-  """A bigger copy of any NNX model that contains `Pattention` layers.
+  """A bigger copy of any NNX model that contains `Pattention` layers::
 
       bigger, report = tf.grow(model, ffn_tokens=4096)          # a LanguageModel
       bigger, report = tf.grow(my_model, num_tokens=48)         # every Pattention without a count's name of its own
