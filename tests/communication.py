@@ -59,3 +59,27 @@ def on_paper(model: ModelConfig, rows: int, data: int = 1, fsdp: int = 1, sequen
   return Counter(
     {(later, *sent): count for later, counts in ((False, forward), (True, backward)) for sent, count in counts.items()}
   )
+
+
+def of_decode_step(model: ModelConfig, rows: int, data: int = 1, fsdp: int = 1, token: int = 1) -> Counter:
+  """What a decode step sends, from the design: {(kind, axes, number of elements): how often}. No parameter is sent.
+
+  Args:
+    model: with Θ = `l2_norm_gelu`, norms without parameters, and heads that the devices along `token` divide.
+    rows: one new token for each of them, split along `data`; attention also splits them along `fsdp`.
+    data, fsdp, token: the sizes of the mesh.
+  """
+  d, layers, here = model.hidden_size, model.num_layers, rows // data
+  sent: Counter = Counter()
+  if fsdp > 1:
+    for count in 3 * [model.qkv_tokens] + [model.proj_tokens, model.ffn_tokens]:
+      sent["all-reduce", ("fsdp",), here * count // token] += layers  # Scores, summed over channels.
+    sent["all-reduce", ("fsdp",), here] += 2 * (2 * layers + 1)  # Means and variances of the norms.
+    sent["all-to-all", ("fsdp",), here * d // fsdp] += 4 * layers  # q, k and v from channels to rows, and back.
+    sent["all-reduce", ("fsdp",), here * model.vocab_size // token] += 1  # Logits, summed over channels.
+  if token > 1:
+    sent["all-reduce", ("token",), here] += 5 * layers  # The squares of the scores.
+    sent["all-reduce", ("token",), here * d // fsdp] += 5 * layers + 1  # Outputs; and the embedding.
+    sent["all-gather", ("token",), here // fsdp * d] += layers  # The output of attention, from heads to channels.
+    sent["all-gather", ("token",), here // fsdp * model.vocab_size] += 1  # Logits, for the draw.
+  return sent

@@ -442,4 +442,4 @@ def test_the_cli_names_the_prompt_that_it_cannot_continue(model, tmp_path):
 
 
 def test_the_cli_requires_one_model():
-  assert call("generate", "--prompt=a") == (2, "", ["error: give either --workdir or --pretrained."])
+  assert call("generate", "--prompt=a") == (2, "", ["error: workdir=None, pretrained=None: give exactly one of them."])

@@ -5,12 +5,13 @@
         --perplexity=text:book.txt --stride=512 --output=scores.json
 
 Probabilities are normalised over the tokenizer's own ids, without those that pad the vocabulary; the released
-evaluation code includes them (docs/released_models.md). --output is written anew after each task and text.
+evaluation code includes them (docs/released_models.md). --output is written anew after each task and text. A model that
+is too large for one device is split as in training: --mesh.fsdp=4 --mesh.token=2.
 """
 
 from absl import flags
 
-from tokenformer_jax.cli import command, process_flags
+from tokenformer_jax.cli import command, mesh_flags, process_flags
 from tokenformer_jax.config.data import BAD_TEXTS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
@@ -29,6 +30,7 @@ _HARNESS = flags.DEFINE_bool("harness", False, "Run the tasks with lm-evaluation
 _TASK_FILES = flags.DEFINE_string("task_files", None, "With --harness: a folder with further task files.")
 _INT8 = flags.DEFINE_bool("int8", False, "Round the parameter tokens to int8, to measure what that costs. Needs qwix.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for all results.")
+mesh_flags.define()
 process_flags.define()
 
 
@@ -40,7 +42,8 @@ def main(argv):
 
   first = process_flags.start()
   with Report(_OUTPUT.value if first else None, show=first) as report:
-    model, tokenizer = open_model(_WORKDIR.value, _STEP.value, _PRETRAINED.value, _TOKENIZER.value)
+    source = _WORKDIR.value, _STEP.value, _PRETRAINED.value, _TOKENIZER.value
+    model, tokenizer = open_model(*source, mesh=mesh_flags.mesh())
     evaluate(
       int8_tokens(model) if _INT8.value else model,
       tokenizer,

@@ -3,14 +3,15 @@
   python -m tokenformer_jax.cli.generate --workdir=DIR --prompt='def main(' --max_new_tokens=200
 
 The continuation of a single prompt is printed while it is generated; those of several prompts (repeat --prompt) are
-printed at the end. An empty prompt begins a document.
+printed at the end. An empty prompt begins a document. A model that is too large for one device is split as in training:
+--mesh.fsdp=4 --mesh.token=2.
 """
 
 import sys
 
 from absl import flags
 
-from tokenformer_jax.cli import command, process_flags
+from tokenformer_jax.cli import command, mesh_flags, process_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to load; by default the newest.")
@@ -30,24 +31,22 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 _INT8 = flags.DEFINE_bool("int8", False, "Round parameter tokens to int8: half of bfloat16's memory. Needs qwix.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text before which the continuation stops; repeat it for several.")
 _LOG_PROBS = flags.DEFINE_bool("log_probs", False, "Print each continuation's log-probability on stderr, in nats.")
+mesh_flags.define()
 process_flags.define()
 
 
 def main(argv):
   del argv
   import tokenformer_jax as tf  # Imported only here, so that --help and a wrong flag are answered at once.
-  from tokenformer_jax.data import open_tokenizer
-  from tokenformer_jax.paths import user_path
+  from tokenformer_jax.evaluation.evaluate import open_model
 
-  if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
-    raise ValueError("give either --workdir or --pretrained.")
   say = print if process_flags.start() else lambda *_, **__: None
-  if _WORKDIR.value is not None:
-    model, tokenizer = tf.load(_WORKDIR.value, step=_STEP.value), tf.load_tokenizer(_WORKDIR.value)
-  else:
-    weights = user_path(_PRETRAINED.value, "--pretrained")
-    beside = str(weights.parent) if weights.is_file() else _PRETRAINED.value
-    model, tokenizer = tf.from_pretrained(_PRETRAINED.value), open_tokenizer(_TOKENIZER.value or beside)
+  source = _WORKDIR.value, _STEP.value, _PRETRAINED.value, _TOKENIZER.value
+  model, tokenizer = open_model(*source, mesh=mesh_flags.mesh())
+  if _INT8.value:
+    model = tf.int8_tokens(model)
+  if hasattr(model, "for_decoding"):  # `generate` refuses others.
+    model = model.for_decoding()  # The float32 parameters of the model are freed.
 
   prompts = _PROMPT.value
   beginning = iter((prompts[0],))  # It is printed with the first piece, after all mistakes have been reported.
@@ -56,7 +55,7 @@ def main(argv):
     say(next(beginning, "") + piece, end="", flush=True)
 
   results = tf.generate(
-    tf.int8_tokens(model) if _INT8.value else model,
+    model,
     tokenizer,
     prompts,
     max_new_tokens=_MAX_NEW_TOKENS.value,

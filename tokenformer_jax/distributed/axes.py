@@ -17,6 +17,8 @@ from tokenformer_jax.distributed.mesh import MESH_AXES
 RULES: dict[str, tuple[str, ...]] = {
   # The rows of a batch are independent, so fsdp splits them too: fsdp shards memory and does not repeat work.
   "batch": ("data", "fsdp"),
+  # The rows of a decode step beside its parameters, whose channels fsdp splits; attention and its cache are a "batch".
+  "step": ("data",),
   # Every layer but attention between tokens treats the positions of a sequence independently.
   "time": ("sequence",),
   # The axis of growth. Every device holds some of the tokens; Θ's norm and the output are sums over all of them.
@@ -104,13 +106,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+  """The mesh of several devices that hold the arrays of a tree; None where one device holds them."""
+  for leaf in jax.tree.leaves(tree):
+    mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+    if isinstance(mesh, Mesh) and mesh.size > 1 and set(MESH_AXES) <= set(mesh.axis_names):
+      return mesh
+  return None
+
+
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
   """`function` for `jax.jit`, traced with `mesh` in context so that the calls of `constrain` inside take effect."""
 
   @functools.wraps(function)
-  def traced(*arguments):
+  def traced(*arguments, **settings):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return function(*arguments)
+      return function(*arguments, **settings)
 
   return traced
 

@@ -4,6 +4,8 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 
+import jax
+
 from tokenformer_jax import data
 from tokenformer_jax.config.data import BAD_TEXTS
 from tokenformer_jax.config.validation import require, require_choice
@@ -22,7 +24,11 @@ from tokenformer_jax.training.checkpoints import load, load_tokenizer
 
 
 def open_model(
-  workdir: str | None, step: int | None, pretrained: str | None, tokenizer: str | None
+  workdir: str | None,
+  step: int | None,
+  pretrained: str | None,
+  tokenizer: str | None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[LanguageModel, data.Tokenizer]:
   """Opens the model and tokenizer of a run, or of a weight file and a tokenizer.
 
@@ -31,6 +37,7 @@ def open_model(
     step: the checkpoint of the run; None takes the newest.
     pretrained: a weight file, a folder or a hub name; None with `workdir`.
     tokenizer: the tokenizer of `pretrained`: a file, a folder, a hub name or `bytes`; None takes the one beside it.
+    mesh: the devices that share the parameters, of which each reads only its part; None is the first device.
 
   Raises:
     ValueError: both or neither of `workdir` and `pretrained`, an empty name, or a tokenizer with more ids than the
@@ -40,7 +47,7 @@ def open_model(
     if tokenizer is not None:
       raise ValueError(f"tokenizer={tokenizer!r}: a run has its own tokenizer; leave this one out.")
     workdir = os.fspath(user_path(workdir, "workdir"))
-    return load(workdir, step), load_tokenizer(workdir)
+    return load(workdir, step, mesh), load_tokenizer(workdir)
   if workdir is not None or pretrained is None:
     raise ValueError(f"workdir={workdir!r}, pretrained={pretrained!r}: give exactly one of them.")
   require(bool(pretrained), "pretrained", pretrained, "name a weight file, a folder or a hub name.")
@@ -49,7 +56,7 @@ def open_model(
     weights = local_path(pretrained, "pretrained")
     tokenizer = os.fspath(weights if weights.is_dir() else weights.parent)
   opened = data.open_tokenizer(tokenizer)
-  model = from_pretrained(pretrained)
+  model = from_pretrained(pretrained, mesh=mesh)
   if opened.vocab_size > model.config.vocab_size:
     raise ValueError(
       f"tokenizer={tokenizer!r} has {opened.vocab_size} ids, the model {model.config.vocab_size}; "

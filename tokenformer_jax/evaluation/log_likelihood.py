@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokenformer_jax.distributed.axes import constrain, mesh_of, parts_of, traced_on
+from tokenformer_jax.distributed.processes import whole
 from tokenformer_jax.inference.generate import bucket
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
@@ -103,7 +105,9 @@ def log_likelihoods(
   length = model.config.seq_length
   for number, request in enumerate(requests):
     _check(request, name, number, vocab_size, length)
-  graphdef, params, tau = split(model)
+  graphdef, *leaves = split(model)
+  mesh = mesh_of(leaves)
+  score, parts = _program(graphdef, mesh), 1 if mesh is None else parts_of(mesh, "batch")
   # The longest requests come first, so that a batch that exceeds the memory fails at once.
   order = sorted(range(len(requests)), key=lambda i: -_num_inputs(requests[i], length))
   scores: dict[int, Score] = {}
@@ -111,10 +115,11 @@ def log_likelihoods(
     while order:
       width = min(bucket(_num_inputs(requests[order[0]], length)), length)
       rows = min(max(1, _LOGIT_BYTES // (4 * width * model.config.vocab_size)), _MAX_ROWS)
+      rows = -(-rows // parts) * parts
       chosen = [i for i in order[:rows] if min(bucket(_num_inputs(requests[i], length)), length) == width]
       order = order[len(chosen) :]
       batch = _batch([requests[i] for i in chosen], rows, width)
-      sums, greedy = jax.device_get(_score(graphdef, params, tau, *batch, vocab_size=vocab_size))
+      sums, greedy = map(whole, score(leaves, *batch, vocab_size=vocab_size))
       for row, i in enumerate(chosen):
         if not np.isfinite(sums[row]):
           raise ValueError(
@@ -166,10 +171,15 @@ def _batch(requests: Sequence[Request], rows: int, width: int):
   return inputs, labels, mask
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="vocab_size")
-def _score(graphdef, params, tau, inputs, labels, mask, vocab_size):
-  """(Σ log p [rows], whether each row is greedy [rows]) over the positions of `mask`."""
-  logits = nnx.merge(graphdef, params, tau)(inputs)[..., :vocab_size]
-  log_p = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-  greedy = jnp.all((jnp.argmax(logits, axis=-1) == labels) | ~mask, axis=-1)
-  return jnp.sum(jnp.where(mask, log_p, 0.0), axis=-1), greedy
+@functools.lru_cache
+def _program(graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None) -> Callable:
+  """The jitted function of a batch: (Σ log p [rows], whether each row is greedy [rows]) over the positions of `mask`."""
+
+  def score(leaves, inputs, labels, mask, vocab_size):
+    inputs, labels, mask = (constrain(a, "batch", "time") for a in (inputs, labels, mask))
+    logits = nnx.merge(graphdef, *leaves)(inputs)[..., :vocab_size]
+    log_p = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    greedy = jnp.all((jnp.argmax(logits, axis=-1) == labels) | ~mask, axis=-1)
+    return jnp.sum(jnp.where(mask, log_p, 0.0), axis=-1), greedy
+
+  return jax.jit(score if mesh is None else traced_on(mesh, score), static_argnames="vocab_size")

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 
-from tokenformer_jax.distributed.axes import platform
+from tokenformer_jax.distributed.axes import constrain, mesh_of, platform, traced_on
 from tokenformer_jax.distributed.processes import whole
 from tokenformer_jax.inference.continuation import Continuation
 from tokenformer_jax.inference.sampling import NO_TOKEN, Sampling, checked_int, log_probs, sample
@@ -181,7 +182,7 @@ def _decode(
   start_B = np.array([length - len(ids) for ids in prompts], np.int32)
 
   graphdef, *leaves = split(model.for_decoding())
-  prefill, decode_step = decoding_programs(graphdef)
+  prefill, decode_step = decoding_programs(graphdef, mesh_of(leaves))
   logits_BxV, cache = prefill(leaves, tokens_BxT, start_B, num_slots=num_slots)
   finite_B = _are_finite(logits_BxV, sampling.vocab_size)
   for index in range(max_new_tokens):
@@ -216,36 +217,50 @@ def _are_finite(logits_BxV, vocab_size):
   return jnp.all(jnp.isfinite(logits_BxV) | ~drawable_V[None], axis=1)
 
 
-def decoding_programs(graphdef: nnx.GraphDef) -> tuple[Callable, Callable]:
+def decoding_programs(graphdef: nnx.GraphDef, mesh: Mesh | AbstractMesh | None = None) -> tuple[Callable, Callable]:
   """(prefill, decode_step), jitted; both take the leaves of `model.for_decoding()` first.
 
   `prefill(leaves, tokens_BxT, start_B, num_slots=…)` reads left-padded prompts, and
   `decode_step(leaves, tokens_B, cache)` reads one token for each row; the cache is donated. Both return the logits
   [B, V] of the next token, and the cache.
+
+  Args:
+    graphdef: the graph definition of the `DecodingModel`.
+    mesh: the devices that share its parameters. The cache is split by rows and heads. A decode step sends activations
+      and no parameters: their channels stay split along fsdp (docs/sharding.md). None is one device.
   """
-  return _programs(graphdef, platform())
+  return _programs(graphdef, mesh, platform())
 
 
 @functools.lru_cache
-def _programs(graphdef, platform):
+def _programs(graphdef, mesh, platform):
   # The graph definition is not a static argument of a jitted function, because hashing it at each step would take a
   # millisecond.
+  traced = functools.partial(traced_on, mesh) if mesh is not None else lambda function: function
+
   @functools.partial(jax.jit, static_argnames="num_slots")
+  @traced
   def prefill(leaves, tokens_BxT, start_B, *, num_slots):
     model = nnx.merge(graphdef, *leaves)
     hidden_BxTxD, cache = model.prefill(tokens_BxT, start_B, num_slots)
-    return model.logits(hidden_BxTxD[:, -1]), cache
+    return _next_logits(model, hidden_BxTxD), cache
 
   # By default XLA:CPU copies a donated buffer that is read before it is written, without analysing the order.
   options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
   @functools.partial(jax.jit, donate_argnames="cache", compiler_options=options)
+  @traced
   def decode_step(leaves, tokens_B, cache):
     model = nnx.merge(graphdef, *leaves)
     hidden_Bx1xD, cache = model.extend(tokens_B[:, None], cache)
-    return model.logits(hidden_Bx1xD[:, 0]), cache
+    return _next_logits(model, hidden_Bx1xD), cache
 
   return prefill, decode_step
+
+
+def _next_logits(model, hidden_BxTxD):
+  # The table stays where it is, and each device draws the tokens of its rows.
+  return constrain(model.logits(constrain(hidden_BxTxD[:, -1], "step", "embed")), "batch", None)
 
 
 def bucket(length: int) -> int:

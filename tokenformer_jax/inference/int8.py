@@ -1,5 +1,6 @@
 """Parameter tokens in int8, for models that are only evaluated and generate text."""
 
+import jax
 from flax import nnx
 
 from tokenformer_jax.models.language_model import LanguageModel
@@ -31,7 +32,7 @@ def int8_tokens(model: LanguageModel) -> LanguageModel:
   def rounded(param, shared):
     """(int8, float32 scales), where the numbers along axis `shared` share a scale; each layer has its own scales."""
     kept = tuple(axis for axis in range(param.ndim) if axis != param.ndim + shared)
-    quantised = qwix.quantize(param[...], "int8", channelwise_axes=kept)
+    quantised = jax.jit(lambda a: qwix.quantize(a, "int8", channelwise_axes=kept))(param[...])
     scales = nnx.Param(quantised.scale.squeeze(shared), axes=(*param.axes[:-2], None))
     return nnx.Param(quantised.qvalue, axes=param.axes), scales
 

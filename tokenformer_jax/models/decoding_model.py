@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.models.vocabulary import VocabularyEnds
 from tokenformer_jax.nn.cache import KVCache
 from tokenformer_jax.nn.context import Context
@@ -59,6 +60,10 @@ class DecodingModel(VocabularyEnds, nnx.Module):
     """The model itself, so that a loop may take either form."""
     return self
 
+  def _gathered(self, table: Array) -> Array:
+    """The table as it is: few rows of it are read, so that the rows travel along fsdp and the table does not."""
+    return table
+
   def prefill(
     self, tokens: Int[Array, "batch time"], start: Int[Array, "batch"], num_slots: int
   ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -101,7 +106,9 @@ class DecodingModel(VocabularyEnds, nnx.Module):
     return self._through_layers(tokens, context, cache)
 
   def _through_layers(self, tokens: Array, context: Context, cache: KVCache) -> tuple[Array, KVCache]:
-    x_BxTxD, layers = self.embed(tokens, context.positions), list(cache.layers)
+    # Every device looks up its part of the vocabulary and of the channels.
+    x_BxTxD = constrain(self.embed(constrain(tokens, "step", None), context.positions), "step", None, "embed")
+    layers = list(cache.layers)
     for index, block in enumerate(self.blocks):
-      x_BxTxD, layers[index], _ = block(x_BxTxD, context.observed(), layers[index])
+      x_BxTxD, layers[index], _ = block(context.split(x_BxTxD), context.observed(), layers[index])
     return self.final_norm(x_BxTxD), dataclasses.replace(cache, layers=tuple(layers)).advanced(tokens.shape[1])

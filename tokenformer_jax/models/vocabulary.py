@@ -27,30 +27,20 @@ class VocabularyEnds(WithPositions):
     self, tokens: Int[Array, "batch time"], positions: Int[Array, "#batch time"]
   ) -> Float[Array, "batch time embed"]:
     """The residual stream before the first block [B, T, d], in `config.compute_dtype`."""
-    return self.embedding_norm(self.placed(embed(self.embedding[...], tokens, self.config.compute_dtype), positions))
+    x_BxTxD = self._gathered(self.embedding[...])[tokens].astype(self.config.compute_dtype)
+    return self.embedding_norm(self.placed(x_BxTxD, positions))
 
   def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
     """Float32 scores of every vocabulary entry, hidden · tableᵀ: [..., d] -> [..., vocab]."""
-    return logits(self._output_table(), hidden)
+    return logits(self.table(), hidden)
 
   def table(self) -> Float[Array, "vocab embed"]:
-    """The matrix of the logits, with all its channels on each device."""
-    return whole_channels(self._output_table())
+    """The matrix of the logits, in training with all its channels on each device."""
+    return self._gathered((self.embedding if self.head is None else self.head)[...])
 
-  def _output_table(self) -> Array:
-    return (self.embedding if self.head is None else self.head)[...]
-
-
-def whole_channels(table: Float[Array, "vocab embed"]) -> Float[Array, "vocab embed"]:
-  """The matrix with all its channels on each device, so that one gather along fsdp serves embedding and logits."""
-  return constrain(table, "vocab", None)
-
-
-def embed(
-  table: Float[Array, "vocab embed"], tokens: Int[Array, "batch time"], dtype: str
-) -> Float[Array, "batch time embed"]:
-  """The rows of `tokens` [B, T] in `dtype`, [B, T, d]."""
-  return whole_channels(table)[tokens].astype(dtype)
+  def _gathered(self, table: Array) -> Array:
+    """The table with all its channels on each device, so that one gather along fsdp serves embedding and logits."""
+    return constrain(table, "vocab", None)
 
 
 def logits(table: Float[Array, "vocab embed"], hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
@@ -59,5 +49,5 @@ def logits(table: Float[Array, "vocab embed"], hidden: Float[Array, "*batch embe
     # Flattened rows [B·T] cannot be split along both B and T, so each row of the batch is computed on its own.
     return jax.vmap(lambda hidden: logits(table, hidden))(hidden)
   hidden_MxD = hidden.reshape(-1, hidden.shape[-1])
-  logits_MxV = row_products(hidden_MxD, whole_channels(table).astype(hidden.dtype))
+  logits_MxV = row_products(hidden_MxD, table.astype(hidden.dtype))
   return logits_MxV.reshape(*hidden.shape[:-1], -1)

@@ -61,8 +61,9 @@ class Attention(nnx.Module):
 
   def project(self, x_BxTxD: Float[Array, "batch time embed"], context: Context) -> tuple[Array, Array, Array]:
     """Rotated queries [B, T, H, C], rotated keys and values [B, T, Hkv, C]."""
-    q, k = self._split_heads(self.query(x_BxTxD)), self._split_heads(self.key(x_BxTxD))
-    v = self._split_heads(x_BxTxD if self.value is None else self.value(x_BxTxD))
+    values = x_BxTxD if self.value is None else self.value(x_BxTxD)
+    # Split as x is before they are split by heads; otherwise the partitioner gathers the parameters of a decode step.
+    q, k, v = (self._split_heads(context.split(y)) for y in (self.query(x_BxTxD), self.key(x_BxTxD), values))
     if context.rotation is not None:
       q, k = rotate(q, context.rotation), rotate(k, context.rotation)
     return q, k, v
@@ -86,7 +87,7 @@ class Attention(nnx.Module):
     if self.shaping is not None:
       mixed, cache = self.shaping(mixed, v, context, cache)
     # Without this constraint the partitioner splits the rows of decoding in one order and reads them in another.
-    y_BxTxD = constrain(mixed.reshape(*mixed.shape[:2], -1), "batch", "time", None)
+    y_BxTxD = context.split(constrain(mixed.reshape(*mixed.shape[:2], -1), "batch", "time", None))
     return y_BxTxD if self.proj is None else self.proj(y_BxTxD), cache
 
   def _among_themselves(self, q, k, v, context):
@@ -105,7 +106,7 @@ class Attention(nnx.Module):
       mixed = masked_attention(q, (past.keys, k), (past.values, v), visible)
     else:
       mixed = masked_attention(q, (cache.keys,), (cache.values,), context.visible)
-    return mixed.swapaxes(1, 2)
+    return constrain(mixed.swapaxes(1, 2), "batch", "time", "heads", None)
 
   def _split_heads(self, x_BxTxD: jax.Array) -> jax.Array:
     """[B, T, H · C] -> [B, T, H, C], with the heads split along the token axis of the mesh; docs/sharding.md says why."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.distributed.axes import constrain
 
 
 @functools.partial(
@@ -116,5 +117,8 @@ class KVCache:
     return (causal & real)[:, None]
 
   def advanced(self, num_new: int) -> "KVCache":
-    """The cache after all layers have written `num_new` tokens."""
-    return dataclasses.replace(self, length=self.length + num_new)
+    """The cache after all layers have written `num_new` tokens, split over the devices of a mesh by rows and heads."""
+    axes = ("batch", "heads", None, None)
+    layers = jax.tree.map(lambda leaf: constrain(leaf, *axes[: leaf.ndim]), self.layers)
+    start, length = constrain(self.start, None), constrain(self.length + num_new)
+    return KVCache(layers, start, length)

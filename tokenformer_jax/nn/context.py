@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from tokenformer_jax.distributed.axes import constrain
 from tokenformer_jax.nn.remat import keep_scores
 from tokenformer_jax.nn.rotary import Rotation
 
@@ -41,6 +42,16 @@ class Context:
   seen: Int[Array, "batch time"] | None = None
   training: bool = False
   remat: Callable[[Callable], Callable] = keep_scores
+
+  def split(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
+    """x as the devices of a mesh split it before the projections: by rows and positions, and fsdp's parameters travel.
+
+    The tokens of a decode step are fewer than the parameters. They are split by channels along fsdp, as the parameters
+    are, which then stay where they are.
+    """
+    if self.visible is None:
+      return constrain(x, "batch", "time", None)
+    return constrain(x, "step", None, "embed")
 
   def observed(self) -> "Context":
     """The same context without rematerialisation."""

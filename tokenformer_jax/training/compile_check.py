@@ -167,7 +167,7 @@ def _growth(name: str, before: Program, after: Program, chip: Chip) -> GrowthChe
 def _decode_step(config: Config, program: Program, mesh: Mesh | AbstractMesh, chip: Chip, name: str) -> Check:
   """One token for every row of a batch, with the cache where the program that reads the prompts has put it."""
   rows, (graphdef, leaves) = config.data.batch_size, _for_decoding(program)
-  prefill, decode_step = decoding_programs(graphdef)
+  prefill, decode_step = decoding_programs(graphdef, mesh)
 
   def ids(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
