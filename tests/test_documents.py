@@ -81,7 +81,7 @@ def test_documents_name_files_modules_and_fields_that_exist(path):
 def test_commands_in_documents_have_flags_that_exist(module):
   source = "".join(
     (ROOT / "tokenformer_jax" / "cli" / f"{name}.py").read_text(encoding="utf-8")
-    for name in (module, "command", "process_flags", "resize_flags")
+    for name in (module, "command", "mesh_flags", "process_flags", "resize_flags")
   )
   text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS).replace("\\\n", " ")
   for command in re.findall(rf"-m tokenformer_jax\.cli\.{module} ([^`\n&]*)", text):

@@ -16,7 +16,7 @@ from tokenformer_jax.data.documents import text_files
 from tokenformer_jax.evaluation import evaluate as evaluate_module
 from tokenformer_jax.evaluation import multiple_choice
 from tokenformer_jax.evaluation.evaluate import evaluate, open_model
-from tokenformer_jax.evaluation.log_likelihood import Request, Score, _score, encode_pair, log_likelihoods
+from tokenformer_jax.evaluation.log_likelihood import Request, Score, _program, encode_pair, log_likelihoods
 from tokenformer_jax.evaluation.multiple_choice import answer
 from tokenformer_jax.evaluation.perplexity import Perplexity, perplexity, windows
 from tokenformer_jax.evaluation.report import Report, table, write_json
@@ -85,10 +85,11 @@ def test_probabilities_exclude_the_ids_that_pad_the_vocabulary(model):
 
 
 def test_one_program_is_compiled_for_each_rounded_length(model):
-  before = _score._cache_size()
+  score = _program(split(model)[0], None)
+  before = score._cache_size()
   requests = [Request([1], [2] * length) for length in (1, 3, 9, 16, 17, 20, 24) for _ in range(50)]
   log_likelihoods(model, requests, 301)  # No other test uses this vocabulary.
-  assert _score._cache_size() - before == 2  # For the lengths 16 and 24.
+  assert score._cache_size() - before == 2  # For the lengths 16 and 24.
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from tokenformer_jax.data import save_tokenizer
 from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.inference.continuation import Continuation
-from tokenformer_jax.inference.generate import _draw, bucket, generate
+from tokenformer_jax.inference.generate import _draw, bucket, generate, slots
 from tokenformer_jax.interop.export import export
 from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.decoding_model import DecodingModel
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.cache import KVCache
 
 END = 256
 
@@ -126,6 +127,26 @@ def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
   assert traced == [((1, 16), 32), ((1, 1), 32)]
   generate(fresh, Bytes(), "ab" * 10, max_new_tokens=4)
   assert traced[2:] == [((1, 32), 64), ((1, 1), 64)]
+
+
+def test_a_cache_that_doubles_gives_the_text_of_one_that_has_all_slots(model, monkeypatch):
+  prompts, settings = ["abc", "longer words"], dict(max_new_tokens=30, temperature=1.5, seed=2)
+  at_once = generate(model, Bytes(), prompts, **settings)
+  sizes, with_slots = [], KVCache.with_slots
+
+  def recording(self, num_slots):
+    sizes.append((int(self.length), self.num_slots, num_slots))
+    return with_slots(self, num_slots)
+
+  monkeypatch.setattr(KVCache, "with_slots", recording)
+  monkeypatch.setattr("tokenformer_jax.inference.generate._LEAST_SLOTS", 8)
+  assert generate(model, Bytes(), prompts, **settings) == at_once
+  assert sizes == [(32, 32, 64)]
+
+
+def test_slots():
+  assert [slots(n, 2048) for n in (1, 256, 257, 513, 2048)] == [256, 256, 512, 1024, 2048]
+  assert (slots(17, 32), slots(640, 896), slots(896, 896)) == (32, 896, 896)
 
 
 def test_buckets():

@@ -31,7 +31,9 @@ def in_float64(q, k, v, segments, key_segments=None):
   return np.einsum("bhts,bshc->bthc", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("mesh, causal", [({}, False), (dict(data=2, token=2), True)], ids=str)
+@pytest.mark.parametrize(
+  "mesh, causal", [({}, False), (dict(data=2, token=2), True), (dict(sequence=2), True)], ids=str
+)
 def test_splash_equals_xla_and_float64(mesh, causal):
   mesh = small_run.mesh(**mesh)
   arrays = tuple(np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32))
@@ -76,13 +78,14 @@ def test_each_device_has_its_implementation():
     "cudnn",
     "splash",
   ]
-  # cuDNN supports neither float32 nor wide heads; splash needs whole tiles of positions that devices do not split.
+  # cuDNN supports neither float32 nor wide heads; splash needs whole tiles of positions on each device.
   assert (
     default_implementation("gpu", jnp.float32, train) == default_implementation("gpu", bf16, (8, 2048, 2, 256)) == "xla"
   )
   assert default_implementation("tpu", bf16, (8, 100, 12, 64)) == "xla"
   with jax.sharding.use_abstract_mesh(small_run.mesh(sequence=2).abstract_mesh):
-    assert default_implementation("tpu", bf16, train) == "xla"
+    assert default_implementation("tpu", bf16, train) == "splash"
+    assert default_implementation("tpu", bf16, (8, 128, 12, 64)) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,12 @@ def test_each_device_has_its_implementation():
     ("cudnnn", "cpu", 128, "implementation='cudnnn': choose one of xla, cudnn, splash. Did you mean 'cudnn'?"),
     ("cudnn", "cpu", 128, "implementation='cudnn' runs on a GPU, and this is cpu; choose 'xla'"),
     ("splash", "cpu", 128, "implementation='splash' runs on a TPU, and this is cpu; choose 'xla'"),
-    ("splash", "tpu", 100, "implementation='splash' takes a multiple of 128 positions .* there are 100; choose 'xla'"),
+    (
+      "splash",
+      "tpu",
+      100,
+      "implementation='splash' takes a multiple of 128 positions on each device, and there are 100 on 1; choose 'xla'",
+    ),
   ],
 )
 def test_an_implementation_that_does_not_apply_is_refused(monkeypatch, implementation, platform, time, message):

@@ -23,7 +23,7 @@ from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.data.corpus import Corpus
 from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
-from tokenformer_jax.distributed.axes import platform_of, replicated
+from tokenformer_jax.distributed.axes import replicated
 from tokenformer_jax.distributed.topologies import kept_out_of_the_cache, parse_topology, slice_mesh
 from tokenformer_jax.evaluation.perplexity import perplexity
 from tokenformer_jax.inference.generate import decoding_programs
@@ -94,8 +94,8 @@ def print_bytes():
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
         (leaves, jax.ShapeDtypeStruct((rows,), jnp.int32), cache),
       )
-      with kept_out_of_the_cache(), platform_of(mesh):
-        _, decode_step = decoding_programs(graphdef)
+      with kept_out_of_the_cache():
+        _, decode_step = decoding_programs(graphdef, mesh)
         compiled = decode_step.lower(*given).compile()
       memory = compiled.memory_analysis()
       print(

@@ -9,17 +9,17 @@ from tokenformer_jax.config import MeshConfig
 flags.disclaim_key_flags()  # They belong to the command that defines them.
 
 _HELP = {
-  "data": "Devices that each take some of the rows; -1 for all that the other axes leave.",
-  "fsdp": "Devices that share the channels of the parameters, and the rows.",
-  "token": "Devices that share the parameter tokens, the attention heads and the vocabulary.",
-  "sequence": "Devices that share the positions of long texts.",
+  "mesh.data": "Devices that each take some of the rows; -1 for all that the other axes leave.",
+  "mesh.fsdp": "Devices that share the channels of the parameters, and the rows.",
+  "mesh.token": "Devices that share the parameter tokens, the attention heads and the vocabulary.",
+  "mesh.sequence": "Devices that share the positions of long texts.",
 }
 
 
 def define() -> None:
   """Defines --mesh.data, --mesh.fsdp, --mesh.token and --mesh.sequence."""
-  for axis, text in _HELP.items():
-    flags.DEFINE_integer(f"mesh.{axis}", None, f"{text} Without any of these flags one device has the whole model.")
+  for name, text in _HELP.items():
+    flags.DEFINE_integer(name, None, f"{text} Without any of these flags one device has the whole model.")
 
 
 def mesh():
@@ -30,6 +30,6 @@ def mesh():
   """
   from tokenformer_jax.distributed.mesh import make_mesh  # It imports jax, which --help does not need.
 
-  values = {axis: flags.FLAGS[f"mesh.{axis}"].value for axis in _HELP}
+  values = {name.removeprefix("mesh."): flags.FLAGS[name].value for name in _HELP}
   given = {axis: value for axis, value in values.items() if value is not None}
   return make_mesh(dataclasses.replace(MeshConfig(), **given)) if given else None

@@ -1,6 +1,5 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it."""
 
-import contextlib
 import functools
 import logging
 import math
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.distributed.mesh import MESH_AXES
@@ -142,10 +141,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def parts(axis: str) -> int:
+  """The number of parts into which the mesh in context splits a logical axis; 1 without a mesh."""
+  mesh = _mesh_in_context()
+  return 1 if mesh is None else parts_of(mesh, axis)
+
+
 def is_split(axis: str) -> bool:
   """Whether the mesh in context splits a logical axis."""
-  mesh = _mesh_in_context()
-  return mesh is not None and parts_of(mesh, axis) > 1
+  return parts(axis) > 1
 
 
 def splits(axis: str, size: int) -> tuple[str, ...]:
@@ -171,16 +175,10 @@ def per_device(function: Callable, in_specs, out_specs) -> Callable:
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def platform() -> str:
-  """cpu, gpu or tpu: the platform of the mesh in context, which need not be present; JAX's default without a mesh."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
+def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
+  """cpu, gpu or tpu: the platform of a mesh, by default the one in context, which need not be present; JAX's own without."""
+  device = (jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh).abstract_device
   return device.platform if device else jax.default_backend()
-
-
-def platform_of(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
-  """A context in which `platform` is that of the mesh's devices and nothing is split."""
-  device = mesh.abstract_mesh.abstract_device
-  return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=device))
 
 
 def whole_heads(mesh: Mesh, num_heads: int) -> str:

@@ -21,6 +21,8 @@ from tokenformer_jax.nn.parameters import split
 
 Prompts = str | Sequence[str | Sequence[int]]
 _LENGTHS = (16, 32, 64, 128)
+# A cache with fewer slots would be read in little less time than the parameters are.
+_LEAST_SLOTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,8 @@ def generate(
   continuation is the text as it reads, also for tokenizers that write no space before the first word of a text. Each
   call begins with `model.for_decoding()`; a program that calls often makes that copy once and passes it as the model.
   Programs are compiled for each number of prompts, and for lengths rounded up to 16, 32, 64 or a multiple of 128, so
-  that most calls compile nothing.
+  that most calls compile nothing. From 256 tokens on the cache doubles when it is full, and one decode step is compiled
+  for each size.
 
   Args:
     model: a language model, or its `for_decoding()`.
@@ -174,9 +177,10 @@ def _decode(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields (tokens [B], their log-probabilities [B]) of each step, while the device works on the next step."""
   length = bucket(max(map(len, prompts)))
-  num_slots = bucket(length + max_new_tokens)
+  most = bucket(length + max_new_tokens)
+  num_slots = slots(length + 1, most)
   tokens_BxT = np.zeros((len(prompts), length), np.int32)
-  read_BxS = np.full((len(prompts), num_slots), NO_TOKEN, np.int32)
+  read_BxS = np.full((len(prompts), most), NO_TOKEN, np.int32)
   for row, ids in enumerate(prompts):
     tokens_BxT[row, length - len(ids) :] = read_BxS[row, length - len(ids) : length] = ids
   start_B = np.array([length - len(ids) for ids in prompts], np.int32)
@@ -189,6 +193,9 @@ def _decode(
     tokens_B = _draw(logits_BxV, sampling, np.int32(index), read_BxS)
     log_probs_B = _log_probs(logits_BxV, tokens_B, sampling.vocab_size) if return_log_probs else None
     if index + 1 < max_new_tokens:
+      if length + index == num_slots:
+        num_slots = slots(num_slots + 1, most)
+        cache = cache.with_slots(num_slots)
       logits_BxV, cache = decode_step(leaves, tokens_B, cache)
     if index == 0:
       _check_finite(whole(finite_B))
@@ -229,7 +236,7 @@ def decoding_programs(graphdef: nnx.GraphDef, mesh: Mesh | AbstractMesh | None =
     mesh: the devices that share its parameters. The cache is split by rows and heads. A decode step sends activations
       and no parameters: their channels stay split along fsdp (docs/sharding.md). None is one device.
   """
-  return _programs(graphdef, mesh, platform())
+  return _programs(graphdef, mesh, platform(mesh))
 
 
 @functools.lru_cache
@@ -266,6 +273,14 @@ def _next_logits(model, hidden_BxTxD):
 def bucket(length: int) -> int:
   """The compiled length for `length`: 16, 32, 64, or the next multiple of 128."""
   return next((size for size in _LENGTHS if length <= size), -(-length // 128) * 128)
+
+
+def slots(filled: int, most: int) -> int:
+  """The slots of a cache of which `filled` are in use: a power of two from 256 on, but at most `most`.
+
+  A decode step reads every slot, so that they are added when they are needed. One step is compiled for each number.
+  """
+  return min(max(_LEAST_SLOTS, 1 << (filled - 1).bit_length()), most)
 
 
 def _checked_ids(tokenizer, prompts, seq_length, max_new_tokens) -> list[list[int]]:

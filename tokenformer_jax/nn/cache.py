@@ -94,6 +94,18 @@ class KVCache:
   def num_slots(self) -> int:
     return self.layers[0].num_slots
 
+  def with_slots(self, num_slots: int) -> "KVCache":
+    """The cache with more slots, `num_slots` in each row, the new ones empty. Its own keys and values are freed.
+
+    One layer follows the other, so that the old and the new buffers of one layer only are there at the same time.
+    """
+    layers = []
+    for layer in self.layers:
+      layers.append(_with_slots(layer, num_slots))
+      layer.keys.delete()
+      layer.values.delete()
+    return dataclasses.replace(self, layers=tuple(layers))
+
   def check_free(self, num_new: int) -> None:
     """Raises ValueError unless `num_new` more tokens fit. Inside `jax.jit` `length` is unknown and taken as 0."""
     filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
@@ -122,3 +134,9 @@ class KVCache:
     layers = jax.tree.map(lambda leaf: constrain(leaf, *axes[: leaf.ndim]), self.layers)
     start, length = constrain(self.start, None), constrain(self.length + num_new)
     return KVCache(layers, start, length)
+
+
+@functools.partial(jax.jit, static_argnames="num_slots")
+def _with_slots(layer: LayerCache, num_slots: int) -> LayerCache:
+  empty = ((0, 0), (0, 0), (0, num_slots - layer.num_slots), (0, 0))
+  return dataclasses.replace(layer, keys=jnp.pad(layer.keys, empty), values=jnp.pad(layer.values, empty))

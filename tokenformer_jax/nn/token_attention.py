@@ -6,16 +6,17 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config.validation import require_choice
-from tokenformer_jax.distributed.axes import is_split, per_device, platform, splits
+from tokenformer_jax.distributed.axes import is_split, parts, per_device, platform, splits
 from tokenformer_jax.kernels.products import wide_einsum
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 # Splash attention works on tiles of 128 rows; tiles of 512 keep a TPU's matrix unit busy.
 _TILE, _LARGEST_TILE = 128, 512
+_BLOCKS_OF_SPLASH = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 # Plain attention splits its queries into this many blocks, if each block gets at least this many queries.
 _BLOCKS, _LEAST_BLOCK = 4, 64
 
@@ -78,10 +79,10 @@ def _attention(q, k, v, segments, key_segments, implementation, causal):
       "for the fastest one of the device."
     )
   if implementation == "splash":
-    if q.shape[1] % _TILE or is_split("time"):
+    if q.shape[1] % (_TILE * parts("time")):
       raise ValueError(
-        f"implementation='splash' takes a multiple of {_TILE} positions that devices do not split, and there are "
-        f"{q.shape[1]}{' split ones' if is_split('time') else ''}; choose 'xla'."
+        f"implementation='splash' takes a multiple of {_TILE} positions on each device, and there are {q.shape[1]} on "
+        f"{parts('time')}; choose 'xla'."
       )
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) if q.shape[2] != k.shape[2] else a for a in (k, v))
     return _splash(q, k, v, segments, key_segments, causal)
@@ -99,9 +100,7 @@ def default_implementation(platform: str, dtype: jnp.dtype, shape: tuple[int, ..
   _, time, _, channels = shape
   if platform == "gpu" and dtype == jnp.bfloat16 and channels % 8 == 0 and channels <= 128:
     return "cudnn"
-  # Where positions are split over devices, the keys that a query may see depend on the device. The mask of splash
-  # attention cannot express that.
-  if platform == "tpu" and time % _TILE == 0 and not is_split("time"):
+  if platform == "tpu" and time % (_TILE * parts("time")) == 0:
     return "splash"
   return "xla"
 
@@ -160,33 +159,38 @@ def masked_attention(
 
 
 def _splash(q, k, v, segments, key_segments, causal, interpret=False):
-  """Splash attention for T a multiple of 128; on a mesh, each device computes its own rows and heads."""
+  """Splash attention for T a multiple of 128; on a mesh, each device computes its own rows, heads and queries.
+
+  A device whose queries are a part of the sequence gathers all keys and values, and has that part of the mask.
+  """
   # Imported only here, because importing Pallas takes longer than importing the rest of this package.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-  split_heads = PartitionSpec(splits("batch", q.shape[0]) or None, None, splits("heads", q.shape[2]) or None, None)
-  split_rows = PartitionSpec(split_heads[0], None)
+  _, time, heads, channels = q.shape
+  rows, times, by_heads = splits("batch", q.shape[0]), splits("time", time), splits("heads", heads)
+  queries = PartitionSpec(rows or None, times or None, by_heads or None, None)
+  keys = PartitionSpec(rows or None, None, by_heads or None, None)
 
+  tile = math.gcd(time // parts("time"), _LARGEST_TILE)
   mask_class = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+  kernel = splash_attention_kernel.make_splash_mha(
+    splash_attention_mask.MultiHeadMask([mask_class((time, time))] * (heads // (parts("heads") if by_heads else 1))),
+    block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(_BLOCKS_OF_SPLASH, tile)),
+    head_shards=1,
+    q_seq_shards=parts("time"),
+    interpret=interpret,
+  )
 
-  def local(q, k, v, segments, key_segments):
-    time, heads, channels = q.shape[1:]
-    tile = math.gcd(time, _LARGEST_TILE)
-    sizes = splash_attention_kernel.BlockSizes(
-      block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
-    )
-    kernel = splash_attention_kernel.make_splash_mha(
-      splash_attention_mask.MultiHeadMask([mask_class((time, time))] * heads),
-      block_sizes=sizes,
-      head_shards=1,
-      q_seq_shards=1,
-      interpret=interpret,
-    )
+  def local(kernel, q, k, v, segments, key_segments):
     ids = None if segments is None else splash_attention_kernel.SegmentIds(segments, key_segments)
     q, k, v = (a.swapaxes(1, 2) for a in (q * channels**-0.5, k, v))
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2).astype(v.dtype)
 
+  mesh = jax.sharding.get_abstract_mesh()
+  of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, times or None))) if times else None
+  specs = (of_kernel or PartitionSpec(), queries, keys, keys)
   if segments is None:
     alone = functools.partial(local, segments=None, key_segments=None)
-    return per_device(alone, (split_heads,) * 3, split_heads)(q, k, v)
-  return per_device(local, (split_heads,) * 3 + (split_rows,) * 2, split_heads)(q, k, v, segments, key_segments)
+    return per_device(alone, specs, queries)(kernel, q, k, v)
+  specs += (PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2]))
+  return per_device(local, specs, queries)(kernel, q, k, v, segments, key_segments)

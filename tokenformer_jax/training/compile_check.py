@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tokenformer_jax import data
 from tokenformer_jax.config import Config
-from tokenformer_jax.distributed.axes import batch_sharding, platform_of, replicated
+from tokenformer_jax.distributed.axes import batch_sharding, replicated
 from tokenformer_jax.distributed.chips import Chip
 from tokenformer_jax.distributed.collectives import Collective, collectives
 from tokenformer_jax.distributed.topologies import (
@@ -132,8 +132,7 @@ def check(config: Config, topology: str) -> list[Check | GrowthCheck]:
     checks.append(_growth(f"growth at step {stage.step}", before, program, chip))
   if since:
     checks.append(_train_step(config, program, mesh, chip, f"train step{since}"))
-  with platform_of(mesh):
-    return [*checks, _decode_step(config, program, mesh, chip, f"decode step{since}")]
+  return [*checks, _decode_step(config, program, mesh, chip, f"decode step{since}")]
 
 
 def _train_step(
