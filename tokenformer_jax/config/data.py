@@ -30,6 +30,8 @@ class DataConfig(Checked):
       inside each (`documents`).
     bad_text: what happens to text that cannot be read: it stops the run (`error`), bytes that are not UTF-8 become
       U+FFFD (`replace`), or the document is left out (`skip`). Replacements and documents left out are counted.
+    mask_rate: the share of the tokens that masked language modelling hides.
+    mask_token: the token that hides them; "" takes `[MASK]` and the like, or the byte 0xFF, which no text has.
     batch_size: the global number of sequences in one optimizer step.
     seed: the seed of the order of the training rows.
   """
@@ -42,6 +44,8 @@ class DataConfig(Checked):
   special_tokens: str = "recognise"
   packing: str = "contiguous"
   bad_text: str = "error"
+  mask_rate: float = 0.25
+  mask_token: str = ""
   batch_size: int = 16
   seed: int = 0
 
@@ -52,6 +56,7 @@ class DataConfig(Checked):
     require_choice("special_tokens", self.special_tokens, SPECIAL_TOKENS)
     require_choice("packing", self.packing, PACKINGS)
     require_choice("bad_text", self.bad_text, BAD_TEXTS)
+    require(0.0 < self.mask_rate < 1.0, "mask_rate", self.mask_rate, "must be between 0 and 1.")
     require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1.")
     require(self.seed >= 0, "seed", self.seed, "must not be negative.")
 

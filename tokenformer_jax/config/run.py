@@ -30,6 +30,7 @@ class Config(Checked):
 
   def validate(self) -> None:
     model = self.model
+    self._check_unused()
     for stage in self.growth.stages:
       for field, count in stage.tokens.items():
         require(
@@ -56,6 +57,17 @@ class Config(Checked):
       accumulation,
       f"must divide data.batch_size={self.data.batch_size}.",
     )
+
+  def _check_unused(self) -> None:
+    """Checks that fields without a meaning for the model's task are at their defaults."""
+    for part, field, task_has_it in (
+      ("data", "mask_rate", self.model.task == "masked_token"),
+      ("data", "mask_token", self.model.task == "masked_token"),
+      ("optimizer", "z_loss", self.model.task != "classify"),
+    ):
+      value, default = getattr(getattr(self, part), field), getattr(type(getattr(self, part)), field)
+      why = f"model.task={self.model.task!r} does not use it; leave it at {default!r}."
+      require(task_has_it or value == default, f"{part}.{field}", value, why)
 
   def model_at(self, step: int) -> ModelConfig:
     """Returns the model's configuration after `step` updates and the growths that are due by then."""

@@ -16,21 +16,27 @@ rows of model inputs, and `loader` shuffles, shares and stacks rows into batches
 such as images, goes into the loader directly: see `packing.Packer`.
 """
 
+from tokenformer_jax.data.batches import Batch, ClassBatch, MaskedBatch
 from tokenformer_jax.data.dataset import Data, open_data
 from tokenformer_jax.data.fingerprint import check_same
 from tokenformer_jax.data.loader import BatchIterator
-from tokenformer_jax.data.packing import Batch
+from tokenformer_jax.data.run_data import RunData, empty_batch, open_run_data
 from tokenformer_jax.data.tokenizer import Tokenizer
 from tokenformer_jax.data.tokenizer_files import load_tokenizer, open_tokenizer, save_tokenizer
 
 __all__ = [
   "Batch",
   "BatchIterator",
+  "ClassBatch",
   "Data",
+  "MaskedBatch",
+  "RunData",
   "Tokenizer",
   "check_same",
+  "empty_batch",
   "load_tokenizer",
   "open_data",
+  "open_run_data",
   "open_tokenizer",
   "save_tokenizer",
 ]

@@ -1,5 +1,6 @@
 """`open_data`: from a DataConfig to batches."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,10 @@ from tokenformer_jax.config import DataConfig
 from tokenformer_jax.config.data import MAIN_HELD_OUT
 from tokenformer_jax.config.validation import nearest
 from tokenformer_jax.data import loader
+from tokenformer_jax.data.batches import Batch, MaskedBatch
 from tokenformer_jax.data.corpus import split
+from tokenformer_jax.data.masking import Masking, mask_id
 from tokenformer_jax.data.mixture import Mixture, Packing, Sources
-from tokenformer_jax.data.packing import Batch
 from tokenformer_jax.data.tokenizer import Tokenizer
 from tokenformer_jax.data.tokenizer_files import open_tokenizer
 
@@ -39,8 +41,9 @@ class Data:
     process_index: int,
     process_count: int,
     fingerprint: dict[str, Any],
+    masking: Masking | None = None,
   ):
-    self.tokenizer, self.fingerprint = tokenizer, fingerprint
+    self.tokenizer, self.fingerprint, self._masking = tokenizer, fingerprint, masking
     self._train, self._held_out = train, held_out
     self._share = dict(batch_size=batch_size, process_index=process_index, process_count=process_count)
     self.report = {"train": train.report, **{name: mixture.report for name, mixture in held_out.items()}}
@@ -53,9 +56,10 @@ class Data:
 
   def train_batches(self) -> loader.BatchIterator:
     """An endless iterator of this process's share of the global batches, from the beginning."""
-    return loader.BatchIterator(loader.batches(self._train.packers, self._train_order, **self._share))
+    batches = loader.batches(self._train.packers, self._train_order, finish=self._masking, **self._share)
+    return loader.BatchIterator(batches)
 
-  def held_out_batches(self, num_batches: int | None = None) -> Iterator[Batch]:
+  def held_out_batches(self, num_batches: int | None = None) -> Iterator[Batch | MaskedBatch]:
     """This process's share of the first batches of the main held-out text; the same batches at every call.
 
     Args:
@@ -63,7 +67,7 @@ class Data:
     """
     return self._batches_of(MAIN_HELD_OUT, num_batches)
 
-  def named_held_out_batches(self, num_batches: int | None = None) -> dict[str, Iterator[Batch]]:
+  def named_held_out_batches(self, num_batches: int | None = None) -> dict[str, Iterator[Batch | MaskedBatch]]:
     """What `held_out_batches` gives, for every held-out set by its name.
 
     The main held-out text comes first and is called `held_out`; the sets of `DataConfig.held_out_sets` follow under
@@ -84,11 +88,13 @@ class Data:
       raise ValueError(f"held-out set {name!r} is unknown.{nearest(name, self._held_out)}")
     return self._held_out[name].tokens()
 
-  def _batches_of(self, name: str, num_batches: int | None) -> Iterator[Batch]:
+  def _batches_of(self, name: str, num_batches: int | None) -> Iterator[Batch | MaskedBatch]:
     order = self._held_out_orders[name]
     available = len(order) // self._share["batch_size"]
     count = available if num_batches is None else min(num_batches, available)
-    batches = loader.batches(self._held_out[name].packers, order, num_batches=count, **self._share)
+    # The masks of held-out text are the same in every evaluation and in every run.
+    masking = self._masking and dataclasses.replace(self._masking, seed=name)
+    batches = loader.batches(self._held_out[name].packers, order, num_batches=count, finish=masking, **self._share)
     return iter(batches.to_iter_dataset(loader.READ_AHEAD))
 
 
@@ -99,6 +105,7 @@ def open_data(
   process_index: int = 0,
   process_count: int = 1,
   tokenizer: Tokenizer | None = None,
+  masks: bool = False,
 ) -> Data:
   """Opens the sources and the tokenizer that a config names.
 
@@ -108,6 +115,7 @@ def open_data(
     process_index: which share of every batch is this process's.
     process_count: the number of shares.
     tokenizer: the tokenizer to use instead of the one that the config names, e.g. a work folder's.
+    masks: whether batches are `MaskedBatch`es for masked language modelling instead of `Batch`es.
 
   Raises:
     ValueError: a field of the config or a piece of the text cannot be used.
@@ -143,6 +151,14 @@ def open_data(
     mixtures[name] = named.mixture(packing)
     # The key is there only if there are sets, so that the fingerprints of runs without any stay what they were.
     fingerprint.setdefault("held_out_sets", {})[name] = named.identities
+  masking = None
+  if masks:
+    masking = Masking(
+      config.mask_rate, mask_id(tokenizer, config.mask_token, config.tokenizer), tokenizer.vocab_size, config.seed
+    )
+    if not masking.num_places(seq_length):
+      raise ValueError(f"data.mask_rate={config.mask_rate}: it masks none of {seq_length} tokens; raise it.")
+    fingerprint["masking"] = {"rate": masking.rate, "id": masking.mask_id}
   return Data(
     tokenizer,
     train_mixture,
@@ -152,6 +168,7 @@ def open_data(
     process_index=process_index,
     process_count=process_count,
     fingerprint=fingerprint,
+    masking=masking,
   )
 
 

@@ -3,18 +3,18 @@
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from tokenformer_jax.data.packing import Batch, Packer
+from tokenformer_jax.data.packing import Packer
 
 READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # Batches.
 
 
-class BatchIterator(Iterator[Batch]):
+class BatchIterator(Iterator[Any]):
   """An endless iterator of one process's share of the global batches, whose position can be stored and restored.
 
   The state is the number of global batches taken so far, so it is valid for any number of processes.
@@ -26,7 +26,7 @@ class BatchIterator(Iterator[Batch]):
   def __init__(self, batches: grain.MapDataset):
     self._iterator = iter(batches.to_iter_dataset(READ_AHEAD))
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> Any:
     state = self._iterator.get_state()
     try:
       return next(self._iterator)
@@ -104,6 +104,7 @@ def batches(
   num_batches: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  finish: Callable[[Any, int], Any] | None = None,
 ) -> grain.MapDataset:
   """This process's share of each global batch; global batch k is `order[k · batch_size : (k + 1) · batch_size]`.
 
@@ -117,16 +118,21 @@ def batches(
     num_batches: how many batches; None for as many as an index can number.
     process_index: which block is this process's.
     process_count: the number of blocks.
+    finish: `(row, n) -> row`, applied to sample n of `order`; None leaves the packers' rows as they are.
 
   Returns:
     Batches [batch_size / process_count, …].
   """
   share = batch_size // process_count
 
-  def read(k: int) -> Batch:
+  def read(k: int) -> Any:
     first = k * batch_size + process_index * share
-    places = [order[n] for n in range(first, first + share)]
-    return _stack([packers[packer].row(row) for packer, row in places])
+    rows = []
+    for n in range(first, first + share):
+      packer, index = order[n]
+      row = packers[packer].row(index)
+      rows.append(row if finish is None else finish(row, n))
+    return _stack(rows)
 
   end = sys.maxsize // batch_size if num_batches is None else num_batches
   return grain.MapDataset.range(end).map(read)

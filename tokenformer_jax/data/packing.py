@@ -4,25 +4,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.data.corpus import Part
-
-
-class Batch(NamedTuple):
-  """Rows of model inputs: [B, T] in a batch, [T] in one row.
-
-  Attributes:
-    inputs: int32, the ids.
-    labels: int32, the id that follows each input; always inside the vocabulary.
-    positions: int32, counted from 0 in every segment; None means 0 … T − 1.
-    segments: int32, attention is restricted to equal numbers; 0 is padding; None means one segment.
-    weights: float32, 1 where the label counts in the loss and 0 elsewhere; None means 1 everywhere.
-  """
-
-  inputs: np.ndarray
-  labels: np.ndarray
-  positions: np.ndarray | None = None
-  segments: np.ndarray | None = None
-  weights: np.ndarray | None = None
 
 
 class Packer(Protocol):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,6 +64,10 @@ class Tokenizer:
   def _decode(self, ids: list[int]) -> str:
     raise NotImplementedError
 
+  def token_id(self, name: str) -> int | None:
+    """The id of the token with this name, such as `[MASK]`; None if there is none."""
+    raise NotImplementedError
+
   @property
   def padded_vocab_size(self) -> int:
     """The vocabulary size of a model: the next multiple of 128, as in the released models (50277 → 50304)."""
@@ -92,7 +97,7 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-  """UTF-8 bytes as ids 0–255; the end of document is 256. No text is a special token."""
+  """UTF-8 bytes as ids 0–255, called <0x00> to <0xFF>; the end of document is 256. No text is a special token."""
 
   vocab_size = 257
   end_of_document = 256
@@ -102,6 +107,9 @@ class ByteTokenizer(Tokenizer):
 
   def _decode(self, ids):
     return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+  def token_id(self, name):
+    return int(name[3:5], 16) if re.fullmatch("<0x[0-9A-F]{2}>", name) else None
 
   def huggingface(self):
     return byte_level_bpe.describe_bytes()
@@ -221,6 +229,9 @@ class HuggingFaceTokenizer(Tokenizer):
       else:
         result += run
     return result
+
+  def token_id(self, name):
+    return self._tokenizer.token_to_id(name)
 
   def huggingface(self):
     return self._description

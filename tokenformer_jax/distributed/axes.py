@@ -94,9 +94,14 @@ def tree_shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(of_leaf, shapes_tree, axes_tree)
 
 
-def batch_sharding(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> NamedSharding:
-  """The sharding of an array [B] or [B, T, ...] of examples, which is split along B and T only."""
-  axes = ("batch", "time")[: len(shape)]
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...], name: str = "batch", length: int | None = None) -> NamedSharding:
+  """The sharding of an array [B] or [B, T, ...] of examples, which is split along B and T only.
+
+  Args:
+    length: T; an array whose second axis has another size, such as images, is split along B only. None takes the second
+      axis for T.
+  """
+  axes = ("batch", "time")[: len(shape)] if length is None or shape[1:2] == (length,) else ("batch",)
   return sharding(mesh, axes + (None,) * (len(shape) - len(axes)), shape, name)
 
 

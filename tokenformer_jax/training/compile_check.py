@@ -112,7 +112,7 @@ def check(config: Config, topology: str) -> list[Check | GrowthCheck]:
     topology: chip and sizes of the slice.
 
   Returns:
-    The checks of the train step and the decode step. For a run that grows: those of the first model's train step, of
+    The checks of the train step and, of a language model, the decode step. For a run that grows: those of the first model's train step, of
     every growth, and of the last and largest model's train step and decode step.
 
   Raises:
@@ -132,6 +132,8 @@ def check(config: Config, topology: str) -> list[Check | GrowthCheck]:
     checks.append(_growth(f"growth at step {stage.step}", before, program, chip))
   if since:
     checks.append(_train_step(config, program, mesh, chip, f"train step{since}"))
+  if not config.model.is_causal:
+    return checks
   return [*checks, _decode_step(config, program, mesh, chip, f"decode step{since}")]
 
 
@@ -243,14 +245,12 @@ def _does_not_fit(name: str, said: str) -> ValueError:
   )
 
 
-def _batch(config: Config, mesh: Mesh | AbstractMesh) -> data.Batch:
-  shape = (config.data.batch_size, config.model.seq_length)
+def _batch(config: Config, mesh: Mesh | AbstractMesh) -> Any:
+  def placed(array):
+    sharding = batch_sharding(mesh, array.shape, length=config.model.seq_length)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-  def array(dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, shape))
-
-  documents = (jnp.int32, jnp.int32, jnp.float32) if config.data.packing == "documents" else ()
-  return data.Batch(*map(array, (jnp.int32, jnp.int32, *documents)))
+  return jax.tree.map(placed, data.empty_batch(config))
 
 
 def _bytes(tree: Any) -> int:

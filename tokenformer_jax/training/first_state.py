@@ -13,7 +13,7 @@ from tokenformer_jax.training.state import TrainState, fresh_state
 
 
 def first_state(
-  config: Config, workdir: str, mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer
+  config: Config, workdir: str, mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer | None
 ) -> tuple[Program, TrainState]:
   """(the program of the run's first model, its state on `mesh`).
 
@@ -21,19 +21,21 @@ def first_state(
     config: the run; `init_from` names the weights to start from, or nothing.
     workdir: the run's folder, which may hold a tokenizer already.
     mesh: the devices.
-    tokenizer: that of the run's data.
+    tokenizer: that of the run's data; None for images.
 
   Raises:
     ValueError: the folder or the weights belong to another tokenizer, the weights to another model, or see
       `make_program`.
   """
-  check_tokenizer_file(workdir, tokenizer)
+  if tokenizer:
+    check_tokenizer_file(workdir, tokenizer)
   program = make_program(config, config.model, mesh)
   if not config.init_from:
     return program, program.initial_state()
   source = load(config.init_from, mesh=mesh, average=False)
   check_same_weights(source.config, config.model, config.init_from)
-  check_same_tokenizer(load_tokenizer(config.init_from).fingerprint, tokenizer, f"init_from={config.init_from}")
+  if tokenizer:
+    check_same_tokenizer(load_tokenizer(config.init_from).fingerprint, tokenizer, f"init_from={config.init_from}")
   _, params, tau = split(source)
   axes, _ = logical_axes(abstract_model(config.model))
   fresh = jax.jit(

@@ -1,15 +1,15 @@
 """Evaluation inside a run: losses on its held-out sets, and a sample of text."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from tokenformer_jax import data
 from tokenformer_jax.config import TrainingConfig
 from tokenformer_jax.inference.generate import generate
-from tokenformer_jax.training.loss import LossSums
+from tokenformer_jax.training.objective import measures, summed
 from tokenformer_jax.training.program import Program
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.weight_average import evaluation_params
@@ -21,16 +21,16 @@ SEEDS = 2**32
 _WAITING = 8
 
 
-def held_out_losses(
-  program: Program, state: TrainState, batches: Mapping[str, Sequence[data.Batch]]
-) -> dict[str, float]:
-  """Returns the mean loss of each set of batches, nats a token, with the average of the weights if the run keeps one.
+def held_out_measures(
+  program: Program, state: TrainState, batches: Mapping[str, Sequence[Any]]
+) -> dict[str, dict[str, float]]:
+  """Returns what `measures` reads from each set of batches, with the average of the weights if the run keeps one.
 
   Args:
     batches: for each set its batches, on the run's devices.
   """
   params = evaluation_params(state)
-  sums: dict[str, list[LossSums]] = {}
+  sums: dict[str, list] = {}
   for name, of_a_set in batches.items():
     sums[name] = []
     for number, batch in enumerate(of_a_set):
@@ -38,11 +38,7 @@ def held_out_losses(
         jax.block_until_ready(sums[name][number - _WAITING])
       sums[name].append(program.eval_step(params, state.tau, batch))
     jax.block_until_ready(sums[name])
-  losses = {}
-  for name, of_a_set in jax.device_get(sums).items():
-    nats, _, weight = np.asarray(of_a_set, np.float64).sum(axis=0)  # In the order of LossSums.
-    losses[name] = float(nats / weight)
-  return losses
+  return {name: measures(program.model, summed(of_a_set)) for name, of_a_set in jax.device_get(sums).items()}
 
 
 def sample_prompt(training: TrainingConfig, tokenizer: data.Tokenizer) -> str | list[int]:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ from tokenformer_jax.progress import Progress, say
 from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints
 from tokenformer_jax.training.first_state import first_state
 from tokenformer_jax.training.flops import peak_flops
-from tokenformer_jax.training.held_out import held_out_losses, write_sample
+from tokenformer_jax.training.held_out import held_out_measures, write_sample
 from tokenformer_jax.training.loss_curve import plot_losses
 from tokenformer_jax.training.program import Program, check_run, make_program
 from tokenformer_jax.training.resume import (
@@ -43,7 +43,6 @@ from tokenformer_jax.training.resume import (
 from tokenformer_jax.training.run_checks import (
   check_growths,
   check_samples,
-  check_task,
   check_trackers,
   check_vocabulary,
 )
@@ -67,7 +66,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, allow_data_cha
     allow_data_change: resume with other data than the run began with.
 
   Returns:
-    The last loss on the main held-out text, nats a token.
+    The last loss on the main held-out set: nats a token, a masked token or an example, or the squared error.
 
   Raises:
     ValueError: data, vocabulary, mesh, growth or work folder do not fit the config; nothing is written then.
@@ -90,12 +89,9 @@ class _Run:
     check_same_run(config, workdir, allow_data_change)
     on_first_process(lambda: check_trackers(config))
     check_run(config, self.mesh)
-    check_task(config)
     check_growths(config, self.mesh)
     index, count = share_of_rows(batch_sharding(self.mesh, (config.data.batch_size,)), (config.data.batch_size,))
-    self.data = data.open_data(
-      config.data, seq_length=config.model.seq_length, process_index=index, process_count=count
-    )
+    self.data = data.open_run_data(config, process_index=index, process_count=count)
     check_vocabulary(config, self.data.tokenizer)
     check_samples(config, self.data.tokenizer)
     self.batches = self.data.train_batches()
@@ -133,15 +129,16 @@ class _Run:
     """Writes what the work folder holds beside checkpoints, and opens its logs."""
     folder = user_path(self.workdir, "workdir")
     folder.mkdir(parents=True, exist_ok=True)
-    # This comes first, because it refuses to overwrite files of others.
-    data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
+    if self.data.tokenizer:  # This comes first, because it refuses to overwrite files of others.
+      data.save_tokenizer(self.data.tokenizer, folder / TOKENIZER)
     replace_text(folder / CONFIG, json.dumps(self.config.to_dict(), indent=2))
     self.log = RunLog(self.workdir, step, self.config)
 
   def _resume(self, step: int, allow_data_change: bool) -> tuple[Program, TrainState]:
     record = self.checkpoints.record(step)
     model = check_same_model(record["model"], self.config, step, self.workdir)
-    check_same_tokenizer(record["tokenizer"], self.data.tokenizer, self.workdir)
+    if self.data.tokenizer:
+      check_same_tokenizer(record["tokenizer"], self.data.tokenizer, self.workdir)
     if not allow_data_change:
       data.check_same(record["fingerprint"], self.data.fingerprint, self.data.tokenizer)
     check_same_optimizer(record["config"], self.config, self.workdir)
@@ -213,7 +210,8 @@ class _Run:
         f"on, raise it, e.g. --config.training.num_steps={2 * step}."
       )
     if jax.process_index() == 0:
-      say(f"step {step}, held-out loss {loss:.4f} nats a token, loss curve {plot_losses(self.workdir)}")
+      unit = self.program.objective.unit
+      say(f"step {step}, held-out loss {loss:.4f} {unit}, loss curve {plot_losses(self.workdir, unit)}")
     return loss
 
   def _look(self, step: int) -> dict[str, np.ndarray] | None:
@@ -248,10 +246,13 @@ class _Run:
       if note:
         _say(note)
     for entry in self.data.report["train"]:
-      _say(
-        f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
-        f"{entry['dropped_tokens']:,} tokens in no window."
-      )
+      if "examples" in entry:
+        _say(f"{entry['source']}: {entry['examples']:,} examples to train on.")
+      else:
+        _say(
+          f"{entry['source']}: {entry['tokens']:,} tokens to train on, {entry['windows']:,} windows, "
+          f"{entry['dropped_tokens']:,} tokens in no window."
+        )
 
   def _grow(self, step: int) -> None:
     self._look(step)  # The losses of the smaller model are forgotten below, that of its last update too.
@@ -285,9 +286,14 @@ class _Run:
     shown = {"loss": f"{metrics['loss']:.4f}"}
     steps_per_second = clock.steps_per_second(step)
     if steps_per_second:
-      tokens_per_second = steps_per_second * self.config.data.batch_size * self.config.model.seq_length
-      row["train/tokens_per_second"] = tokens_per_second
-      shown["tok/s"] = f"{tokens_per_second:,.0f}"
+      examples_per_second = steps_per_second * self.config.data.batch_size
+      tokens_per_second = examples_per_second * self.config.model.seq_length
+      if self.config.model.task == "classify":
+        row["train/examples_per_second"] = examples_per_second
+        shown["examples/s"] = f"{examples_per_second:,.0f}"
+      else:
+        row["train/tokens_per_second"] = tokens_per_second
+        shown["tok/s"] = f"{tokens_per_second:,.0f}"
       if self.peak:
         row["train/utilisation"] = 3 * self.program.model.forward_flops_per_token * tokens_per_second / self.peak
         shown["mfu"] = f"{row['train/utilisation']:.0%}"
@@ -295,20 +301,24 @@ class _Run:
     self.log.write(step, **row)
 
   def _evaluate(self, step: int) -> float:
-    losses = held_out_losses(self.program, self.state, self.held_out)
-    loss = losses.pop(MAIN_HELD_OUT)
-    named = {f"held_out/{name}/loss": value for name, value in losses.items()}
-    row = {"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 700.0)), **named}
+    measured = held_out_measures(self.program, self.state, self.held_out)
+    main = measured.pop(MAIN_HELD_OUT)
+    row = {f"held_out/{name}": value for name, value in main.items()}
+    for of_set, values in measured.items():
+      row |= {f"held_out/{of_set}/{name}": value for name, value in values.items() if name != "perplexity"}
     self.log.write(step, **_finite(row))
-    _say(f"step {step}: held-out loss {loss:.4f}" + "".join(f", {name} {value:.4f}" for name, value in losses.items()))
-    if self.config.training.sample_tokens:
+    said = [f"{name} {values['loss']:.4f}" for name, values in measured.items()]
+    if "accuracy" in main:
+      said.insert(0, f"accuracy {main['accuracy']:.2%}")
+    _say(f"step {step}: " + ", ".join([f"held-out loss {main['loss']:.4f}", *said]))
+    if self.config.training.sample_tokens and self.config.model.task == "next_token" and self.data.tokenizer:
       text = write_sample(self.program, self.state, self.data.tokenizer, self.config.training, step)
       self.log.write_sample(step, text)
-    return loss
+    return main["loss"]
 
   def _held_out_loss(self) -> float:
     main = {MAIN_HELD_OUT: self.held_out[MAIN_HELD_OUT]}
-    return held_out_losses(self.program, self.state, main)[MAIN_HELD_OUT]
+    return held_out_measures(self.program, self.state, main)[MAIN_HELD_OUT]["loss"]
 
   def _save(self, step: int, owes_evaluation: bool) -> None:
     self.log.flush()  # A run that resumes from this checkpoint writes only the rows after it.
@@ -320,19 +330,20 @@ class _Run:
         "config": self.config.to_dict(),
         "data": self.batches.get_state(),
         "fingerprint": self.data.fingerprint,
-        "tokenizer": self.data.tokenizer.fingerprint,
+        "tokenizer": self.data.tokenizer and self.data.tokenizer.fingerprint,
         "losses": self.skips.losses(),
         "owes_evaluation": owes_evaluation,
       },
     )
     self.saved_step = step
 
-  def _put(self, batch: data.Batch) -> data.Batch:
+  def _put(self, batch: Any) -> Any:
     """Places this process's rows on its devices, as its part of the global batch."""
 
     def place(local: np.ndarray) -> jax.Array:
       shape = (self.config.data.batch_size, *local.shape[1:])
-      return jax.make_array_from_process_local_data(batch_sharding(self.mesh, shape), local, shape)
+      sharding = batch_sharding(self.mesh, shape, length=self.config.model.seq_length)
+      return jax.make_array_from_process_local_data(sharding, local, shape)
 
     return jax.tree.map(place, batch)
 

@@ -7,8 +7,12 @@ from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.run_log import read_metrics
 
 
-def plot_losses(workdir: str) -> str:
+def plot_losses(workdir: str, unit: str = "nats a token") -> str:
   """Draws loss against step into WORKDIR/loss.png, with a dashed line at each growth.
+
+  Args:
+    workdir: the run's folder.
+    unit: of the loss.
 
   Returns:
     The picture's path.
@@ -30,7 +34,7 @@ def plot_losses(workdir: str) -> str:
         fontsize="small",
       )
   axes.set_xlabel("step")
-  axes.set_ylabel("loss (nats a token)")
+  axes.set_ylabel(f"loss ({unit})")
   if axes.get_lines():
     axes.legend()
   path = user_path(workdir, "workdir") / "loss.png"

@@ -12,6 +12,7 @@ from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.distributed.axes import parts_of, traced_on
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import declared, split
+from tokenformer_jax.training.objective import Objective, objective_of
 from tokenformer_jax.training.optimizer import make_optimizer
 from tokenformer_jax.training.schedules import check_schedule, learning_rate_schedule
 from tokenformer_jax.training.state import TrainState, initial_state, state_shardings
@@ -30,7 +31,8 @@ class Program:
     tau_rule: what an update does to τ.
     shapes: the state's abstract leaves, each with its sharding.
     train_step: jitted `(state, batch, most_loss=inf) -> (state, metrics)`; the old state is donated.
-    eval_step: jitted `(params, tau, batch) -> LossSums`.
+    objective: the loss of the model's task.
+    eval_step: jitted `(params, tau, batch) -> objective.sums`.
     initial_state: jitted `() -> TrainState`.
   """
 
@@ -39,6 +41,7 @@ class Program:
   optimizer: optax.GradientTransformationExtraArgs
   tau_rule: TauRule
   shapes: TrainState
+  objective: Objective
   train_step: Callable
   eval_step: Callable
   initial_state: Callable
@@ -69,6 +72,7 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
   shapes = jax.eval_shape(initial)
   shardings = state_shardings(mesh, model, shapes, optimizer)
   shapes = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+  objective = objective_of(model)
   train_step = make_train_step(
     graphdef,
     optimizer,
@@ -78,6 +82,7 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
     config.training.gradient_accumulation,
     # Newton-Schulz steps take long, and their results are at most about 1 wherever the gradient is finite.
     checks_updates=config.optimizer.name != "muon",
+    objective=objective,
   )
   return Program(
     model=model,
@@ -85,8 +90,9 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
     optimizer=optimizer,
     tau_rule=tau_rule,
     shapes=shapes,
+    objective=objective,
     train_step=jax.jit(traced_on(mesh, train_step), out_shardings=(shardings, None), donate_argnums=0),
-    eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef))),
+    eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef, objective))),
     initial_state=jax.jit(initial, out_shardings=shardings),
   )
 

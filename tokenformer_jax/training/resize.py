@@ -122,8 +122,9 @@ class Source:
     self.step, self.record = self._streams.record(step)
     self.config = stored_config(workdir)
     self.model = check_same_model(self.record["model"], self.config, self.step, workdir)
-    self._tokenizer = load_tokenizer(workdir)
-    check_same_tokenizer(self.record["tokenizer"], self._tokenizer, workdir)
+    self._tokenizer = load_tokenizer(workdir) if self.record["tokenizer"] else None  # A model of images has none.
+    if self._tokenizer:
+      check_same_tokenizer(self.record["tokenizer"], self._tokenizer, workdir)
     self.leaves: TrainState = self._streams.open(self.step, _shapes(self.config, self.model))
 
   def resized(self, tokens: dict[str, int | None]) -> ModelConfig:
@@ -145,7 +146,8 @@ class Source:
     try:
       unfinished.mkdir(parents=True)
       (unfinished / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
-      data.save_tokenizer(self._tokenizer, unfinished / TOKENIZER)
+      if self._tokenizer:
+        data.save_tokenizer(self._tokenizer, unfinished / TOKENIZER)
       with Progress(len(jax.tree.leaves(state)), "leaf", seconds=_SECONDS_BETWEEN_LINES) as progress:
         target = CheckpointStreams(str(unfinished), lambda name: progress.update())
         target.save(

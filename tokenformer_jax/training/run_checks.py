@@ -16,15 +16,6 @@ def check_trackers(config: Config) -> None:
     import_wandb(config.training.wandb_project)
 
 
-def check_task(config: Config) -> None:
-  """Raises ValueError for a model that sees the tokens it is to predict."""
-  if not config.model.is_causal:
-    raise ValueError(
-      f"model.task={config.model.task!r}: a run on texts predicts the next token; choose 'next_token', or train the "
-      "encoder with a loop of your own."
-    )
-
-
 def check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Raises ValueError for a growth stage that could not be done when its step comes."""
   for stage in config.growth.stages:
@@ -34,19 +25,19 @@ def check_growths(config: Config, mesh: jax.sharding.Mesh) -> None:
       make_program(config, new, mesh)
 
 
-def check_vocabulary(config: Config, tokenizer: data.Tokenizer) -> None:
-  """Raises ValueError where the model has fewer ids than the tokenizer."""
-  if tokenizer.vocab_size > config.model.vocab_size:
+def check_vocabulary(config: Config, tokenizer: data.Tokenizer | None) -> None:
+  """Raises ValueError where the model has fewer ids than the tokenizer; images have none."""
+  if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
     raise ValueError(
       f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "
       f"{tokenizer.vocab_size} ids; set it to {tokenizer.padded_vocab_size}."
     )
 
 
-def check_samples(config: Config, tokenizer: data.Tokenizer) -> None:
+def check_samples(config: Config, tokenizer: data.Tokenizer | None) -> None:
   """Raises ValueError where the samples that the run is to write are longer than the model's sequences."""
   training = config.training
-  if not training.sample_tokens:
+  if not training.sample_tokens or config.model.task != "next_token" or tokenizer is None:
     return
   prompt = sample_prompt(training, tokenizer)
   length = len(tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tokenformer_jax.nn.block import Said
-from tokenformer_jax.training.loss import LossSums, loss_sums
+from tokenformer_jax.training.objective import NEXT_TOKEN, Objective
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.tau import TauRule
 
@@ -29,10 +28,11 @@ def make_train_step(
   z_loss: float,
   accumulation: int,
   checks_updates: bool = True,
+  objective: Objective = NEXT_TOKEN,
 ):
   """The function `(state, batch) -> (state, metrics)` of one update.
 
-  The gradient is that of the mean loss over all tokens of the batch, however many micro-batches it is computed in.
+  The gradient is that of the mean loss over all tokens or examples of the batch, however many micro-batches it is computed in.
 
   Args:
     graphdef: `nnx.merge(graphdef, params, tau)` is the model.
@@ -42,10 +42,11 @@ def make_train_step(
     z_loss: coefficient of the mean of log² Σ exp(logits).
     accumulation: number of micro-batches; it divides the rows of the batch.
     checks_updates: whether the new parameters and τ are looked at, for which the update is computed twice.
+    objective: the loss of the model's task.
 
   Returns:
-    A function that takes a `TrainState`, a `data.Batch` of arrays [B, T] and `most_loss`, by default inf. Its metrics
-    are `loss` (nats a token, without the z-loss), `grad_norm` (before clipping), `learning_rate`, `skipped` and what the
+    A function that takes a `TrainState`, a batch of the task and `most_loss`, by default inf. Its metrics
+    are `loss` (its mean, without the z-loss), `grad_norm` (before clipping), `learning_rate`, `skipped` and what the
     blocks say (`nn.block.Said`), each float32 []. What a block says under a name that begins with `loss/` is added to
     the loss whose gradient is taken. Micro-batches count by the weight of their tokens.
 
@@ -54,15 +55,15 @@ def make_train_step(
     τ that a rule moves with the step.
   """
 
-  def objective(params, tau, batch):
-    loss, sums, said = _loss(graphdef, params, tau, batch, z_loss, training=True)
+  def loss_and_sums(params, tau, batch):
+    loss, sums, said = objective.loss(nnx.merge(graphdef, params, tau), batch, z_loss, True)
     for name, value in said.items():
       if name.startswith("loss/"):
         loss += value * sums.weight
     return loss, (sums, jax.tree.map(lambda value: value * sums.weight, said))
 
   trained = ("params", "tau") if tau_rule.learns else ("params",)
-  gradients = jax.value_and_grad(objective, argnums=tuple(range(len(trained))), has_aux=True)
+  gradients = jax.value_and_grad(loss_and_sums, argnums=tuple(range(len(trained))), has_aux=True)
 
   def train_step(state: TrainState, batch, most_loss=math.inf):
     # A micro-batch takes every accumulation-th row, so that its rows lie on all devices like those of the batch.
@@ -72,7 +73,7 @@ def make_train_step(
       (_, (sums, said)), grads = gradients(state.params, state.tau, micro_batch)
       return jax.tree.map(jnp.add, total, (grads, sums)), said
 
-    zeros = (tuple(jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in trained), LossSums(*jnp.zeros(3)))
+    zeros = (tuple(jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in trained), objective.zeros())
     (totals, sums), said = jax.lax.scan(add_micro_batch, zeros, micro_batches)
 
     def updated(state: TrainState, grads, tau_grads) -> TrainState:
@@ -114,20 +115,13 @@ def make_train_step(
   return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef):
-  """The function `(params, tau, batch) -> LossSums` over the batch, without z-loss and gradients."""
+def make_eval_step(graphdef: nnx.GraphDef, objective: Objective = NEXT_TOKEN):
+  """The function `(params, tau, batch) -> objective.sums` over the batch, without z-loss and gradients."""
 
   def eval_step(params, tau, batch):
-    return _loss(graphdef, params, tau, batch, 0.0, training=False)[1]
+    return objective.loss(nnx.merge(graphdef, params, tau), batch, 0.0, False)[1]
 
   return eval_step
-
-
-def _loss(graphdef, params, tau, batch, z_loss, training) -> tuple[jax.Array, LossSums, Said]:
-  model = nnx.merge(graphdef, params, tau)
-  real = None if batch.segments is None else batch.segments > 0
-  hidden, said = model.hidden(batch.inputs, batch.positions, batch.segments, real, training)
-  return *loss_sums(hidden, model.table(), batch.labels, batch.weights, z_loss), said
 
 
 def _skipped(state: TrainState) -> TrainState:
