@@ -45,11 +45,11 @@ setuptools.setup(
     # The formatter's style differs between minor versions, so its version is bounded.
     "dev": ["build>=1.2", "mypy>=1.18", "pre-commit>=4.0", "ruff>=0.17,<0.18"],
     "docs": ["furo>=2025.12", "myst-parser>=5.0", "sphinx>=9.0"],
-    "eval": ["lm_eval>=0.4.13"],
+    "eval": ["lm_eval>=0.4.13", "scikit-learn>=1.5", "scipy>=1.13"],
     "gcs": ["etils[epath-gcs]>=1.13"],
     "gpu": ["jax[cuda12]"],
     "int8": ["qwix>=0.1.8"],
-    # safetensors and scipy are references for comparison.
+    # safetensors, scikit-learn and scipy are references for comparison.
     "test": [
       *_NOTEBOOKS,
       "hypothesis>=6.100",
@@ -58,6 +58,7 @@ setuptools.setup(
       "pyyaml>=6.0",
       "qwix>=0.1.8",
       "safetensors>=0.5",
+      "scikit-learn>=1.5",
       "scipy>=1.13",
       "zstandard>=0.22",
     ],

@@ -1,8 +1,12 @@
-"""Measures a model: zero-shot tasks, perplexity of texts, EleutherAI's harness.
+"""Measures a model: zero-shot tasks, perplexity of texts, EleutherAI's harness, GLUE.
 
     python -m tokenformer_jax.cli.evaluate --workdir=runs/novels --tasks=blimp,hellaswag --data=FOLDER
     python -m tokenformer_jax.cli.evaluate --pretrained=pytorch_model.bin --tokenizer=20B_tokenizer.json \\
         --perplexity=text:book.txt --stride=512 --output=scores.json
+    python -m tokenformer_jax.cli.evaluate --workdir=runs/glue --tasks=cola,rte --data=FOLDER
+
+The last form measures classifiers of texts: the run runs/glue, or one run for each task, runs/glue/cola and so on. The
+mean of GLUE's nine numbers stands below them where all are there.
 
 Probabilities are normalised over the tokenizer's own ids, without those that pad the vocabulary; the released
 evaluation code includes them (docs/released_models.md). --output is written anew after each task and text. A model that
@@ -37,26 +41,31 @@ process_flags.define()
 def main(argv):
   del argv
   from tokenformer_jax.evaluation.evaluate import evaluate, open_model
+  from tokenformer_jax.evaluation.glue import glue_score, runs_of_tasks
   from tokenformer_jax.evaluation.report import Report
   from tokenformer_jax.inference.int8 import int8_tokens
 
   first = process_flags.start()
   with Report(_OUTPUT.value if first else None, show=first) as report:
-    source = _WORKDIR.value, _STEP.value, _PRETRAINED.value, _TOKENIZER.value
-    model, tokenizer = open_model(*source, mesh=mesh_flags.mesh())
-    evaluate(
-      int8_tokens(model) if _INT8.value else model,
-      tokenizer,
-      tasks=_TASKS.value,
-      texts=_PERPLEXITY.value,
-      data_folder=_DATA.value,
-      limit=_LIMIT.value,
-      stride=_STRIDE.value,
-      bad_text=_BAD_TEXT.value,
-      harness=_HARNESS.value,
-      task_files=_TASK_FILES.value,
-      on_result=report.add,
-    )
+    mesh = mesh_flags.mesh()
+    for workdir, tasks in runs_of_tasks(_WORKDIR.value, _TASKS.value):
+      source = workdir, _STEP.value, _PRETRAINED.value, _TOKENIZER.value
+      model, tokenizer = open_model(*source, mesh=mesh)
+      evaluate(
+        int8_tokens(model) if _INT8.value else model,
+        tokenizer,
+        tasks=tasks,
+        texts=_PERPLEXITY.value,
+        data_folder=_DATA.value,
+        limit=_LIMIT.value,
+        stride=_STRIDE.value,
+        bad_text=_BAD_TEXT.value,
+        harness=_HARNESS.value,
+        task_files=_TASK_FILES.value,
+        on_result=report.add,
+      )
+    if (score := glue_score(report.results)) is not None:
+      report.add("glue", {"mean": score})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tokenformer_jax.config.validation import Checked, require, require_choice
 
 MOMENT_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lion", "muon")
-SCHEDULES = ("warmup_stable_decay", "warmup_cosine")
+SCHEDULES = ("warmup_stable_decay", "warmup_cosine", "budget_triangle")
 GROWTH_METHODS = ("auto", "exact", "live", "released", "duplicate")
 TAU_RULES = ("kept", "recomputed", "moved", "learned")
 
@@ -21,7 +21,9 @@ class OptimizerConfig(Checked):
     schedule: `warmup_stable_decay` rises linearly, stays constant, and falls linearly to `min_learning_rate` over the
       last `decay_steps` updates. Use it for runs that grow, because it has neither a restart nor an early decay.
       `warmup_cosine` rises linearly and falls along a cosine from there to the last update.
-      Of both, the first update has the rate learning_rate / warmup_steps, the update number `warmup_steps` has the
+      `budget_triangle` rises linearly from a quarter of the rate to all of it at three quarters of the run, and falls
+      linearly to `min_learning_rate` (arXiv 2212.14034 falls to 0); it reads neither `warmup_steps` nor `decay_steps`.
+      Of the first two, the first update has the rate learning_rate / warmup_steps, the update number `warmup_steps` has the
       full rate, and the last update of a run that decays has exactly `min_learning_rate`.
     learning_rate, min_learning_rate: the largest and the last rate.
     warmup_steps, decay_steps: lengths in updates; together at most `training.num_steps`. `warmup_cosine` does not read

@@ -51,9 +51,11 @@ class ClassBatch(NamedTuple):
       or float32 [B], the numbers that a regression is to give.
     segments: int32 [B, T], 1 for the tokens of a text and 0 for padding; None for images, and where nothing is padded.
     weights: float32 [B], 0 for rows that only fill the last batch; None means 1 everywhere.
+    types: int32 [B, T], 1 for the tokens of the second text of a pair and its separator, and 0 elsewhere; None for images.
   """
 
   inputs: np.ndarray
   labels: np.ndarray
   segments: np.ndarray | None = None
   weights: np.ndarray | None = None
+  types: np.ndarray | None = None

@@ -1,4 +1,4 @@
-"""Text from catalogues of data sets: tensorflow-datasets (read without TensorFlow) and Hugging Face datasets."""
+"""Catalogues of data sets, and their texts: tensorflow-datasets (read without TensorFlow) and Hugging Face datasets."""
 
 import os
 import re
@@ -26,20 +26,9 @@ def tfds_documents(rest: str) -> DocumentSource:
   spec = f"tfds:{rest}"
   name, split, feature = _groups(r"([^@#]*)(?:@([^#]*))?(?:#(.*))?", rest)
   split = split or "train"
-  try:
-    import tensorflow_datasets as tfds
-  except ImportError as error:
-    raise ValueError(
-      f"source {spec}: {first_line(error)}; pip install tensorflow-datasets importlib_resources."
-    ) from None
-  builder = _tfds_builder(tfds, name, spec)
+  tfds, builder = tfds_builder(name, spec)
   feature = _text_feature(tfds, builder.info.features, feature, spec)
-  try:
-    records = builder.as_data_source(split)
-  except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
-    raise ValueError(
-      f"source {spec}: split {split!r} cannot be read ({first_line(error)}); it has {', '.join(builder.info.splits)}."
-    ) from None
+  records = tfds_records(builder, split, spec)
 
   def read(bad: BadText) -> Iterator[Document]:
     for index in range(len(records)):
@@ -51,8 +40,32 @@ def tfds_documents(rest: str) -> DocumentSource:
   return DocumentSource(spec, read)
 
 
-def _tfds_builder(tfds: Any, name: str, spec: str) -> Any:
-  """The builder of a data set whose files exist, if need be after downloading it."""
+def tfds_records(builder: Any, split: str, spec: str, decoders: Any = None) -> Any:
+  """The records of a split with random access; ValueError if there is no such split, or its files do not allow it."""
+  try:
+    return builder.as_data_source(split, decoders=decoders)
+  except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
+    raise ValueError(
+      f"source {spec}: split {split!r} cannot be read ({first_line(error)}); it has {', '.join(builder.info.splits)}."
+    ) from None
+
+
+def tfds_builder(name: str, spec: str) -> tuple[Any, Any]:
+  """(tensorflow-datasets, the builder of a data set whose files exist, if need be after downloading it).
+
+  Raises:
+    ValueError: the package or the data set is missing, or the data set cannot be made.
+  """
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise ValueError(
+      f"source {spec}: {first_line(error)}; pip install tensorflow-datasets importlib_resources."
+    ) from None
+  return tfds, _builder(tfds, name, spec)
+
+
+def _builder(tfds: Any, name: str, spec: str) -> Any:
   data_dir = user_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
   try:
     builder = tfds.builder(name, data_dir=data_dir)

@@ -9,6 +9,7 @@ from tokenformer_jax.config import Config
 from tokenformer_jax.data.batches import Batch, ClassBatch, MaskedBatch
 from tokenformer_jax.data.dataset import open_data
 from tokenformer_jax.data.loader import BatchIterator
+from tokenformer_jax.data.text_classes import TextClasses
 from tokenformer_jax.data.tokenizer import Tokenizer
 
 
@@ -54,7 +55,8 @@ def open_run_data(config: Config, *, process_index: int = 0, process_count: int 
     return open_data(config.data, seq_length=model.seq_length, masks=model.task == "masked_token", **share)
   if model.reads_images:
     raise ValueError("model.vision: there is no source of images yet; train the model with a loop of your own.")
-  raise ValueError("model.task='classify': there is no source of texts with classes yet.")
+  classes = model.classifier.num_classes
+  return TextClasses(config.data, seq_length=model.seq_length, num_classes=classes, **share)
 
 
 def empty_batch(config: Config) -> NamedTuple:
@@ -70,7 +72,7 @@ def empty_batch(config: Config) -> NamedTuple:
       return ClassBatch(zeros(size, size, model.vision.channels, dtype=np.float32), zeros())
     is_regression = model.classifier.num_classes == 1
     labels = zeros(dtype=np.float32 if is_regression else np.int32)
-    return ClassBatch(zeros(length), labels, zeros(length), zeros(dtype=np.float32))
+    return ClassBatch(zeros(length), labels, zeros(length), zeros(dtype=np.float32), zeros(length))
   documents = config.data.packing == "documents"
   positions, segments = (zeros(length), zeros(length)) if documents else (None, None)
   if model.task == "masked_token":

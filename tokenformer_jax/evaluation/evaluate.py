@@ -10,8 +10,10 @@ from tokenformer_jax import data
 from tokenformer_jax.config.data import BAD_TEXTS
 from tokenformer_jax.config.validation import require, require_choice
 from tokenformer_jax.data.corpus import Corpus
+from tokenformer_jax.data.glue import GlueSplit
 from tokenformer_jax.data.sources import open_corpus
 from tokenformer_jax.data.spec import parse_sources
+from tokenformer_jax.evaluation.glue import glue_splits, measure_glue
 from tokenformer_jax.evaluation.multiple_choice import answer
 from tokenformer_jax.evaluation.perplexity import check_stride, perplexity
 from tokenformer_jax.evaluation.report import Metrics, Results
@@ -19,6 +21,7 @@ from tokenformer_jax.evaluation.tasks import read_task
 from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.masked_language_model import TextClassifier
 from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.checkpoints import load, load_tokenizer
 
@@ -29,7 +32,7 @@ def open_model(
   pretrained: str | None,
   tokenizer: str | None,
   mesh: jax.sharding.Mesh | None = None,
-) -> tuple[LanguageModel, data.Tokenizer]:
+) -> tuple[LanguageModel | TextClassifier, data.Tokenizer]:
   """Opens the model and tokenizer of a run, or of a weight file and a tokenizer.
 
   Args:
@@ -66,7 +69,7 @@ def open_model(
 
 
 def evaluate(
-  model: LanguageModel,
+  model: LanguageModel | TextClassifier,
   tokenizer: data.Tokenizer,
   *,
   tasks: str | Sequence[str] = (),
@@ -80,7 +83,7 @@ def evaluate(
   progress: bool = True,
   on_result: Callable[[str, Metrics], None] | None = None,
 ) -> Results:
-  """Measures a model on zero-shot tasks and on texts.
+  """Measures a language model on zero-shot tasks and on texts, or a classifier of texts on the task that it knows.
 
       model, tokenizer = tf.load("runs/novels"), tf.load_tokenizer("runs/novels")
       results = tf.evaluate(model, tokenizer, tasks=["piqa", "blimp"], texts="text:book.txt", data_folder="DATA")
@@ -89,10 +92,10 @@ def evaluate(
   All tasks and texts are read and checked before the model is run.
 
   Args:
-    model: the model, with float or int8 parameters.
+    model: the model, with float or int8 parameters; or a classifier of texts.
     tokenizer: the model's tokenizer.
     tasks: one or more of `evaluation.tasks.TASKS` (lambada_openai, hellaswag, piqa, arc_easy, arc_challenge,
-      winogrande, blimp); with `harness`, names that lm_eval knows or paths of its task files.
+      winogrande, blimp); of a classifier, tasks of GLUE (`evaluation.glue.METRICS`: cola, sst2, mrpc, …); with `harness`, names that lm_eval knows or paths of its task files.
     texts: one or more source specs of texts whose perplexity is measured, such as `text:GLOB`, `jsonl:GLOB#FIELD` or
       `tokens:PATH`.
     data_folder: the folder with the tasks' files, local or a URI. By default it is the one that the environment
@@ -115,9 +118,11 @@ def evaluate(
     ValueError: another kind of model, nothing to measure, an argument without effect or out of range, an unknown task or source, text or a
       row of a task that cannot be read, or a model whose parameters or logits are NaN or infinite.
   """
-  if not isinstance(model, LanguageModel):
-    raise ValueError(f"model is a {type(model).__name__}: expected a LanguageModel, which scores whole texts.")
   tasks, texts = ([given] if isinstance(given, str) else list(given) for given in (tasks, texts))
+  if not isinstance(model, (LanguageModel, TextClassifier)):
+    raise ValueError(
+      f"model is a {type(model).__name__}: expected a LanguageModel, which scores whole texts, or a TextClassifier."
+    )
   require(bool(tasks or texts), "tasks", tasks, "there is nothing to measure; name tasks, texts or both.")
   require(limit is None or (type(limit) is int and limit >= 1), "limit", limit, "must be a positive whole number.")
   require_choice("bad_text", bad_text, BAD_TEXTS)
@@ -131,6 +136,12 @@ def evaluate(
   )
   require(stride is None or bool(texts), "stride", stride, "belongs to the perplexity of texts; name some.")
   check_stride(stride, model.config.seq_length)
+  folder = os.environ.get("TOKENFORMER_DATA") or "." if data_folder is None else data_folder
+  if isinstance(model, TextClassifier):
+    for name, value in dict(texts=texts, harness=harness).items():
+      require(not value, name, value, "model is a TextClassifier, which is measured on tasks of GLUE; leave it out.")
+    splits = glue_splits(tasks, folder, limit)
+    return _measured([functools.partial(_glue, model, tokenizer, task, splits[task]) for task in splits], on_result)
 
   corpora = _corpora(texts, tokenizer, bad_text)
   measurements: list[Callable[[], Results]] = []
@@ -138,7 +149,6 @@ def evaluate(
     runs = _harness()(model, tokenizer, tasks, limit=limit, task_files=task_files, progress=progress)
     measurements += [functools.partial(next, runs)] * len(dict.fromkeys(tasks))
   else:
-    folder = os.environ.get("TOKENFORMER_DATA") or "." if data_folder is None else data_folder
     questions = {task: read_task(task, folder, limit) for task in tasks}
 
     def run_task(task: str) -> Results:
@@ -152,6 +162,13 @@ def evaluate(
 
   measurements += [functools.partial(run_text, name) for name in corpora]
 
+  return _measured(measurements, on_result)
+
+
+def _measured(
+  measurements: Sequence[Callable[[], Results]], on_result: Callable[[str, Metrics], None] | None
+) -> Results:
+  """The results of all measurements, each of which is told to `on_result` when it is there."""
   results: Results = {}
   for measure in measurements:
     measured = measure()
@@ -160,6 +177,10 @@ def evaluate(
       for name, metrics in measured.items():
         on_result(name, metrics)
   return results
+
+
+def _glue(model: TextClassifier, tokenizer, task: str, splits: dict[str, GlueSplit]) -> Results:
+  return {task: measure_glue(model, tokenizer, splits)}
 
 
 def _corpora(texts: Sequence[str], tokenizer, bad_text: str) -> dict[str, Corpus]:

@@ -138,11 +138,16 @@ def check_position(record: dict[str, Any], updates: int, step: int, workdir: str
 
 
 def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> None:
-  """Raises ValueError unless weights of `model`, read from `source`, fit a run of `config`."""
+  """Raises ValueError unless weights of `model`, read from `source`, fit a run of `config`.
+
+  A classifier may have another head than the model that its other weights come from.
+  """
   # The learned embeddings of positions are weights, one for each.
   free = {*_FREE_MODEL_FIELDS, "compute_dtype", "seq_length"}
   if model.attention.positions == "learned":
     free.remove("seq_length")
+  if config.task == "classify":
+    free |= {"task", "tied", "transform", "classifier.num_classes", "classifier.pooler_size", "vision.num_classes"}
   had = flattened(model)
   differing = {
     field: (had[field], want) for field, want in flattened(config).items() if field not in free and had[field] != want

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a linear warm-up, then a constant rate with a linear decay at the end, or a cosine."""
+"""Learning-rate schedules: a linear warm-up, then a constant rate with a linear decay or a cosine; and a triangle."""
 
 import jax.numpy as jnp
 import optax
@@ -27,6 +27,14 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
   check_schedule(config, num_steps)
   peak, floor, warmup = config.learning_rate, config.min_learning_rate, max(config.warmup_steps, 1)
   rise = optax.linear_schedule(0.0, peak, warmup)
+  if config.schedule == "budget_triangle":
+
+    def triangle(count):
+      done = (count + 1) / num_steps
+      rate = peak * jnp.minimum(0.25 + 0.75 * done / 0.75, (1.0 - done) / 0.25)
+      return jnp.maximum(rate, floor)
+
+    return triangle
   if config.schedule == "warmup_cosine":
     cosine = optax.cosine_decay_schedule(peak - floor, num_steps - warmup)
     by_number = optax.join_schedules([rise, lambda count: jnp.maximum(floor + cosine(count), floor)], [warmup])
@@ -45,6 +53,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 def check_schedule(config: OptimizerConfig, num_steps: int) -> None:
   """Raises ValueError unless some update of a run of `num_steps` updates has the full rate before the decay begins."""
+  if config.schedule == "budget_triangle":
+    return
   decay = 1 if config.schedule == "warmup_cosine" else config.decay_steps
   needed = max(config.warmup_steps, 1) + decay
   if needed > num_steps:
