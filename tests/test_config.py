@@ -157,6 +157,11 @@ def test_model_refusals(changes, message):
     (lambda: DataConfig(bad_text="ignore"), "bad_text='ignore': choose one of error, replace, skip"),
     (lambda: DataConfig(batch_size=0), "batch_size=0: must be at least 1"),
     (lambda: DataConfig(seed=-1), "seed=-1: must not be negative"),
+    (lambda: DataConfig(mask_rate=1.0), "mask_rate=1.0: must be between 0 and 1"),
+    (
+      lambda: Config(model=ModelConfig.named("tiny"), data=DataConfig(mask_rate=0.5)),
+      "data.mask_rate=0.5: model.task='next_token' does not use it; leave it at 0.25",
+    ),
     (lambda: OptimizerConfig(schedule="cosine"), "schedule='cosine': .* Did you mean 'warmup_cosine'?"),
     (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate=0.0: must be positive"),
     (lambda: OptimizerConfig(learning_rate=float("nan")), "learning_rate=nan: must be a finite number"),

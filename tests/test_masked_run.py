@@ -6,12 +6,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests import small_run
 from tokenformer_jax import data
 from tokenformer_jax.config.task import ClassifierConfig
 from tokenformer_jax.data.masking import Masking, mask_id
 from tokenformer_jax.data.tokenizer import ByteTokenizer
+from tokenformer_jax.evaluation.evaluate import evaluate
+from tokenformer_jax.evaluation.glue import METRICS, glue_metrics, glue_score
+from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.checkpoints import Checkpoints, load
 from tokenformer_jax.training.loop import train
 from tokenformer_jax.training.objective import measures, objective_of, summed
@@ -40,30 +44,90 @@ def measured(workdir):
   return [{k: v for k, v in row.items() if k not in ("train/tokens_per_second", "train/utilisation")} for row in rows]
 
 
-def test_a_run_grows_and_after_a_kill_gives_what_it_gave_before(text, tmp_path):
-  loss = train(config(text), str(tmp_path / "run"))
-  rows = measured(tmp_path / "run")
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+  """The work folder of a whole run, and what `train` returned."""
+  workdir = tmp_path_factory.mktemp("runs") / "masked"
+  return workdir, train(config(text), str(workdir))
+
+
+@pytest.mark.slow
+def test_a_run_grows_and_after_a_kill_gives_what_it_gave_before(run, text, tmp_path):
+  folder, loss = run
+  rows = measured(folder)
   (seam,) = [row for row in rows if "growth/parameters" in row]
   assert abs(seam["growth/loss_before"] - seam["growth/loss_after"]) <= 1e-5
   assert [row["held_out/loss"] for row in rows if "held_out/loss" in row][-1] == loss
   assert not any("held_out/perplexity" in row for row in rows)
   # The loss is that of the masked tokens of the held-out text, whose masks are the same each time.
-  model, opened = load(str(tmp_path / "run")), data.open_run_data(config(text))
-  (batches,) = opened.named_held_out_batches(2).values()
+  graphdef, *leaves = split(load(str(folder)))
+  scores_of = jax.jit(lambda leaves, ids: jax.nn.log_softmax(nnx.merge(graphdef, *leaves)(ids)))
+  (batches,) = data.open_run_data(config(text)).named_held_out_batches(2).values()
   nats, hidden_ids = [], 0
   for batch in batches:
-    scores = np.asarray(jax.nn.log_softmax(model(batch.inputs)), np.float64)
+    scores = np.asarray(scores_of(leaves, batch.inputs), np.float64)
     of_places = np.take_along_axis(scores, batch.places[..., None].astype(int), axis=1)
     nats.append(-np.take_along_axis(of_places, batch.labels[..., None], axis=2))
     hidden_ids += np.sum(np.take_along_axis(batch.inputs, batch.places, axis=1) == 255)
   np.testing.assert_allclose(np.mean(nats), loss, rtol=1e-5)
   assert nats[0].shape == (8, 4, 1) and hidden_ids == 2 * 8 * 3
 
-  # A run that lost its newest checkpoints repeats what came after them.
+  # A run that lost its newest checkpoint repeats what came after the one before.
+  shutil.copytree(folder, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
   assert Checkpoints(str(tmp_path / "run")).latest_step() == STEPS - 1 > GROWTH_STEP
   assert train(config(text), str(tmp_path / "run")) == loss
   assert measured(tmp_path / "run") == rows
+
+
+@pytest.mark.slow
+def test_a_pretrained_encoder_is_fine_tuned_with_a_fresh_head(run, tmp_path, capfd):
+  folder, _ = run
+  glue = tmp_path / "glue" / "RTE"
+  glue.mkdir(parents=True)
+  lines = "".join(f"{i}\tit is {i}\tso\t{'not_' * (i % 3 > 0)}entailment\n" for i in range(11))
+  for name in ("train", "dev"):
+    (glue / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + lines)
+  model = dataclasses.replace(small_run.GROWN, task="classify", classifier=ClassifierConfig(num_classes=2))
+  tuned = dataclasses.replace(small_run.config(num_steps=1, log_every=1), model=model, init_from=str(folder))
+  tuned = small_run.replace(
+    tuned, data=dict(source=f"glue:{glue}"), optimizer=dict(learning_rate=1e-9, min_learning_rate=0.0)
+  )
+  loss = train(tuned, str(tmp_path / "rte"))
+  said = capfd.readouterr().out
+  assert (
+    f"init_from={folder}: " in said and "fresh ones: classes/bias, classes/weight, pooler/bias, pooler/weig" in said
+  )
+  before, after = (load(str(path)) for path in (folder, tmp_path / "rte"))
+  # The rate is so small that the weights are still those of the encoder.
+  small_run.assert_close(after.blocks.ffn.keys[...], before.blocks.ffn.keys[...], 1e-6)
+  small_run.assert_close(after.embedding[...], before.embedding[...], 1e-6)
+  rows = read_metrics(str(tmp_path / "rte"))
+  # Evaluation in the run and on its own see the same eleven examples.
+  found = evaluate(after, data.open_tokenizer("bytes"), tasks="rte", data_folder=tmp_path, progress=False)
+  assert found["rte"] == {"acc": rows[-1]["held_out/accuracy"], "examples": 11} and rows[-1]["held_out/loss"] == loss
+  with pytest.raises(ValueError, match="classifier.num_classes=2: stsb needs 1; give a run of that task"):
+    (tmp_path / "glue" / "STS-B").mkdir()
+    (tmp_path / "glue" / "STS-B" / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t1.0\n")
+    evaluate(after, data.open_tokenizer("bytes"), tasks="stsb", data_folder=tmp_path)
+
+
+def test_metrics_of_glue_and_their_mean():
+  """Against formulas written out: F1 = 2 TP / (2 TP + FP + FN), and Matthews' coefficient of the same table."""
+  labels, classes = np.array([1, 1, 0, 0, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1, 0, 0, 1])
+  outputs = np.eye(2)[classes]
+  tp, tn, fp, fn = 3, 3, 1, 1
+  assert glue_metrics("mrpc", outputs, labels) == pytest.approx({"f1": 2 * tp / (2 * tp + fp + fn), "acc": 6 / 8})
+  mcc = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+  assert glue_metrics("cola", outputs, labels) == pytest.approx({"mcc": mcc})
+  numbers, scores = np.array([[0.1], [0.5], [3.0], [2.0]]), np.array([0.0, 1.0, 5.0, 2.0])
+  expected = np.corrcoef(numbers[:, 0], scores)[0, 1]
+  assert glue_metrics("stsb", numbers, scores) == pytest.approx({"pearson": expected, "spearman": 1.0})
+  assert glue_metrics("stsb", np.ones((4, 1)), scores) == {"pearson": 0.0, "spearman": 0.0}
+  results = {task: {METRICS[task][0]: 0.5} for task in METRICS if task != "wnli"}
+  assert glue_score(results) is None
+  results["mnli"]["acc_mismatched"] = 0.95
+  assert glue_score(results) == pytest.approx((8 * 0.5 + 0.95) / 9)
 
 
 def test_masks_have_exact_shares_and_depend_on_seed_and_sample_alone():

@@ -71,6 +71,15 @@ def test_warmup_cosine(warmup):
   assert rates[0] > 0 and rates[STEPS - 1] == np.float32(FLOOR)
 
 
+def test_budget_triangle():
+  """A quarter of the peak at the beginning of the run, all of it at three quarters, and the floor at the end."""
+  rates = learning_rate_schedule(OptimizerConfig("budget_triangle", PEAK, FLOOR), 40)(np.arange(40))
+  number = np.arange(1, 41)
+  expected = np.interp(number, [0, 30, 40], [PEAK / 4, PEAK, 0.0])
+  np.testing.assert_allclose(rates, np.maximum(expected, FLOOR), rtol=1e-5)
+  assert rates[29] == np.float32(PEAK) and rates[39] == np.float32(FLOOR)
+
+
 @pytest.mark.parametrize("warmup, decay", [(0, 0), (7, 0), (7, 20), (0, 49), (30, 20)])
 def test_warmup_stable_decay(warmup, decay):
   config = OptimizerConfig("warmup_stable_decay", PEAK, FLOOR, warmup_steps=warmup, decay_steps=decay)
