@@ -42,7 +42,17 @@ RUN = small_run.replace(small_run.config(), optimizer=dict(name="muon"))
 PROMPT = 5  # Tokens that are read at once; the others are read after them.
 
 # These presets have all parts of the others among them.
-USUAL = ("tokenformer", "transformer", "gpt2", "gpt-neox", "v-skipinit-eq4", "sas-eq6", "sas-p", "sas-no-norm")
+USUAL = (
+  "tokenformer",
+  "tokenformer-groups",
+  "transformer",
+  "gpt2",
+  "gpt-neox",
+  "v-skipinit-eq4",
+  "sas-eq6",
+  "sas-p",
+  "sas-no-norm",
+)
 QUICK = ("tokenformer", "sas-p")
 RESIDUALS = {
   "sequential": {},
@@ -53,17 +63,18 @@ RESIDUALS = {
 }
 
 
+# Blocks that only some of the tokens go through, or with a router in the place of the feed-forward.
+MIXTURES = ("tokenformer-groups", "mixtral", "mod", "mode-integrated")
+
+
 def small(preset: str, projection: str = "", **changes) -> ModelConfig:
-  config = ModelConfig.named("tiny", preset, projection, **SMALL, **changes)
-  has_tokens = [count for count in ("qkv_tokens", "proj_tokens") if getattr(config, count)]
-  return config.grown(ffn_tokens=8, **dict.fromkeys(has_tokens, 8))
+  config = ModelConfig.named("tiny", preset, projection, **SMALL, ffn_tokens=8, **changes)
+  return config.grown(**dict.fromkeys([count for count in ("qkv_tokens", "proj_tokens") if getattr(config, count)], 8))
 
 
 def combinations():
   for preset, projection in itertools.product(LANGUAGE_MODELS, ("", *PROJECTIONS)):
-    own = ModelConfig.named("tiny", preset)
-    is_routed = own.ffn.experts > 1 or own.depth.capacity < 1  # They have tests of their own.
-    if not is_routed and projection != own.attention.projection:
+    if projection != ModelConfig.named("tiny", preset).attention.projection:
       usual = () if preset in QUICK else pytest.mark.slow
       marks = usual if preset in USUAL and not projection else pytest.mark.every_combination
       make = functools.partial(small, preset, projection)
@@ -78,6 +89,9 @@ def combinations():
     yield pytest.param(
       make, id=f"{residual}-{projection}-{shaped}-{norm}-{positions}", marks=pytest.mark.every_combination
     )
+  for residual, preset, projection in itertools.product(RESIDUALS, MIXTURES, PROJECTIONS):
+    make = functools.partial(small, preset, projection, residual=RESIDUALS[residual])
+    yield pytest.param(make, id=f"{residual}-{preset}-{projection}", marks=pytest.mark.every_combination)
 
 
 @pytest.mark.parametrize("make", list(combinations()))
@@ -108,7 +122,8 @@ def test_a_combination_is_right_or_refused(make, tmp_path, caplog, request):
   check_loading(tmp_path / "run", config, result["state"])
   assert [record.getMessage() for record in caplog.records] == []
 
-  layers = [num_lines_lowered(dataclasses.replace(config, num_layers=number)) for number in (3, 6)]
+  numbers = (4, 6) if len(config.pattern) == 2 else (3, 6)
+  layers = [num_lines_lowered(dataclasses.replace(config, num_layers=number)) for number in numbers]
   assert layers[0] == layers[1]
 
 
@@ -146,8 +161,9 @@ def everything(config, graphdef, axes, params, tau):
   decoding, inputs = model.for_decoding(), batch.inputs
   read, cache = decoding.prefill(inputs[:, :PROMPT], jnp.zeros(len(inputs), jnp.int32), config.seq_length)
   extended, _ = decoding.extend(inputs[:, PROMPT:], cache)
-  # Copies of rows are no random numbers, which would take as long to compile as all the rest.
-  bigger, _ = tf.grow(model, ffn_tokens=2 * config.ffn_tokens, method="duplicate")
+  # Copies of rows are no random numbers, which would take as long to compile as all the rest. Groups are not copied.
+  method = "exact" if config.ffn.group_tokens else "duplicate"
+  bigger, _ = tf.grow(model, ffn_tokens=2 * config.ffn_tokens, method=method)
   return dict(
     state=state,
     losses=metrics["loss"],

@@ -54,9 +54,11 @@ def test_a_model_of_ones_own_grows_without_changing_and_learns_on(capsys):
 
 
 def test_an_architecture_of_ones_own_is_made_and_grows():
-  presets, own = blocks("python", "docs/architectures.md")
+  presets, routers, own = blocks("python", "docs/architectures.md")
   names = {}
   exec(presets, names)
+  exec(routers, names)
+  assert names["bigger"].config.ffn == names["routed"].config.ffn and names["routed"].config.ffn.chosen == 4
   assert names["config"].attention.num_kv_heads == 2
   exec(own, names)
   assert names["logits"].shape == (1, 16, 384) and names["bigger"].config.ffn_tokens == 512

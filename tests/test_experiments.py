@@ -27,10 +27,11 @@ def test_chains_grow_through_the_published_sizes(chain):
 def test_architectures_are_compared_at_equal_parameters(monkeypatch):
   monkeypatch.setenv("TOKENFORMER_DATA", "data")
   experiment = importlib.import_module("experiments.architectures")
-  for name in ("tokenformer", "transformer", "gpt2", "sas-p", "sas-p/pattention"):
+  for name in ("tokenformer", "transformer", "gpt2", "sas-p", "sas-p/pattention", "tokenformer-groups"):
     config = Config.from_dict(experiment.get_config(name))
     assert abs(config.model.num_non_embedding_parameters / 589_824 - 1) < 0.01, name
-    assert experiment.steps_at_equal_flops(name) == experiment.NUM_STEPS
+    same_flops = experiment.steps_at_equal_flops(name) == experiment.NUM_STEPS
+    assert same_flops == (name != "tokenformer-groups"), name
   with pytest.raises(ValueError, match="model preset 'sass' is unknown: .* Did you mean 'sas'"):
     experiment.get_config("sass")
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from tokenformer_jax.config.parts import NORMS, AttentionConfig, DepthConfig, FeedForwardConfig, ResidualConfig
-from tokenformer_jax.config.presets import PARTS, PRESETS
+from tokenformer_jax.config.presets import GROUPS, PARTS, PRESETS
 from tokenformer_jax.config.sizes import NAMED_SIZES
 from tokenformer_jax.config.task import ClassifierConfig, VisionConfig, check_task
 from tokenformer_jax.config.validation import Checked, build, nearest, require, require_choice
@@ -96,6 +96,7 @@ class ModelConfig(Checked):
       "lack, and there must be others; choose at least 2.",
     )
     self._check_attention_tokens()
+    self.ffn.check_rows(self.ffn_tokens)
     self._check_depth()
     require(
       self.hidden_size % self.num_heads == 0,
@@ -131,6 +132,12 @@ class ModelConfig(Checked):
       "kernel",
       self.kernel,
       f"theta={self.theta!r} has none; choose reference.",
+    )
+    require(
+      self.kernel != "fused" or not self.ffn.group_tokens,
+      "kernel",
+      self.kernel,
+      f"ffn.group_tokens={self.ffn.group_tokens} has none; choose reference.",
     )
     self._check_unused()
 
@@ -246,7 +253,8 @@ class ModelConfig(Checked):
         ModelConfig.named("small", "sas-p", projection="pattention")
 
     Every preset has about as many parameters in its feed-forwards as TokenFormer of that size: a gated one gets two
-    thirds of the rows, for it has three matrices. Of experts, those that a token goes through have as many together.
+    thirds of the rows, for it has three matrices. Of experts, those that a token goes through have as many together, and
+    so have the groups of parameter tokens that it attends to; `presets.GROUPS` has the numbers of groups.
 
     Args:
       name: one of `NAMED_SIZES`.
@@ -278,9 +286,13 @@ class ModelConfig(Checked):
         fields["ffn"] = mixture | dict(kind="pattention")
       elif fields["ffn"].get("kind", "pattention") == "pattention":
         fields["ffn"] |= dict(kind="mlp")
+    layers, hidden, heads, attention_tokens, ffn_tokens, seq_length = NAMED_SIZES[name]
+    if preset in GROUPS and fields["ffn"].get("kind", "pattention") == "pattention":
+      groups, chosen = GROUPS[preset]
+      rows = fields.setdefault("ffn_tokens", ffn_tokens * groups // chosen)
+      fields["ffn"] = dict(group_tokens=max(rows // groups, 1), chosen=chosen) | fields["ffn"]
     for part in PARTS:
       fields[part] = build(_PART_CLASSES[part], fields[part], f"model.{part}")
-    layers, hidden, heads, attention_tokens, ffn_tokens, seq_length = NAMED_SIZES[name]
     is_dense, has_proj = fields["attention"].projection == "dense", fields["attention"].values != "identity"
     size = dict(
       vocab_size=50304,
@@ -289,7 +301,8 @@ class ModelConfig(Checked):
       num_heads=heads,
       qkv_tokens=0 if is_dense else attention_tokens,
       proj_tokens=0 if is_dense or not has_proj else attention_tokens,
-      ffn_tokens=(ffn_tokens * 2 // 3 if fields["ffn"].kind == "gated" else ffn_tokens) // fields["ffn"].chosen,
+      ffn_tokens=(ffn_tokens * 2 // 3 if fields["ffn"].kind == "gated" else ffn_tokens)
+      // (fields["ffn"].chosen if fields["ffn"].experts > 1 else 1),
       seq_length=seq_length,
     )
     if fields["vision"].image_size > 0:

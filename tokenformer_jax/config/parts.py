@@ -81,11 +81,13 @@ class FeedForwardConfig(Checked):
     bias: whether the products of `mlp` and `gated` have biases.
     experts: the number of such networks, each with all of the rows; 1 is a plain feed-forward (`nn/experts.py`).
     no_ops: further entries of the router, which give 0.
-    chosen: how many entries each token goes through.
+    chosen: how many entries, or groups, each token goes through.
+    group_tokens: the number of parameter tokens in a group, of `kind='pattention'`: `ffn_tokens` are then in groups that
+      follow one another, and each token attends to `chosen` of them (`nn/token_groups.py`); 0 is no groups.
     capacity: the most tokens of a sequence that an expert takes in training, in units of the tokens that it would get
       if all entries got as many; 0 is no limit. Evaluation and decoding have none.
     renormalise: whether the chosen ones' weights are divided by their sum.
-    balance: coefficient of the loss that evens out how many tokens the experts get.
+    balance: coefficient of the loss that evens out how many tokens the experts or groups get.
     router_z: coefficient of the router's z-loss.
   """
 
@@ -99,6 +101,12 @@ class FeedForwardConfig(Checked):
   renormalise: bool = True
   balance: float = 0.01
   router_z: float = 0.0
+  group_tokens: int = 0
+
+  @property
+  def has_router(self) -> bool:
+    """Whether a router chooses among experts or groups of parameter tokens."""
+    return self.experts > 1 or self.group_tokens > 0
 
   @property
   def active(self) -> float:
@@ -122,13 +130,17 @@ class FeedForwardConfig(Checked):
       ("capacity", 0),
       ("balance", 0),
       ("router_z", 0),
+      ("group_tokens", 0),
     ):
       require(getattr(self, field) >= least, field, getattr(self, field), f"must be at least {least}.")
+    if self.group_tokens:
+      way_out = f"group_tokens={self.group_tokens}: groups are of parameter tokens; choose 'pattention'."
+      require(self.kind == "pattention", "kind", self.kind, way_out)
+      self._check_defaults(("experts", "no_ops", "capacity", "renormalise"), f"group_tokens={self.group_tokens}")
+      return
     if self.experts == 1:
-      for field in ("no_ops", "chosen", "capacity", "renormalise", "balance", "router_z"):
-        default = type(self).__dataclass_fields__[field].default
-        way_out = f"experts=1 has no router; leave {default!r}, or choose more experts."
-        require(getattr(self, field) == default, field, getattr(self, field), way_out)
+      unused = ("no_ops", "chosen", "capacity", "renormalise", "balance", "router_z")
+      self._check_defaults(unused, "experts=1 has no router", ", or choose more experts")
       return
     entries = self.experts + self.no_ops
     shown = f"experts={self.experts}" + (f" and no_ops={self.no_ops}" if self.no_ops else "")
@@ -140,6 +152,22 @@ class FeedForwardConfig(Checked):
       self.renormalise,
       "with chosen=1 every weight would be 1 and the router would not learn; choose False, or chosen=2.",
     )
+
+  def check_rows(self, rows: int) -> None:
+    """Raises ValueError unless `ffn_tokens` are whole groups, and at least as many as each token attends to."""
+    if not (size := self.group_tokens):
+      return
+    below = max(1, rows // size) * size
+    near = f"{below}" if rows < below else f"{below} or {below + size}"
+    require(rows % size == 0, "ffn_tokens", rows, f"ffn.group_tokens={size}: these are no whole groups; choose {near}.")
+    groups = rows // size
+    why = f"ffn_tokens={rows} are {groups} groups of ffn.group_tokens={size}; choose at most {groups}."
+    require(self.chosen <= groups, "ffn.chosen", self.chosen, why)
+
+  def _check_defaults(self, fields: tuple[str, ...], why: str, instead: str = "") -> None:
+    for field in fields:
+      default = type(self).__dataclass_fields__[field].default
+      require(getattr(self, field) == default, field, getattr(self, field), f"{why}; leave {default!r}{instead}.")
 
 
 @dataclasses.dataclass(frozen=True)

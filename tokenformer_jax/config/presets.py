@@ -58,6 +58,10 @@ PRESETS |= {
   # arXiv 2401.04088
   "mixtral": PRESETS["transformer"] | dict(ffn=dict(kind="gated", activation="silu", experts=8, chosen=2)),
 }
+# TokenFormer's own mixture: its parameter tokens in groups.
+PRESETS |= {"tokenformer-groups": {}}
+# Presets whose feed-forward is in groups: how many there are, and how many of them a token attends to.
+GROUPS = {"tokenformer-groups": (8, 2)}
 _DEPTH = dict(depth=dict(capacity=0.125))
 PRESETS |= {
   # arXiv 2404.02258 over Llama's block: mixture of depths, and its two unions with experts.

@@ -18,6 +18,8 @@ class Config(Checked):
   Attributes:
     model, data, optimizer, growth, training, mesh: the parts of the configuration.
     init_from: a work folder whose weights this run starts from, with a fresh optimizer; "" starts from random weights.
+      With `model.ffn.group_tokens`, weights of a plain TokenFormer get a router; the function stays where `model.ffn.chosen`
+      is the number of all groups.
   """
 
   model: ModelConfig

@@ -28,6 +28,8 @@ RULES: dict[str, tuple[str, ...]] = {
   "heads": ("token",),
   # Every device holds some experts with all of their parameter tokens; see `_without_rivals`.
   "expert": ("token",),
+  # Each token's router compares all groups of parameter tokens; the groups themselves lie on `param_token`.
+  "token_group": (),
   "embed": ("fsdp",),
   # A scan runs one layer after the other. Norms are too small to be worth gathering.
   "layer": (),

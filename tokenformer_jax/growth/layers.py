@@ -11,7 +11,7 @@ from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.config.validation import nearest
-from tokenformer_jax.nn.parameters import Axes, Rows, Tau
+from tokenformer_jax.nn.parameters import Axes, Rows, Tau, row_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,11 @@ class TokenLayer:
   axes: Mapping[str, Axes]
   rows: Mapping[str, Rows]
 
+  @property
+  def group_tokens(self) -> int:
+    """The number of tokens in a group, of which a router chooses some; 0 without a router."""
+    return max((rows.tokens for rows in self.rows.values() if rows.role == "router"), default=0)
+
 
 def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
   """All layers of parameter tokens in an NNX module, by path; the module may be abstract (`nnx.eval_shape`).
@@ -56,7 +61,7 @@ def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
     elementwise = all(v.rows.elementwise for v in parameters.values())
     if path not in thetas and not elementwise:
       raise ValueError(f"{path}: its parameter tokens have no τ beside them; declare one with nn.parameters.Tau.")
-    counts = {name: v.shape[token_axis(v.axes, v.shape)] for name, v in parameters.items()}
+    counts = {name: v.rows.tokens * v.shape[token_axis(v.axes, v.shape)] for name, v in parameters.items()}
     names = {v.rows.count for v in parameters.values()}
     if len(set(counts.values())) != 1 or len(names) != 1:
       raise ValueError(f"{path}: its parameters have {counts} rows under the counts {sorted(names)}; expected one.")
@@ -68,8 +73,11 @@ def token_layers(model: nnx.Module) -> dict[str, TokenLayer]:
 
 
 def token_axis(axes: Axes, shape: tuple[int, ...]) -> int:
-  """Which axis of an array the parameter tokens are; axes in front of the declared ones are those of a stack."""
-  return axes.index("param_token") + len(shape) - len(axes)
+  """Which axis of an array its rows are on; axes in front of the declared ones are those of a stack."""
+  axis = row_axis(axes)
+  if axis is None:
+    raise ValueError(f"axes {axes}: there are no rows of parameter tokens among them.")
+  return axis + len(shape) - len(axes)
 
 
 def layer_of(path: str, layers: Iterable[str]) -> str | None:

@@ -95,9 +95,10 @@ def plan_leaves(
       plan[path] = LeafPlan(path, leaf.shape, leaf.shape, None, NewRows.NONE)
       continue
     axis = 0 if root == "born" else token_axis(layer.axes[name], leaf.shape)
-    if leaf.shape[axis] != layer.num_tokens:
-      raise ValueError(f"{path} {leaf.shape}: axis {axis} should have the model's {layer.num_tokens} tokens.")
-    shape = (*leaf.shape[:axis], counts[layer.path], *leaf.shape[axis + 1 :])
+    old, new = (count // layer.rows[name].tokens for count in (layer.num_tokens, counts[layer.path]))
+    if leaf.shape[axis] != old:
+      raise ValueError(f"{path} {leaf.shape}: axis {axis} should have the model's {old} rows.")
+    shape = (*leaf.shape[:axis], new, *leaf.shape[axis + 1 :])
     plan[path] = LeafPlan(path, leaf.shape, shape, axis, *_new_rows(path, layer, name, counts[layer.path], growth))
   return plan
 
@@ -139,6 +140,9 @@ def _check_counts(layers: Mapping[str, TokenLayer], counts: Mapping[str, int], g
     if new == old:
       continue
     method = method_of(layer, new, growth)
+    if layer.group_tokens:
+      _check_groups(layer, new, method)
+      continue
     if method == "duplicate" and new % old:
       raise ValueError(
         f"{change}: method='duplicate' repeats all rows; choose a whole multiple, "
@@ -161,6 +165,20 @@ def _check_counts(layers: Mapping[str, TokenLayer], counts: Mapping[str, int], g
       )
 
 
+def _check_groups(layer: TokenLayer, new: int, method: str) -> None:
+  """Checks the growth of a layer whose tokens are in groups: any rows keep the function, for no token chooses them yet."""
+  change, size = f"{layer.count}: {layer.num_tokens} -> {new}", layer.group_tokens
+  if new % size:
+    raise ValueError(
+      f"{change}: the new tokens are no whole groups of {size}; choose {new // size * size} or {(new // size + 1) * size}."
+    )
+  why = {"duplicate": "copies of groups would be chosen in the place of others"}.get(method)
+  if method == "live" and layer.theta != "l2_norm_gelu":
+    why = f"theta={layer.theta!r}: it is for l2_norm_gelu alone"
+  if why is not None:
+    raise ValueError(f"{change} in groups of {size}: method={method!r}: {why}; choose method='exact'.")
+
+
 def method_of(layer: TokenLayer, count: int, growth: GrowthConfig) -> str:
   """How a layer grows to `count` tokens: `growth.method`, or what `auto` means for this layer."""
   if growth.method != "auto":
@@ -172,6 +190,10 @@ def method_of(layer: TokenLayer, count: int, growth: GrowthConfig) -> str:
 def _new_rows(path: str, layer: TokenLayer, name: str, count: int, growth: GrowthConfig) -> tuple[NewRows, float]:
   root, rows = path.partition("/")[0], layer.rows[name]
   method, is_key = method_of(layer, count, growth), rows.role == "key"
+  if rows.role == "router" and root == "params":
+    return NewRows.RANDOM, rows.std_of(count)
+  if rows.role in ("router", "prior"):
+    return (NewRows.STEP if root == "born" else NewRows.ZERO), 0.0
   if method == "duplicate":
     # The parts of a value each have the whole value's gradient; the copies of a key share the key's. The lag of the
     # weights' average (`training.weight_average`) is a difference of weights and is divided like them.
@@ -199,7 +221,7 @@ def _tau_then(layer: TokenLayer, new: int, growth: GrowthConfig) -> tuple[NewRow
   """What growth to `new` tokens makes of a layer's τ."""
   assert layer.theta is not None  # Only layers with a Θ have a τ.
   method = method_of(layer, new, growth)
-  if method in ("duplicate", "live"):
+  if method in ("duplicate", "live") or layer.group_tokens:  # Groups are as many of more: see `nn.token_groups`.
     return NewRows.SCALED_TAU, initial_tau(layer.theta, new) / initial_tau(layer.theta, layer.num_tokens)
   if method == "released" or growth.tau == "recomputed":
     return NewRows.NEW_TAU, initial_tau(layer.theta, new)

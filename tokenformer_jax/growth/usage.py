@@ -17,6 +17,7 @@ from tokenformer_jax.nn.experts import Experts
 from tokenformer_jax.nn.feed_forward import MLP
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import recorded_inputs
+from tokenformer_jax.nn.token_groups import TokenGroups
 from tokenformer_jax.parameter_tokens import ParameterTokens, token_weights
 
 
@@ -49,7 +50,7 @@ def token_usage(
       not finite.
   """
   for _, module in nnx.iter_modules(model):
-    if isinstance(module, (Experts, RoutedBlock)):
+    if isinstance(module, (Experts, RoutedBlock, TokenGroups)):
       raise ValueError(
         f"the model has a router ({type(module).__name__}), whose rows see only some of the tokens: their use is not "
         "measured, so it cannot be shrunk; grow a smaller model instead."

@@ -19,9 +19,11 @@ from tokenformer_jax.nn.attention import Attention
 from tokenformer_jax.nn.cache import LayerCache
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.experts import Experts
-from tokenformer_jax.nn.feed_forward import make_feed_forward
+from tokenformer_jax.nn.feed_forward import MLP, make_feed_forward
 from tokenformer_jax.nn.gain import Gain, total
 from tokenformer_jax.nn.norm import Norm
+from tokenformer_jax.nn.pattention import Pattention
+from tokenformer_jax.nn.token_groups import TokenGroups
 
 # What a block says beside its output: scalars by name, such as the statistics of a router.
 Said = dict[str, jax.Array]
@@ -36,11 +38,16 @@ class Block(nnx.Module):
     rngs: parameters are drawn from `rngs.params()`.
   """
 
+  ffn: Pattention | MLP | Experts | TokenGroups
+
   def __init__(self, config: ModelConfig, *, is_first: bool = False, rngs: nnx.Rngs):
     part, size = config.residual, config.hidden_size
     self.parallel = part.parallel
     self.attention = Attention(config, is_first=is_first, rngs=rngs)
-    self.ffn = make_feed_forward(config, rngs=rngs) if config.ffn.experts == 1 else Experts(config, rngs=rngs)
+    if config.ffn.has_router:
+      self.ffn = TokenGroups(config, rngs=rngs) if config.ffn.group_tokens else Experts(config, rngs=rngs)
+    else:
+      self.ffn = make_feed_forward(config, rngs=rngs)
 
     first_kind = "layer_norm" if config.norm == "none" and is_first else config.norm
     norm = Norm(first_kind, size, config.norm_epsilon, rngs=rngs)
@@ -74,11 +81,11 @@ class Block(nnx.Module):
 
   def _feed_forward(self, x: jax.Array, context: Context) -> tuple[jax.Array, Said]:
     norm = self._before(self.norm if self.ffn_norm is None else self.ffn_norm)
-    if isinstance(self.ffn, Experts):
-      experts = self.ffn
-      return context.remat(lambda x: experts(norm(x), context))(x)
-    dense = self.ffn
-    return context.remat(lambda x: dense(norm(x)))(x), {}
+    if isinstance(self.ffn, (Experts, TokenGroups)):
+      routed = self.ffn
+      return context.remat(lambda x: routed(norm(x), context))(x)
+    plain = self.ffn
+    return context.remat(lambda x: plain(norm(x)))(x), {}
 
   def _before(self, norm: Norm) -> Callable[[jax.Array], jax.Array]:
     return _identity if self.norms == "post" else norm

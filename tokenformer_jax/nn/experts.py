@@ -20,13 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import per_device, splits
 from tokenformer_jax.kernels.grouped import Groups, grouped_row_products, grouped_weighted_sums, make_groups
-from tokenformer_jax.kernels.products import sum_dtype
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.feed_forward import ACTIVATIONS
 from tokenformer_jax.nn.initializers import STD, output_std, value_std
 from tokenformer_jax.nn.parameters import Rows, Tau, parameter
 from tokenformer_jax.nn.pattention import record
 from tokenformer_jax.nn.remat import OUTPUT, SCORES
+from tokenformer_jax.nn.router import router_said, router_scores
 from tokenformer_jax.nn.theta import GELUS, THETAS, initial_tau
 
 
@@ -87,8 +87,7 @@ class Experts(nnx.Module):
 
   def scores(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time entry"]:
     """The router's logits, in float32 or wider."""
-    wide = sum_dtype(x.dtype)
-    return jnp.einsum("btd,ed->bte", x.astype(wide), self.router[...].astype(wide))
+    return router_scores(x, self.router[...])
 
   def capacity(self, time: int) -> int:
     """The most tokens of a sequence that an expert takes in training."""
@@ -132,29 +131,13 @@ class Experts(nnx.Module):
     return jnp.sum(y_MxKxD * weights.reshape(len(x_MxD), self.part.chosen, 1).astype(y_MxKxD.dtype), axis=1)
 
   def _said(self, scores, chosen, wanted, kept, real) -> dict[str, Array]:
-    """The losses with their coefficients, and statistics; the no-op entries are free of both losses' pull.
-
-    balance    E Σ f_e P_e, with f the shares of the experts in all choices of experts, and P the means of softmax over
-               the experts' entries: 1 where all are equal (arXiv 2101.03961, eq. 4)
-    router_z   the mean of log² Σ exp(h), over all entries (arXiv 2202.08906, eq. 5)
-    """
-    part = self.part
+    """The losses and statistics of the router; the no-op entries are free of the balance's pull."""
+    said = router_said(self.part, scores, chosen, self.part.experts, real)
     real = jnp.ones(scores.shape[:2], scores.dtype) if real is None else real.astype(scores.dtype)
-    num_real = jnp.maximum(jnp.sum(real), 1.0)
-    load = jnp.sum(jax.nn.one_hot(chosen, part.experts, dtype=scores.dtype) * real[:, :, None, None], axis=(0, 1, 2))
-    load = load / jnp.maximum(jnp.sum(load), 1.0)
-    chance = jnp.sum(jax.nn.softmax(scores[..., : part.experts], axis=-1) * real[:, :, None], axis=(0, 1)) / num_real
-    z = jnp.sum(jnp.square(jax.nn.logsumexp(scores, axis=-1)) * real) / num_real
     choices = jnp.maximum(jnp.sum(wanted * real[:, :, None]), 1.0)
-    said = {
-      "loss/balance": part.balance * part.experts * jnp.sum(load * chance),
-      "router/busiest": part.experts * jnp.max(load),
-      "router/dropped": 1.0 - jnp.sum(kept * real[:, :, None]) / choices,
-    }
-    if part.router_z:
-      said["loss/router_z"] = part.router_z * z
-    if part.no_ops:
-      said["router/no_op"] = jnp.sum(~wanted * real[:, :, None]) / (num_real * part.chosen)
+    said["router/dropped"] = 1.0 - jnp.sum(kept * real[:, :, None]) / choices
+    if self.part.no_ops:
+      said["router/no_op"] = jnp.sum(~wanted * real[:, :, None]) / (jnp.maximum(jnp.sum(real), 1.0) * self.part.chosen)
     return said
 
 

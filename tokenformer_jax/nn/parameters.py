@@ -18,19 +18,22 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What a parameter with a `param_token` axis says about its rows.
+  """What a parameter with an axis of rows (`row_axis`) says about them.
 
   Attributes:
     count: the name of the count that sets their number, e.g. `ffn_tokens`: growth changes all rows of one count.
-    role: `key` or `value`, the side of the parameter tokens that the rows are.
+    role: `key` or `value`, the side of the parameter tokens that the rows are; of a router over groups of tokens
+      (`nn.token_groups`), whose rows stand for a group each, `router` or `prior`.
     std: the standard deviation of random new rows; None is 1/√N for a layer of N tokens.
     elementwise: whether a row's weight depends on that row alone, as a hidden unit's does. Such a layer has no τ.
+    tokens: the number of tokens that a row stands for.
   """
 
   count: str
   role: str
   std: float | None
   elementwise: bool = False
+  tokens: int = 1
 
   def std_of(self, num_tokens: int) -> float:
     """The standard deviation of the rows of a new layer with `num_tokens` parameter tokens."""
@@ -60,11 +63,16 @@ def parameter(
     shape: its shape.
     axes: the logical name of each axis, None for one that is never split.
     init: its initialiser.
-    rows: what its rows are, where one axis is `param_token`.
+    rows: what its rows are, where it has an axis of them.
     decayed: whether weight decay acts on it, as it does on matrices and not on norms, biases and gains.
     active: the share of tokens whose products read each of its numbers, below 1 in an expert.
   """
   return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, rows=rows, decayed=decayed, active=active)
+
+
+def row_axis(axes: Axes) -> int | None:
+  """Which axis of a parameter has the rows that growth adds to: parameter tokens, or groups of them; None for none."""
+  return next((index for index, axis in enumerate(axes) if axis in ("param_token", "token_group")), None)
 
 
 def is_matrix(axes: Axes) -> bool:

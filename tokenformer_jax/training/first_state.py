@@ -5,6 +5,7 @@ import jax
 from tokenformer_jax import data
 from tokenformer_jax.config import Config
 from tokenformer_jax.growth.layers import leaves_by_path, path_name
+from tokenformer_jax.growth.router import with_new_leaves
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import Tree, logical_axes, split
 from tokenformer_jax.progress import say
@@ -20,7 +21,8 @@ def first_state(
   """(the program of the run's first model, its state on `mesh`).
 
   Args:
-    config: the run; `init_from` names the weights to start from, or nothing.
+    config: the run; `init_from` names the weights to start from, or nothing. Weights without a router get a new one
+      where the run's model has its parameter tokens in groups.
     workdir: the run's folder, which may hold a tokenizer already.
     mesh: the devices.
     tokenizer: that of the run's data; None for images.
@@ -43,7 +45,9 @@ def first_state(
     params = _with_head(params, program, f"init_from={config.init_from}")
   axes, _ = logical_axes(abstract_model(config.model))
   fresh = jax.jit(
-    lambda params, tau: fresh_state(params, tau, axes, program.optimizer, program.tau_rule),
+    lambda params, tau: fresh_state(
+      with_new_leaves(params, config.model, config.training.seed), tau, axes, program.optimizer, program.tau_rule
+    ),
     out_shardings=program.shardings,
   )
   return program, fresh(params, tau)

@@ -7,7 +7,7 @@ rate at β₂ = 0.999.
 Every `update` here takes two extra arguments:
 
   born: a tree like the parameters with the number of updates that were done before each row was added: int32 [N] where
-    a parameter has a `param_token` axis, int32 [] elsewhere; 0 for rows that were there from the start. Growth by
+    a parameter has rows (`nn.parameters.row_axis`), int32 [] elsewhere; 0 for rows that were there from the start. Growth by
     `method="duplicate"` adds no new rows in this sense: its copies have the births, moments and rates of the rows that
     they were copied from, so they are neither warmed up nor do they slow the old rows down.
   step: int32 [], the number of updates done before this one.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokenformer_jax.nn.parameters import Tree
+from tokenformer_jax.nn.parameters import Tree, row_axis
 
 
 def scale_by_adam_of_rows(
@@ -52,7 +52,7 @@ def scale_by_adam_of_rows(
     adams, state = adam.update(gradients, with_second_moment_in(jnp.float32, state))
 
     def update_rows(adams, mean, square, born, axes):
-      if "param_token" not in axes:
+      if row_axis(axes) is None:
         return adams
       born = _along_tokens(born, axes)
       # Updates that were skipped are counted in the step, from which births are counted, and not in the state.
@@ -75,6 +75,8 @@ def scale_rows(
   updates of those rows rise linearly to full size, the more slowly the more rows came at once: over
   `warmup_steps` · (new rows / rows before them) updates. A parameter that has not grown keeps its updates as they are.
 
+  The priors of groups of tokens (`nn.token_groups`) are not trained: those of new groups rise from 0 to 1 in the same time.
+
   Args:
     axes: the parameters' logical axes, a tree of tuples of names.
     warmup_steps: length in updates of the warm-up of as many new rows as there were before; 0 for none.
@@ -82,24 +84,27 @@ def scale_rows(
   """
 
   def update(updates, state, params=None, *, born, step, **_):
-    del params
+    params = updates if params is None else params  # Only priors need them.
 
-    def scale(update, born, axes):
-      if "param_token" not in axes:
+    def scale(update, born, axes, param):
+      if row_axis(axes) is None:
         return update
       latest = jnp.max(born)
       is_new = (born == latest) & (latest > 0)
       num_new = jnp.sum(is_new)
       rise = warmup_steps * num_new / jnp.maximum(born.size - num_new, 1)
+      if axes[-1] == "token_group":
+        risen = jnp.clip((step + 1 - born) / jnp.maximum(rise, 1.0), 0.0, 1.0)
+        return jnp.maximum(_along_tokens(jnp.where(born > 0, risen, 1.0).astype(param.dtype), axes) - param, 0.0)
       warmup = jnp.minimum((step + 1 - latest) / jnp.maximum(rise, 1.0), 1.0)
       rate = jnp.where(is_new, new_rate * warmup, jnp.where(latest > 0, old_rate, 1.0))
       return update * _along_tokens(rate.astype(update.dtype), axes)
 
-    return jax.tree.map(scale, updates, born, axes), state
+    return jax.tree.map(scale, updates, born, axes, params), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _along_tokens(rows: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """[N] as [1, …, N, …, 1], with N where a parameter with these axes has its tokens."""
-  return rows.reshape([-1 if axis == "param_token" else 1 for axis in axes])
+  """[N] as [1, …, N, …, 1], with N where a parameter with these axes has its rows."""
+  return rows.reshape([-1 if index == row_axis(axes) else 1 for index in range(len(axes))])

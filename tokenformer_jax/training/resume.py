@@ -140,8 +140,11 @@ def check_position(record: dict[str, Any], updates: int, step: int, workdir: str
 def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> None:
   """Raises ValueError unless weights of `model`, read from `source`, fit a run of `config`.
 
-  A classifier may have another head than the model that its other weights come from.
+  A classifier may have another head than the model that its other weights come from, and a feed-forward whose parameter
+  tokens are in groups takes the weights of a plain one: the run makes the router (`growth.router`).
   """
+  if config.ffn.group_tokens and model.ffn == type(model.ffn)() and model.ffn_tokens == config.ffn_tokens:
+    model = dataclasses.replace(model, ffn=config.ffn)
   # The learned embeddings of positions are weights, one for each.
   free = {*_FREE_MODEL_FIELDS, "compute_dtype", "seq_length"}
   if model.attention.positions == "learned":

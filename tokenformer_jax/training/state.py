@@ -11,7 +11,7 @@ from flax import nnx
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.axes import replicated, tree_shardings
 from tokenformer_jax.models.model_class import abstract_model, model_class
-from tokenformer_jax.nn.parameters import Tree, logical_axes, split
+from tokenformer_jax.nn.parameters import Tree, logical_axes, row_axis, split
 from tokenformer_jax.training.tau import TauRule
 
 
@@ -30,8 +30,8 @@ class TrainState:
     tau: the scale inside each Θ, float32 [layer].
     opt_state: the optimizer's state; with `ema_decay` its last part is the state of `weight_average`.
     tau_opt_state: the state of `tau.TauRule`; it has no leaves unless τ is learned.
-    born: a tree like `params` with the number of updates done before each parameter token was added: int32 [N] for
-      keys and values, int32 [] elsewhere; 0 for tokens that were there from the start.
+    born: a tree like `params` with the number of updates done before each parameter token, or group of them, was added:
+      int32 [N] where a parameter has rows, int32 [] elsewhere; 0 for those that were there from the start.
   """
 
   step: jax.Array
@@ -65,8 +65,8 @@ def fresh_state(
   """
 
   def births(leaf, axes):
-    rows = leaf.shape[axes.index("param_token")] if "param_token" in axes else ()
-    return jnp.zeros(rows, jnp.int32)
+    axis = row_axis(axes)
+    return jnp.zeros(() if axis is None else leaf.shape[axis], jnp.int32)
 
   return TrainState(
     step=jnp.int32(0),
@@ -95,6 +95,10 @@ def state_shardings(
   param_axes, tau_axes = logical_axes(abstract_model(config))
   params = tree_shardings(mesh, param_axes, shapes.params)
 
+  def rows_of(axes):
+    axis = row_axis(axes)
+    return () if axis is None else (axes[axis],)
+
   def is_masked(node):
     return isinstance(node, optax.MaskedNode)  # A parameter that one of several optimizers leaves to another.
 
@@ -111,5 +115,5 @@ def state_shardings(
       is_leaf=is_masked,
     ),
     tau_opt_state=jax.tree.map(lambda _: replicated(mesh), shapes.tau_opt_state),
-    born=tree_shardings(mesh, jax.tree.map(lambda leaf: ("param_token",) * leaf.ndim, shapes.born), shapes.born),
+    born=tree_shardings(mesh, jax.tree.map(lambda leaf, axes: rows_of(axes), shapes.born, param_axes), shapes.born),
   )
