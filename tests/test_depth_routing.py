@@ -1,6 +1,7 @@
 """Mixture of depths: the oracle's numbers, and one function for whole texts, prompts, steps, padding and packing."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -15,12 +16,15 @@ from tests import small_run
 from tokenformer_jax.config import MeshConfig, ModelConfig
 from tokenformer_jax.config.parts import DepthConfig
 from tokenformer_jax.distributed import axes, mesh
+from tokenformer_jax.evaluation.log_likelihood import log_likelihoods
+from tokenformer_jax.evaluation.perplexity import windows
 from tokenformer_jax.models import counts
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.depth_routing import RoutedBlock
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.rotary import rotation
 from tokenformer_jax.training.flops import product_flops
+from tokenformer_jax.training.held_out import held_out_measures
 from tokenformer_jax.training.program import make_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -208,7 +212,10 @@ def test_a_run_trains_routers_of_both_kinds_on_a_mesh():
   state = program.initial_state()
   before = jax.device_get(state.params["blocks"]["1"])
   batch = small_run.batch()
+  measured = held_out_measures(program, state, {"main": [batch]})["main"]
   state, metrics = program.train_step(state, batch)
+  np.testing.assert_allclose(measured["loss_as_trained"], metrics["loss"], rtol=1e-5)
+  assert measured["loss"] != measured["loss_as_trained"]
   assert {"loss/balance", "loss/depth", "depth/routed", "router/dropped"} <= metrics.keys()
   assert all(np.isfinite(value) for value in metrics.values()) and metrics["depth/routed"] == 2 / 16
   after = jax.device_get(state.params["blocks"]["1"])
@@ -218,6 +225,29 @@ def test_a_run_trains_routers_of_both_kinds_on_a_mesh():
     lambda tree: tree["block"]["ffn"]["router"],
   ):
     assert np.any(moved(after) != moved(before))
+
+
+def test_texts_are_scored_under_the_causal_rule_and_as_in_training():
+  """Windows of which one is padded: padding is not chosen, and the losses are those of the model itself."""
+  graphdef, state = moved(small(vocab_size=260, depth=dict(capacity=0.25)))
+  model, ids = nnx.merge(graphdef, state), np.concatenate([IDS.ravel(), IDS.ravel()[:5]])
+  requests = list(windows(ids, 31, 16, 16))
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def nats(state, row, training):
+    model = nnx.merge(graphdef, state)
+    hidden, _ = model.hidden(row[None, :16], real=(row[None, :16] >= 0), training=training)
+    scores = jax.nn.log_softmax(model.logits(hidden)[0])
+    return -jnp.sum(jnp.where(row[1:] >= 0, scores[jnp.arange(16), row[1:]], 0.0))
+
+  first = jnp.array([31, *ids[:16]])
+  found = [
+    [-score.log_likelihood for score in log_likelihoods(model, requests, 260, as_trained=one)] for one in (False, True)
+  ]
+  np.testing.assert_allclose(
+    [of_all[0] for of_all in found], [nats(state, first, one) for one in (False, True)], rtol=1e-5
+  )
+  assert len(requests) == 2 and found[0] != found[1] and np.all(np.isfinite(found))
 
 
 def test_devices_that_split_positions_are_refused():

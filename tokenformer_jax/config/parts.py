@@ -231,6 +231,11 @@ class DepthConfig(Checked):
   causal: str = "predictor"
   weight: float = 0.01
 
+  @property
+  def is_routed(self) -> bool:
+    """Whether there are routed blocks; training then routes by another rule than everything else."""
+    return self.capacity < 1.0
+
   def validate(self) -> None:
     require(0.0 < self.capacity <= 1.0, "capacity", self.capacity, "must be in (0, 1]; 1 is no routing.")
     require(self.every >= 1, "every", self.every, "must be at least 1.")

@@ -112,7 +112,9 @@ def evaluate(
   Returns:
     Metrics by the name of the task or text. Standard errors have the metric's name with `_stderr`. Perplexities
     beyond the range of floats are infinite; the bits per byte of a text and the log_perplexity of a task are finite.
-    Accuracies are shares, from 0 to 1.
+    Accuracies are shares, from 0 to 1. A model with routed blocks (`config.depth`) is measured under the causal rule that
+    it generates by; `token_perplexity_as_trained` and `bits_per_byte_as_trained` are those of the training's choices, which
+    look into the future.
 
   Raises:
     ValueError: another kind of model, nothing to measure, an argument without effect or out of range, an unknown task or source, text or a
@@ -158,7 +160,12 @@ def evaluate(
 
   def run_text(name: str) -> Results:
     shown = name if progress else None
-    return {name: perplexity(model, tokenizer, corpora[name], stride=stride, progress=shown).report()}
+    measure = functools.partial(perplexity, model, tokenizer, corpora[name], stride=stride, progress=shown)
+    metrics = measure().report()
+    if model.config.depth.is_routed:
+      as_trained = measure(as_trained=True).report()
+      metrics |= {f"{key}_as_trained": as_trained[key] for key in ("token_perplexity", "bits_per_byte")}
+    return {name: metrics}
 
   measurements += [functools.partial(run_text, name) for name in corpora]
 

@@ -78,6 +78,7 @@ def log_likelihoods(
   *,
   progress: str | None = None,
   name: Callable[[int], str] = "request {}".format,
+  as_trained: bool = False,
 ) -> list[Score]:
   """Scores many continuations.
 
@@ -94,6 +95,8 @@ def log_likelihoods(
     vocab_size: the number of ids of the tokenizer.
     progress: the description of the progress bar; None shows none.
     name: describes request number i in error messages.
+    as_trained: whether routers choose as in training, which looks into the future: a routed block then takes its share of
+      the rounded length of each request.
 
   Returns:
     The scores, in the order of the requests.
@@ -119,7 +122,7 @@ def log_likelihoods(
       chosen = [i for i in order[:rows] if min(bucket(_num_inputs(requests[i], length)), length) == width]
       order = order[len(chosen) :]
       batch = _batch([requests[i] for i in chosen], rows, width)
-      sums, greedy = map(whole, score(leaves, *batch, vocab_size=vocab_size))
+      sums, greedy = map(whole, score(leaves, *batch, vocab_size=vocab_size, as_trained=as_trained))
       for row, i in enumerate(chosen):
         if not np.isfinite(sums[row]):
           raise ValueError(
@@ -159,27 +162,29 @@ def _num_inputs(request: Request, length: int) -> int:
 
 
 def _batch(requests: Sequence[Request], rows: int, width: int):
-  """(inputs, labels, mask), each [rows, width]; short rows are padded on their right."""
+  """(inputs, labels, mask, real), each [rows, width]; short rows are padded on their right."""
   inputs = np.zeros((rows, width), np.int32)
   labels = np.zeros((rows, width), np.int32)
-  mask = np.zeros((rows, width), bool)
+  mask, real = np.zeros((rows, width), bool), np.zeros((rows, width), bool)
   for row, request in enumerate(requests):
     ids = np.concatenate([request.context, request.continuation]).astype(np.int32)[-(width + 1) :]
     end = len(ids) - 1
     inputs[row, :end], labels[row, :end] = ids[:-1], ids[1:]
-    mask[row, end - len(request.continuation) : end] = True
-  return inputs, labels, mask
+    mask[row, end - len(request.continuation) : end] = real[row, :end] = True
+  return inputs, labels, mask, real
 
 
 @functools.lru_cache
 def _program(graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None) -> Callable:
   """The jitted function of a batch: (Σ log p [rows], whether each row is greedy [rows]) over the positions of `mask`."""
 
-  def score(leaves, inputs, labels, mask, vocab_size):
-    inputs, labels, mask = (constrain(a, "batch", "time") for a in (inputs, labels, mask))
-    logits = nnx.merge(graphdef, *leaves)(inputs)[..., :vocab_size]
+  def score(leaves, inputs, labels, mask, real, vocab_size, as_trained):
+    inputs, labels, mask, real = (constrain(a, "batch", "time") for a in (inputs, labels, mask, real))
+    model = nnx.merge(graphdef, *leaves)
+    logits = model.logits(model.hidden(inputs, real=real, training=True)[0]) if as_trained else model(inputs)
+    logits = logits[..., :vocab_size]
     log_p = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
     greedy = jnp.all((jnp.argmax(logits, axis=-1) == labels) | ~mask, axis=-1)
     return jnp.sum(jnp.where(mask, log_p, 0.0), axis=-1), greedy
 
-  return jax.jit(score if mesh is None else traced_on(mesh, score), static_argnames="vocab_size")
+  return jax.jit(score if mesh is None else traced_on(mesh, score), static_argnames=("vocab_size", "as_trained"))

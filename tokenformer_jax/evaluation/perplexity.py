@@ -79,7 +79,13 @@ def windows(ids: Sequence[int], end_of_document: int, length: int, stride: int) 
 
 
 def perplexity(
-  model: LanguageModel, tokenizer, corpus: Corpus, *, stride: int | None = None, progress: str | None = "perplexity"
+  model: LanguageModel,
+  tokenizer,
+  corpus: Corpus,
+  *,
+  stride: int | None = None,
+  progress: str | None = "perplexity",
+  as_trained: bool = False,
 ) -> Perplexity:
   """Computes the perplexity of a corpus; no document is conditioned on another one.
 
@@ -91,6 +97,7 @@ def perplexity(
       EleutherAI's harness. A smaller stride moves the window by that many ids, so that every id is conditioned on
       the `seq_length − stride` ids before it, or on all of them.
     progress: the description of the progress bar; None shows none.
+    as_trained: as for `log_likelihoods`.
 
   Raises:
     ValueError: a stride outside 1 … seq_length, a corpus without text, or a model with NaN or infinite logits.
@@ -114,6 +121,11 @@ def perplexity(
   if not requests:
     raise ValueError(f"{corpus.name} holds no text to score.")
   scores = log_likelihoods(
-    model, requests, tokenizer.vocab_size, progress=progress, name=lambda i: f"{corpus.name}, window {i}"
+    model,
+    requests,
+    tokenizer.vocab_size,
+    progress=progress,
+    name=lambda i: f"{corpus.name}, window {i}",
+    as_trained=as_trained,
   )
   return Perplexity(-math.fsum(score.log_likelihood for score in scores), tokens, words, size)

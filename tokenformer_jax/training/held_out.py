@@ -1,6 +1,6 @@
 """Evaluation inside a run: losses on its held-out sets, and a sample of text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,19 +26,27 @@ def held_out_measures(
 ) -> dict[str, dict[str, float]]:
   """Returns what `measures` reads from each set of batches, with the average of the weights if the run keeps one.
 
+  For a model with routed blocks that is what the causal rule gives, with `loss_as_trained` beside it: the loss with the
+  choices of training.
+
   Args:
     batches: for each set its batches, on the run's devices.
   """
   params = evaluation_params(state)
-  sums: dict[str, list] = {}
-  for name, of_a_set in batches.items():
-    sums[name] = []
-    for number, batch in enumerate(of_a_set):
+
+  def of_a_set(step: Callable, batches: Sequence[Any]) -> dict[str, float]:
+    sums: list = []
+    for number, batch in enumerate(batches):
       if number >= _WAITING:
-        jax.block_until_ready(sums[name][number - _WAITING])
-      sums[name].append(program.eval_step(params, state.tau, batch))
-    jax.block_until_ready(sums[name])
-  return {name: measures(program.model, summed(of_a_set)) for name, of_a_set in jax.device_get(sums).items()}
+        jax.block_until_ready(sums[number - _WAITING])
+      sums.append(step(params, state.tau, batch))
+    return measures(program.model, summed(jax.device_get(sums)))
+
+  found = {name: of_a_set(program.eval_step, of_all) for name, of_all in batches.items()}
+  if (as_trained := program.eval_step_as_trained) is not None:
+    for name, of_all in batches.items():
+      found[name]["loss_as_trained"] = of_a_set(as_trained, of_all)["loss"]
+  return found
 
 
 def sample_prompt(training: TrainingConfig, tokenizer: data.Tokenizer) -> str | list[int]:

@@ -308,6 +308,8 @@ class _Run:
       row |= {f"held_out/{of_set}/{name}": value for name, value in values.items() if name != "perplexity"}
     self.log.write(step, **_finite(row))
     said = [f"{name} {values['loss']:.4f}" for name, values in measured.items()]
+    if "loss_as_trained" in main:
+      said.insert(0, f"routed as in training {main['loss_as_trained']:.4f}")
     if "accuracy" in main:
       said.insert(0, f"accuracy {main['accuracy']:.2%}")
     _say(f"step {step}: " + ", ".join([f"held-out loss {main['loss']:.4f}", *said]))

@@ -33,6 +33,8 @@ class Program:
     train_step: jitted `(state, batch, most_loss=inf) -> (state, metrics)`; the old state is donated.
     objective: the loss of the model's task.
     eval_step: jitted `(params, tau, batch) -> objective.sums`.
+    eval_step_as_trained: the same with the routers' choices of training, which look into the future; None for a model
+      that has no routed blocks.
     initial_state: jitted `() -> TrainState`.
   """
 
@@ -44,6 +46,7 @@ class Program:
   objective: Objective
   train_step: Callable
   eval_step: Callable
+  eval_step_as_trained: Callable | None
   initial_state: Callable
 
   @property
@@ -93,6 +96,9 @@ def make_program(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) ->
     objective=objective,
     train_step=jax.jit(traced_on(mesh, train_step), out_shardings=(shardings, None), donate_argnums=0),
     eval_step=jax.jit(traced_on(mesh, make_eval_step(graphdef, objective))),
+    eval_step_as_trained=jax.jit(traced_on(mesh, make_eval_step(graphdef, objective, training=True)))
+    if model.depth.is_routed
+    else None,
     initial_state=jax.jit(initial, out_shardings=shardings),
   )
 

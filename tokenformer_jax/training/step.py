@@ -115,11 +115,16 @@ def make_train_step(
   return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, objective: Objective = NEXT_TOKEN):
-  """The function `(params, tau, batch) -> objective.sums` over the batch, without z-loss and gradients."""
+def make_eval_step(graphdef: nnx.GraphDef, objective: Objective = NEXT_TOKEN, training: bool = False):
+  """The function `(params, tau, batch) -> objective.sums` over the batch, without z-loss and gradients.
+
+  Args:
+    graphdef, objective: as for `make_train_step`.
+    training: whether routers choose as in an update (`nn.context.Context`).
+  """
 
   def eval_step(params, tau, batch):
-    return objective.loss(nnx.merge(graphdef, params, tau), batch, 0.0, False)[1]
+    return objective.loss(nnx.merge(graphdef, params, tau), batch, 0.0, training)[1]
 
   return eval_step
 
