@@ -6,10 +6,12 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+import tokenformer_jax as tf
 from tests import small_run
 from tests.small_run import MODEL
-from tokenformer_jax.config import Config
+from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.data import Batch
 from tokenformer_jax.training.program import make_program
 
@@ -83,3 +85,24 @@ def test_seeds_at_once_are_trained_as_each_is_alone(tmp_path):
     ids = np.asarray(text.windows)[rows].astype(np.int32)
     state, _ = program.train_step(state, Batch(ids[:, :-1], ids[:, 1:]))
   small_run.assert_close(jax.tree.map(lambda leaf: leaf[1], states.params), state.params, 1e-5)
+
+
+def test_the_picture_of_routing_shows_where_the_model_sends_each_token(tmp_path):
+  routing = importlib.import_module("experiments.routing")
+  sizes = dict(vocab_size=32, num_layers=2, hidden_size=16, num_heads=2, ffn_tokens=8, seq_length=16)
+  mixtures = dict(ffn=dict(experts=3), depth=dict(capacity=0.5, causal="auxiliary"))
+  model = tf.LanguageModel(ModelConfig.named("tiny", "mode-staged", **sizes, **mixtures), rngs=nnx.Rngs(0))
+  ids = np.arange(12, dtype=np.int32)
+  everywhere, some = routing.routes_of(model, ids)
+  assert (everywhere.layer, some.layer, some.entries) == (0, 1, 3) and everywhere.goes.all()
+  assert everywhere.chosen.shape == some.chosen.shape == (12, 2) and 0 < some.goes.sum() < 12
+  np.testing.assert_array_equal(some.chosen[:, 0] >= 0, some.goes)
+  texts = ["<b>", "\n", " word", *"abcdefghi"]
+  picture = routing.draw([everywhere, some], texts, tmp_path / "routing.png", width=8)
+  page = routing.write_html([everywhere, some], texts, tmp_path / "routing.html").read_text()
+  assert picture.read_bytes()[:4] == b"\x89PNG" and page.count("<span") == 12 and "&lt;b&gt;" in page
+  for index in np.flatnonzero(~some.goes)[:1]:
+    assert "layer 1: by" in page.split("<span")[index + 1]
+  plain = nnx.eval_shape(lambda: tf.LanguageModel(ModelConfig.named("tiny", **sizes), rngs=nnx.Rngs(0)))
+  with pytest.raises(ValueError, match="the model has no router"):
+    routing.routes_of(plain, ids)
