@@ -1,7 +1,10 @@
-"""Prints what the compiled train step of the 150m model sends, as a table.
+"""Prints what the compiled train step of a model sends, as a table.
 
-`python -m tests.communication_table` compiles for 8 simulated CPU devices; with `--topology=v5e:2x4` it compiles for a
-slice of TPUs that need not be present. The batch is 8 × 2048, and no arrays are made.
+`python -m tests.communication_table` compiles the 150m model for 8 simulated CPU devices, with a batch of 8 × 2048; with
+`--topology=v5e:2x4` it compiles for a slice of TPUs that need not be present. No arrays are made. Other models are named by
+size and preset:
+
+    python -m tests.communication_table --size=small --preset=mixtral --remat=none --meshes=1x1x1x2,1x1x1x4,1x1x1x8
 """
 
 import dataclasses
@@ -13,6 +16,8 @@ from absl import app, flags
 
 from tokenformer_jax import data
 from tokenformer_jax.config import COMPUTE_DTYPES, REMAT_POLICIES, Config, DataConfig, MeshConfig, ModelConfig
+from tokenformer_jax.config.presets import LANGUAGE_MODELS
+from tokenformer_jax.config.sizes import NAMED_SIZES
 from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.collectives import Collective, collectives
 from tokenformer_jax.distributed.mesh import make_mesh
@@ -24,8 +29,12 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _REMAT = flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "What is computed again in the backward pass.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", COMPUTE_DTYPES, "The dtype of matrix products.")
-_HEADS = flags.DEFINE_integer("heads", 12, "The number of attention heads.")
-_LENGTH = flags.DEFINE_integer("seq_length", 2048, "Tokens of a row; above 512 compiling for TPUs takes long.")
+_SIZE = flags.DEFINE_enum("size", "150m", list(NAMED_SIZES), "Size of the model.")
+_PRESET = flags.DEFINE_enum("preset", "tokenformer", LANGUAGE_MODELS, "Architecture of the model.")
+_HEADS = flags.DEFINE_integer("heads", None, "The number of attention heads; by default that of the size.")
+_LENGTH = flags.DEFINE_integer(
+  "seq_length", None, "Tokens of a row, by default that of the size; above 512 compiling for TPUs takes long."
+)
 _MESHES = flags.DEFINE_list(
   "meshes",
   ["8x1x1x1", "1x8x1x1", "1x1x1x8", "2x2x1x2", "1x1x8x1"],
@@ -36,23 +45,24 @@ ROWS = 8
 
 def main(_):
   jax.config.update("jax_num_cpu_devices", 8)
+  model = ModelConfig.named(_SIZE.value, _PRESET.value, remat=_REMAT.value, compute_dtype=_DTYPE.value)
   model = dataclasses.replace(
-    ModelConfig.named("150m"),
-    remat=_REMAT.value,
-    compute_dtype=_DTYPE.value,
-    num_heads=_HEADS.value,
-    seq_length=_LENGTH.value,
+    model, num_heads=_HEADS.value or model.num_heads, seq_length=_LENGTH.value or model.seq_length
   )
-  devices = slice_devices(_TOPOLOGY.value) if _TOPOLOGY.value else None
+  devices = slice_devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
   print(
-    f"remat {model.remat}, {model.compute_dtype}, {model.num_heads} heads, {_TOPOLOGY.value or '8 CPUs'}", flush=True
+    f"{_SIZE.value} {_PRESET.value}, remat {model.remat}, {model.compute_dtype}, {model.num_heads} heads, batch {ROWS} × "
+    f"{model.seq_length}, {_TOPOLOGY.value or 'CPUs'}",
+    flush=True,
   )
+  repeats = (model.num_layers - model.has_first_block) // len(model.pattern)
   for sizes in _MESHES.value:
     data_size, fsdp, sequence, token = map(int, sizes.split("x"))
-    found, peak = compiled(model, make_mesh(MeshConfig(data_size, fsdp, token, sequence), devices))
+    mesh = make_mesh(MeshConfig(data_size, fsdp, token, sequence), devices[: data_size * fsdp * sequence * token])
+    found, peak = compiled(model, mesh)
     print(f"\n{sizes}: {sum(c.bytes_sent for c in found) / 1e6:,.0f} MB sent by a device, {peak / 2**30:.2f} GiB held")
     for name, part in (
-      ("a layer", [c for c in found if c.trips == model.num_layers]),
+      ("a layer", [c for c in found if c.trips == repeats]),
       ("once", [c for c in found if c.trips == 1 and c.bytes > 4096]),
     ):
       for line, count in sorted(Counter(map(describe, part)).items()):

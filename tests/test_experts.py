@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from tests.test_interop_pretrained import save
-from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.config import Config, MeshConfig, ModelConfig
 from tokenformer_jax.config.parts import FeedForwardConfig
 from tokenformer_jax.distributed import axes, mesh
 from tokenformer_jax.distributed.collectives import collectives
@@ -27,6 +27,7 @@ from tokenformer_jax.nn.experts import Experts
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.pattention import recorded_inputs
 from tokenformer_jax.training.flops import product_flops
+from tokenformer_jax.training.program import make_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SIZES = dict(vocab_size=96, num_layers=2, hidden_size=32, num_heads=4, ffn_tokens=48, seq_length=32)
@@ -237,6 +238,13 @@ def test_devices_that_split_the_experts_give_the_same_without_gathering_them(tok
   sent = [one for one in collectives(compiled.as_text(), devices) if one.axes == ("token",) and one.shape[-1] == 32]
   assert [(one.kind, one.shape) for one in sent] == [("all-reduce", (2, 6, 32))] * 2
   assert "f32[1,48,32]" in compiled.as_text()
+
+
+def test_rows_of_an_expert_need_not_divide_among_the_devices():
+  model = ModelConfig.named("tiny", "mixtral", **SIZES | dict(ffn_tokens=7))
+  shapes = make_program(Config(model=model), model, mesh.make_mesh(MeshConfig(token=4, data=2))).shapes
+  assert shapes.born["blocks"]["ffn"]["keys"].sharding.is_fully_replicated
+  assert shapes.params["blocks"]["ffn"]["keys"].sharding.shard_shape((2, 8, 7, 32)) == (2, 2, 7, 32)
 
 
 @pytest.mark.parametrize(

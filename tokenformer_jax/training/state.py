@@ -97,7 +97,9 @@ def state_shardings(
 
   def rows_of(axes):
     axis = row_axis(axes)
-    return () if axis is None else (axes[axis],)
+    if axis is None:
+      return ()
+    return (None if "expert" in axes else axes[axis],)  # An expert's rows are whole on its device.
 
   def is_masked(node):
     return isinstance(node, optax.MaskedNode)  # A parameter that one of several optimizers leaves to another.
