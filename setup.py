@@ -34,6 +34,7 @@ setuptools.setup(
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",  # growth/stream.py uses internals, which tests/test_orbax_internals.py lists.
+    "pillow>=11",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.10",
     "tensorstore>=0.1.74",

@@ -14,6 +14,7 @@ from tokenformer_jax.config import GrowthConfig, OptimizerConfig
 from tokenformer_jax.growth.plan import leaves_by_path
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import declared, split
+from tokenformer_jax.training.layer_rates import scale_layers
 from tokenformer_jax.training.new_rows import scale_by_adam_of_rows, scale_rows
 from tokenformer_jax.training.optimizer import make_optimizer
 from tokenformer_jax.training.schedules import learning_rate_schedule
@@ -325,3 +326,24 @@ def test_no_rate_is_below_the_minimum(schedule, decay):
   rate = learning_rate_schedule(config, 400)
   rates = np.asarray(jax.vmap(rate)(jnp.arange(400)))
   assert rates[-1] == 0.0 and rates.min() == 0.0
+
+
+@pytest.mark.parametrize("pattern", [1, 2])
+def test_the_rate_falls_by_a_factor_from_layer_to_layer_towards_the_input(pattern):
+  """Four layers, the first of which may stand alone: 0.5 in the last, 0.5⁴ in the first, 0.5⁵ before it, 1 behind."""
+  ones = {"patches": jnp.ones((2, 3)), "classes": jnp.ones(3), "final_norm": {"scale": jnp.ones(3)}}
+  if pattern == 1:
+    ones |= {"first": {"norm": jnp.ones(3)}, "blocks": {"ffn": jnp.ones((3, 2, 3)), "norm": jnp.ones((3, 3))}}
+  else:
+    ones |= {"blocks": {name: {"norm": jnp.ones((2, 3))} for name in ("0", "1")}}
+  transformation = scale_layers(optax.with_extra_args_support(optax.identity()), 0.5)
+  scaled, _ = transformation.update(ones, transformation.init(ones))
+  found = {
+    path: np.unique(np.asarray(leaf).reshape(len(leaf), -1)[:, 0])[::-1].tolist()
+    for path, leaf in leaves_by_path(scaled).items()
+  }
+  assert (found.pop("patches"), found.pop("classes"), found.pop("final_norm/scale")) == ([0.5**5], [1], [1])
+  if pattern == 1:
+    assert found == {"first/norm": [0.5**4], "blocks/ffn": [0.5, 0.25, 0.125], "blocks/norm": [0.5, 0.25, 0.125]}
+  else:
+    assert found == {"blocks/0/norm": [0.25, 0.0625], "blocks/1/norm": [0.5, 0.125]}

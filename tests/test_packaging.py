@@ -12,7 +12,13 @@ from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Import name -> distribution name, where they differ.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+  "PIL": "pillow",
+  "absl": "absl-py",
+  "orbax": "orbax-checkpoint",
+  "sklearn": "scikit-learn",
+  "yaml": "pyyaml",
+}
 # Imported only in functions whose error names the package.
 NAMED_IN_ERRORS = {"datasets"}
 

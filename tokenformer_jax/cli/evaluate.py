@@ -5,8 +5,10 @@
         --perplexity=text:book.txt --stride=512 --output=scores.json
     python -m tokenformer_jax.cli.evaluate --workdir=runs/glue --tasks=cola,rte --data=FOLDER
 
-The last form measures classifiers of texts: the run runs/glue, or one run for each task, runs/glue/cola and so on. The
-mean of GLUE's nine numbers stands below them where all are there.
+    python -m tokenformer_jax.cli.evaluate --workdir=runs/mnist --images=idx:FOLDER@test
+
+The third form measures classifiers of texts: the run runs/glue, or one run for each task, runs/glue/cola and so on. The
+mean of GLUE's nine numbers stands below them where all are there. The last one measures a classifier of images.
 
 Probabilities are normalised over the tokenizer's own ids, without those that pad the vocabulary; the released
 evaluation code includes them (docs/released_models.md). --output is written anew after each task and text. A model that
@@ -28,6 +30,7 @@ _TASKS = flags.DEFINE_list("tasks", [], "Zero-shot tasks; with --harness, any th
 _DATA = flags.DEFINE_string("data", None, "Folder of the tasks' files; by default TOKENFORMER_DATA.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Number of questions to read from each file.", lower_bound=1)
 _PERPLEXITY = flags.DEFINE_multi_string("perplexity", [], "Source of text to score, e.g. text:GLOB; may be repeated.")
+_IMAGES = flags.DEFINE_multi_string("images", [], "Source of images with labels, of a run on images; may be repeated.")
 _STRIDE = flags.DEFINE_integer("stride", None, "Ids scored per window; by default windows are disjoint.")
 _BAD_TEXT = flags.DEFINE_enum("bad_text", "error", BAD_TEXTS, "What to do with text that cannot be read.")
 _HARNESS = flags.DEFINE_bool("harness", False, "Run the tasks with lm-evaluation-harness.")
@@ -42,12 +45,19 @@ def main(argv):
   del argv
   from tokenformer_jax.evaluation.evaluate import evaluate, open_model
   from tokenformer_jax.evaluation.glue import glue_score, runs_of_tasks
+  from tokenformer_jax.evaluation.images import measure_image_run
   from tokenformer_jax.evaluation.report import Report
   from tokenformer_jax.inference.int8 import int8_tokens
 
   first = process_flags.start()
   with Report(_OUTPUT.value if first else None, show=first) as report:
     mesh = mesh_flags.mesh()
+    if _IMAGES.value:
+      if not _WORKDIR.value or _TASKS.value or _PERPLEXITY.value:
+        raise ValueError("--images: measures a run on images; give its --workdir, and no tasks or texts.")
+      for source in _IMAGES.value:
+        report.add(source, measure_image_run(_WORKDIR.value, source, _STEP.value, mesh))
+      return
     for workdir, tasks in runs_of_tasks(_WORKDIR.value, _TASKS.value):
       source = workdir, _STEP.value, _PRETRAINED.value, _TOKENIZER.value
       model, tokenizer = open_model(*source, mesh=mesh)

@@ -6,6 +6,7 @@ so that any field can be set on the command line. The CLI turns the result back 
 """
 
 from tokenformer_jax.config.data import BAD_TEXTS, PACKINGS, DataConfig
+from tokenformer_jax.config.images import ImagesConfig
 from tokenformer_jax.config.model import (
   COMPUTE_DTYPES,
   GELUS,
@@ -47,6 +48,7 @@ __all__ = [
   "DataConfig",
   "GrowthConfig",
   "GrowthStage",
+  "ImagesConfig",
   "MeshConfig",
   "ModelConfig",
   "OptimizerConfig",

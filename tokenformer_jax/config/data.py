@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+from tokenformer_jax.config.images import ImagesConfig
 from tokenformer_jax.config.validation import Checked, require, require_choice
 
 PACKINGS = ("contiguous", "documents")
@@ -17,7 +18,7 @@ class DataConfig(Checked):
   """What the model reads.
 
   Attributes:
-    source: the text to train on, one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, …
+    source: what to train on, one spec string (see `tokenformer_jax.data`): `python-sources`, `text:GLOB`, `idx:FOLDER`, …
     held_out_source: the spec of the held-out text; if it is empty, documents of `source` are held out.
     held_out_fraction: the fraction of `source`'s documents that is held out if there is no `held_out_source`. A hash
       of each document (of a file's name, or of the text where a file has several documents) decides.
@@ -33,7 +34,8 @@ class DataConfig(Checked):
     mask_rate: the share of the tokens that masked language modelling hides.
     mask_token: the token that hides them; "" takes `[MASK]` and the like, or the byte 0xFF, which no text has.
     batch_size: the global number of sequences in one optimizer step.
-    seed: the seed of the order of the training rows.
+    seed: the seed of the order of the training rows, and of the random changes of images.
+    images: what happens to images; for models that read them.
   """
 
   source: str = "python-sources"
@@ -48,6 +50,7 @@ class DataConfig(Checked):
   mask_token: str = ""
   batch_size: int = 16
   seed: int = 0
+  images: ImagesConfig = ImagesConfig()
 
   def validate(self) -> None:
     require(bool(self.source), "source", self.source, "name a source, e.g. python-sources or text:GLOB.")

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from tokenformer_jax.config.data import DataConfig
+from tokenformer_jax.config.images import check_images
 from tokenformer_jax.config.model import ModelConfig
 from tokenformer_jax.config.training import GrowthConfig, MeshConfig, OptimizerConfig, TrainingConfig
 from tokenformer_jax.config.validation import Checked, build, require
@@ -52,6 +53,7 @@ class Config(Checked):
         f"the run ends at training.num_steps={self.training.num_steps}, so that this growth would never happen; "
         "raise num_steps, or remove the stage.",
       )
+    check_images(self.model, self.data)
     accumulation = self.training.gradient_accumulation
     require(
       self.data.batch_size % accumulation == 0,

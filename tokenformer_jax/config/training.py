@@ -43,6 +43,7 @@ class OptimizerConfig(Checked):
       larger.
     ema_decay: decay of an exponential moving average of the weights, which evaluations and samples then use; 0 keeps
       no average. The average of the first updates is shorter: the decay of update n is at most n / (n + 9).
+    layer_decay: factor of each layer's rate over that of the layer behind it, for fine-tuning; 1 is one rate for all.
   """
 
   may_be_infinite: ClassVar[tuple[str, ...]] = ("clip_norm",)
@@ -62,6 +63,7 @@ class OptimizerConfig(Checked):
   second_moment_dtype: str = "float32"
   name: str = "adamw"
   ema_decay: float = 0.0
+  layer_decay: float = 1.0
 
   def validate(self) -> None:
     require_choice("name", self.name, OPTIMIZERS)
@@ -79,6 +81,7 @@ class OptimizerConfig(Checked):
       require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
     for field in ("beta1", "beta2", "ema_decay"):
       require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must be in [0, 1).")
+    require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "must be in (0, 1]; 1 is one rate for all.")
     for field in ("eps", "clip_norm"):
       require(getattr(self, field) > 0, field, getattr(self, field), "must be positive.")
     require(

@@ -47,6 +47,8 @@ class Checked:
       value = getattr(self, field)
       if kind is float and type(value) is int:
         object.__setattr__(self, field, float(value))
+      elif kind == tuple[float, ...]:
+        object.__setattr__(self, field, _floats(field, value))
       elif kind in (int, float, str, bool) and type(value) is not kind:
         raise ValueError(f"{field}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
       if kind is float and not math.isfinite(value) and not (value == math.inf and field in self.may_be_infinite):
@@ -90,7 +92,9 @@ def build(cls: Any, fields: Any, path: str) -> Any:
       element = typing.get_args(kind)[0]
       if not isinstance(value, (list, tuple)):
         raise ValueError(f"{path}.{key}={value!r}: expected a sequence of {element.__name__}.")
-      value = tuple(build(element, v, f"{path}.{key}[{i}]") for i, v in enumerate(value))
+      if dataclasses.is_dataclass(element):
+        value = [build(element, v, f"{path}.{key}[{i}]") for i, v in enumerate(value)]
+      value = tuple(value)
     values[key] = value
   missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and f.default is dataclasses.MISSING]
   if missing:
@@ -111,6 +115,13 @@ def flattened(config: Any) -> dict[str, Any]:
     else:
       fields[field.name] = value
   return fields
+
+
+def _floats(field: str, value: Any) -> tuple[float, ...]:
+  """A tuple of finite numbers as floats; ValueError for anything else."""
+  if type(value) is not tuple or any(type(number) not in (int, float) or not math.isfinite(number) for number in value):
+    raise ValueError(f"{field}={value!r}: expected a tuple of finite numbers, as in (0.5,).")
+  return tuple(map(float, value))
 
 
 def _field_types(cls: type) -> dict[str, Any]:

@@ -10,10 +10,13 @@ A source is one string, `config.data.source`. Several sources with weights make 
     tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]
     huggingface:NAME[,CONFIG][@SPLIT][#FIELD]
 
+Models of images read `idx:FOLDER[@SPLIT]`, `npz:FILE`, `folder:FOLDER` and `tfds:NAME[/CONFIG][:VERSION][@SPLIT]`, see
+`image_sources`.
+
 Files of `text` and `jsonl` are plain or compressed (gzip, bzip2, xz, zstd), and `~` in a path is the home folder.
 `sources` opens documents, `corpus` holds them as ids and splits them into training and held-out parts, `packing` makes
-rows of model inputs, and `loader` shuffles, shares and stacks rows into batches. Anything else with a length and rows,
-such as images, goes into the loader directly: see `packing.Packer`.
+rows of model inputs, and `loader` shuffles, shares and stacks rows into batches. Anything else with a length and rows
+goes into the loader directly: see `packing.Packer`.
 """
 
 from tokenformer_jax.data.batches import Batch, ClassBatch, MaskedBatch

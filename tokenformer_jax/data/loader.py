@@ -21,10 +21,11 @@ class BatchIterator(Iterator[Any]):
 
   Args:
     batches: batch k of this process, as `batches` makes it.
+    read_ahead: how many threads read how many batches ahead; the batches come in the same order.
   """
 
-  def __init__(self, batches: grain.MapDataset):
-    self._iterator = iter(batches.to_iter_dataset(READ_AHEAD))
+  def __init__(self, batches: grain.MapDataset, read_ahead: grain.ReadOptions = READ_AHEAD):
+    self._iterator = iter(batches.to_iter_dataset(read_ahead))
 
   def __next__(self) -> Any:
     state = self._iterator.get_state()

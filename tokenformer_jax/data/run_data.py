@@ -8,6 +8,7 @@ import numpy as np
 from tokenformer_jax.config import Config
 from tokenformer_jax.data.batches import Batch, ClassBatch, MaskedBatch
 from tokenformer_jax.data.dataset import open_data
+from tokenformer_jax.data.image_dataset import open_image_data
 from tokenformer_jax.data.loader import BatchIterator
 from tokenformer_jax.data.text_classes import TextClasses
 from tokenformer_jax.data.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def open_run_data(config: Config, *, process_index: int = 0, process_count: int 
   if model.task != "classify":
     return open_data(config.data, seq_length=model.seq_length, masks=model.task == "masked_token", **share)
   if model.reads_images:
-    raise ValueError("model.vision: there is no source of images yet; train the model with a loop of your own.")
+    return open_image_data(config.data, model.vision, **share)
   classes = model.classifier.num_classes
   return TextClasses(config.data, seq_length=model.seq_length, num_classes=classes, **share)
 
@@ -69,7 +70,11 @@ def empty_batch(config: Config) -> NamedTuple:
   if model.task == "classify":
     if model.reads_images:
       size = model.vision.image_size
-      return ClassBatch(zeros(size, size, model.vision.channels, dtype=np.float32), zeros())
+      images, labels = (
+        zeros(size, size, model.vision.channels, dtype=np.float32),
+        zeros(model.vision.num_classes, dtype=np.float32),
+      )
+      return ClassBatch(images, labels, weights=zeros(dtype=np.float32))
     is_regression = model.classifier.num_classes == 1
     labels = zeros(dtype=np.float32 if is_regression else np.int32)
     return ClassBatch(zeros(length), labels, zeros(length), zeros(dtype=np.float32), zeros(length))

@@ -22,7 +22,8 @@ def open_documents(spec: SourceSpec) -> documents.DocumentSource:
     ValueError: the source is one of token files, or it cannot be opened.
   """
   if spec.kind not in TEXT_SOURCES:
-    raise ValueError(f"source {spec} holds token ids, not text: give a source of {', '.join(TEXT_SOURCES)}.")
+    what = "token ids" if spec.kind == "tokens" else "images"
+    raise ValueError(f"source {spec} holds {what}, not text: give a source of {', '.join(TEXT_SOURCES)}.")
   return TEXT_SOURCES[spec.kind](spec.rest)
 
 

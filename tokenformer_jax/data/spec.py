@@ -12,6 +12,9 @@ KINDS = {
   "tokens": "tokens:PATH[#DTYPE]",
   "tfds": "tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FEATURE]",
   "huggingface": "huggingface:NAME[,CONFIG][@SPLIT][#FIELD]",
+  "idx": "idx:FOLDER[@SPLIT]",
+  "npz": "npz:FILE",
+  "folder": "folder:FOLDER",
 }
 
 

@@ -270,17 +270,21 @@ def load_tokenizer(workdir: str) -> data.Tokenizer:
   """Returns the tokenizer in a work folder.
 
   Raises:
-    ValueError: there is none, or not the one that the newest checkpoint was trained with.
+    ValueError: there is none, as for a run on images, or not the one that the newest checkpoint was trained with.
   """
   folder = user_path(workdir, "workdir")
-  tokenizer = data.load_tokenizer(folder / TOKENIZER)
+  record: dict[str, Any] = {}
   if (folder / "checkpoints").is_dir() and (steps := whole_steps(folder / "checkpoints")):
-    stored = record_of(folder / "checkpoints" / str(steps[-1])).get("tokenizer")
-    if isinstance(stored, str) and not tokenizer.matches(stored):
-      raise ValueError(
-        f"{folder / TOKENIZER}: this is not the tokenizer {stored} that the model was trained with, but "
-        f"{tokenizer.fingerprint}: ids would mean other text; put the model's own in its place."
-      )
+    record = record_of(folder / "checkpoints" / str(steps[-1]))
+  stored = record.get("tokenizer", "")
+  if stored is None:
+    raise ValueError(f"{workdir}: this run reads images; it has no tokenizer, and its model generates no text.")
+  tokenizer = data.load_tokenizer(folder / TOKENIZER)
+  if stored and isinstance(stored, str) and not tokenizer.matches(stored):
+    raise ValueError(
+      f"{folder / TOKENIZER}: this is not the tokenizer {stored} that the model was trained with, but "
+      f"{tokenizer.fingerprint}: ids would mean other text; put the model's own in its place."
+    )
   return tokenizer
 
 

@@ -7,6 +7,7 @@ from optax import contrib
 
 from tokenformer_jax.config import GrowthConfig, OptimizerConfig
 from tokenformer_jax.nn.parameters import Axes, Tree, is_matrix
+from tokenformer_jax.training.layer_rates import scale_layers
 from tokenformer_jax.training.new_rows import scale_by_adam_of_rows, scale_rows
 from tokenformer_jax.training.schedules import learning_rate_schedule
 from tokenformer_jax.training.weight_average import average_weights
@@ -41,6 +42,8 @@ def make_optimizer(
     optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     scale_rows(axes, growth.warmup_steps, growth.new_rows_rate, growth.old_rows_rate),
   ]
+  if config.layer_decay != 1:
+    parts[-1] = scale_layers(parts[-1], config.layer_decay)
   if config.ema_decay:
     parts.append(average_weights(config.ema_decay))
   return optax.chain(*parts)

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from tokenformer_jax import data
-from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
+from tokenformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from tokenformer_jax.config.validation import build, flattened
 from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.checkpoints import TOKENIZER
@@ -81,11 +81,13 @@ def check_same_run(config: Config, workdir: str, allow_data_change: bool) -> Non
   check_same_model(stored_model, config, 0, workdir)
   if allow_data_change:
     return
-  for field in dataclasses.fields(config.data):
-    have, want = _stored(stored_data, field), getattr(config.data, field.name)
+  # A field that is newer than the record had its default.
+  stored_fields = {**flattened(DataConfig()), **_flattened(stored_data)}
+  for name, want in flattened(config.data).items():
+    have = stored_fields[name]
     if have != want:
       raise ValueError(
-        f"{workdir}: its run reads data.{field.name}={have!r}, this one {want!r}; use another --workdir, or pass "
+        f"{workdir}: its run reads data.{name}={have!r}, this one {want!r}; use another --workdir, or pass "
         "--allow_data_change to resume with other data."
       )
 
@@ -204,6 +206,17 @@ def changed_rate(stored: dict[str, Any], config: Config, step: int) -> str:
     f"training.num_steps={num_steps:,}) to {float(after(step)):.3g} (the next one, with "
     f"training.num_steps={config.training.num_steps:,})."
   )
+
+
+def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
+  """`flattened` of a configuration that was stored as JSON, where a tuple is a list."""
+  flat: dict[str, Any] = {}
+  for name, value in fields.items():
+    if isinstance(value, dict):
+      flat |= {f"{name}.{inner}": of_part for inner, of_part in _flattened(value).items()}
+    else:
+      flat[name] = tuple(value) if isinstance(value, list) else value
+  return flat
 
 
 def _stored(fields: dict[str, Any], field: dataclasses.Field) -> Any:
