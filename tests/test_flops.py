@@ -1,5 +1,6 @@
 """Model FLOP utilisation: the FLOPs that the model needs, and the peak of the devices."""
 
+import dataclasses
 import types
 
 import jax
@@ -9,9 +10,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tests import small_run
+from tokenformer_jax import data
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.training.flops import peak_flops, product_flops
+from tokenformer_jax.training.flops import peak_flops, product_flops, update_flops_per_token
+from tokenformer_jax.training.objective import objective_of
 
 
 def devices(kind, count):
@@ -52,6 +55,18 @@ def test_forward_flops_are_those_of_the_products_in_the_program():
   # All attention scores are computed, of which half are needed.
   needless = model.num_layers * 2 * model.seq_length * model.hidden_size
   assert product_flops(forward) == tokens.size * (model.forward_flops_per_token + needless)
+
+
+def test_logits_of_masked_tokens_alone_are_counted():
+  model = dataclasses.replace(small_run.MODEL, task="masked_token")
+  config = small_run.replace(dataclasses.replace(small_run.config(), model=model), data=dict(mask_rate=0.5))
+  graphdef, *shapes = split(abstract_model(model))
+  batch = data.empty_batch(config)
+  loss = jax.make_jaxpr(
+    lambda params, tau, batch: objective_of(model).loss(nnx.merge(graphdef, params, tau), batch, 0.0, True)[0]
+  )(*shapes, batch)
+  assert batch.places.shape == (8, 8)
+  assert product_flops(loss) == batch.inputs.size * update_flops_per_token(model, 0.5) / 3
 
 
 def test_products_are_counted_as_often_as_they_run():

@@ -168,6 +168,8 @@ def test_losses_of_classes_shares_and_numbers():
   rng = np.random.default_rng(0)
   logits, shares = rng.normal(size=(4, 3)).astype(np.float32), rng.dirichlet(np.ones(3), 4).astype(np.float32)
   labels, weights = np.array([2, 0, 1, 1], np.int32), np.array([1, 1, 0.5, 0], np.float32)
+  logits[2:, 1] += 5.0  # The rows of little weight are right.
+  shares[2:] = 0.1, 0.8, 0.1
   log_p = np.float64(logits) - np.log(np.sum(np.exp(np.float64(logits)), axis=1, keepdims=True))
 
   class Model:

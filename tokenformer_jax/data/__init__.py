@@ -12,6 +12,8 @@ A source is one string, `config.data.source`. Several sources with weights make 
 
 Models of images read `idx:FOLDER[@SPLIT]`, `npz:FILE`, `folder:FOLDER` and `tfds:NAME[/CONFIG][:VERSION][@SPLIT]`, see
 `image_sources`.
+A classifier of texts reads one task of GLUE, `glue:FOLDER/TASK[@SPLIT]` or `tfds:glue/TASK[@SPLIT]` (see `glue`).
+`run_data` chooses what a run reads by what its model is for, and `batches` has the arrays that each task reads.
 
 Files of `text` and `jsonl` are plain or compressed (gzip, bzip2, xz, zstd), and `~` in a path is the home folder.
 `sources` opens documents, `corpus` holds them as ids and splits them into training and held-out parts, `packing` makes

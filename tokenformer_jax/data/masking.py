@@ -79,6 +79,6 @@ def mask_id(tokenizer: Tokenizer, name: str, spec: str) -> int:
     missing = f"no token {name!r}" if name else f"none of {', '.join(MASK_TOKENS)}"
     raise ValueError(
       f"data.tokenizer={spec!r} has {missing} to mask with: name a token of its vocabulary that the texts do not "
-      "contain in data.mask_token, such as an unused special token."
+      "contain in data.mask_token, such as an unused special token, or 'ÿ' (the byte 0xFF) of GPT-2's vocabulary."
     )
   return found

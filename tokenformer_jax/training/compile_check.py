@@ -25,7 +25,7 @@ from tokenformer_jax.distributed.topologies import (
 from tokenformer_jax.growth.plan import check_growth
 from tokenformer_jax.inference.generate import bucket, decoding_programs
 from tokenformer_jax.nn.parameters import split
-from tokenformer_jax.training.flops import product_flops
+from tokenformer_jax.training.flops import product_flops, update_flops_per_token
 from tokenformer_jax.training.program import Program, make_program
 
 _PROMPT = 16
@@ -151,7 +151,7 @@ def _train_step(
     held,
     peak,
     product_flops(traced.jaxpr) / mesh.size,
-    3 * program.model.forward_flops_per_token * tokens / mesh.size,
+    update_flops_per_token(program.model, config.data.mask_rate) * tokens / mesh.size,
     sent,
     tokens,
   )

@@ -6,6 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.distributed.chips import CHIPS
 
 # Published dense bfloat16 peaks in FLOP/s per chip, by the beginning of `device_kind`.
@@ -23,6 +24,17 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
     if device.device_kind.startswith(kind):
       return peak * mesh.devices.size
   return None
+
+
+def update_flops_per_token(model: ModelConfig, mask_rate: float) -> float:
+  """FLOPs in products that an update needs for each token of its batch: three forward passes at full context.
+
+  Args:
+    model: the model.
+    mask_rate: of a masked language model, the share of the tokens that logits are computed for.
+  """
+  unread = (1.0 - mask_rate) * 2 * model.vocab_size * model.hidden_size if model.task == "masked_token" else 0.0
+  return 3 * (model.forward_flops_per_token - unread)
 
 
 def product_flops(jaxpr) -> int:

@@ -27,7 +27,7 @@ from tokenformer_jax.paths import replace_text, user_path
 from tokenformer_jax.progress import Progress, say
 from tokenformer_jax.training.checkpoints import TOKENIZER, Checkpoints
 from tokenformer_jax.training.first_state import first_state
-from tokenformer_jax.training.flops import peak_flops
+from tokenformer_jax.training.flops import peak_flops, update_flops_per_token
 from tokenformer_jax.training.held_out import held_out_measures, write_sample
 from tokenformer_jax.training.loss_curve import plot_losses
 from tokenformer_jax.training.program import Program, check_run, make_program
@@ -295,7 +295,8 @@ class _Run:
         row["train/tokens_per_second"] = tokens_per_second
         shown["tok/s"] = f"{tokens_per_second:,.0f}"
       if self.peak:
-        row["train/utilisation"] = 3 * self.program.model.forward_flops_per_token * tokens_per_second / self.peak
+        flops = update_flops_per_token(self.program.model, self.config.data.mask_rate) * tokens_per_second
+        row["train/utilisation"] = flops / self.peak
         shown["mfu"] = f"{row['train/utilisation']:.0%}"
     progress.report(**shown)
     self.log.write(step, **row)
