@@ -15,7 +15,10 @@ setuptools.setup(
   license="Apache-2.0",
   license_files=["LICENSE"],
   packages=setuptools.find_packages(include=["tokenformer_jax", "tokenformer_jax.*"]),
-  package_data={"tokenformer_jax": ["py.typed"]},  # Type checkers read the annotations of packages that have this file.
+  package_data={
+    "tokenformer_jax": ["py.typed"],  # Type checkers read the annotations of packages that have this file.
+    "tokenformer_jax.atlas": ["page.html"],
+  },
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",

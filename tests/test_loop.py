@@ -17,6 +17,7 @@ from tests import small_run
 from tests.commands import CONTEXT
 from tests.small_run import GROWN, MODEL
 from tokenformer_jax import data
+from tokenformer_jax.atlas.births import births
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training import held_out, loop
 from tokenformer_jax.training.checkpoints import Checkpoints
@@ -114,7 +115,7 @@ def test_growth_inside_a_run_keeps_the_held_out_loss(run):
   )
   assert abs(seam["growth/loss_before"] - seam["growth/loss_after"]) <= 1e-5
   assert tf.load(str(workdir)).config == GROWN
-  born = np.asarray(last_state(workdir).born["blocks"]["ffn"]["keys"])
+  born = births(str(workdir))["blocks/ffn"]
   assert born.tolist() == [0] * MODEL.ffn_tokens + [GROWTH_STEP] * (GROWN.ffn_tokens - MODEL.ffn_tokens)
 
 

@@ -127,14 +127,14 @@ def _by_path(module: nnx.Module, recorded: list[tuple[nnx.Module, jax.Array]], r
   found: dict[str, tuple] = {}
   for layer, x in recorded:
     rows_M = jnp.ones(x.size // x.shape[-1]) if real is None else jnp.reshape(real, -1)
-    weights_MxN, mass_MxN = _weights_and_mass(layer, x)
+    weights_MxN, mass_MxN = weights_and_mass(layer, x)
     sums = (rows_M @ jnp.abs(weights_MxN), rows_M @ mass_MxN, jnp.sum(rows_M))
     path = paths[id(layer)]
     found[path] = tuple(map(jnp.add, found[path], sums)) if path in found else sums
   return found
 
 
-def _weights_and_mass(layer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def weights_and_mass(layer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The weights of a layer's values for each row of x, and each row's part of what they are normalised by; both [M, N]."""
   if isinstance(layer, MLP):
     weights_MxN = layer.hidden_units(x.reshape(-1, x.shape[-1]))
