@@ -1,11 +1,10 @@
-"""Encoders for their golden files: crammed BERT from its settings, and Hugging Face's ViT from its config.json.
+"""Crammed BERT for its golden file, from its settings.
 
 The original's arrays become our parameters by a linear function, so that the gradients can be taken by their names.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx, traverse_util
 
@@ -19,24 +18,14 @@ _CRAMMED = dict(norm="LayerNorm", norm_scheme="pre", nonlin="GELUglu", tie_weigh
 _CRAMMED |= dict(use_bias=False, final_norm=True, skip_head_transform=True, ffn_layer_frequency=1)
 _CRAMMED_ATTENTION = dict(causal_attention=False, qkv_bias=False, skip_output_projection=False, rotary_embedding=False)
 _CRAMMED_POSITIONS = {"scaled-sinusoidal": "scaled_sinusoidal", "learned": "learned"}
-_VIT_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
 def recognises(description) -> bool:
-  """Whether a description is of crammed BERT or of Hugging Face's ViT."""
-  return _is_crammed(description) or description.get("config", {}).get("model_type") == "vit"
-
-
-def _is_crammed(description) -> bool:
+  """Whether a description is of crammed BERT."""
   return "ScriptableCrammedBERT" in (description.get("architectures") or [])
 
 
 def rows(golden: Golden) -> list[Row]:
-  """Outputs and gradients of an encoder."""
-  return [crammed_row(golden) if _is_crammed(golden.description) else vit_row(golden)]
-
-
-def crammed_row(golden: Golden) -> Row:
   """Hidden states and logits with and without padding, the loss of few tokens with its gradients, and the classes."""
   a = golden.arrays
   config, classifier = crammed_config(golden), crammed_config(golden, classifies=True)
@@ -64,32 +53,8 @@ def crammed_row(golden: Golden) -> Row:
   theirs = widest(a, "grad/")
   missing = [name for name in outputs if name not in a]
   assert not missing, missing
-  return Row(golden.name, output_error(outputs, widest(a)), gradient_error({n: grads[n] for n in theirs}, theirs))
-
-
-def vit_row(golden: Golden) -> Row:
-  """Logits, loss, hidden states (after the embedding and after each layer) and gradients."""
-  a = golden.arrays
-  config = vit_config(golden)
-  images, labels = jnp.asarray(a["pixel_values"]).transpose(0, 2, 3, 1), jnp.asarray(a["labels"], jnp.int32)
-
-  def block(block, x, context):
-    x, _, _ = block(x, context)
-    return x, x
-
-  def loss(arrays):
-    model = built(config, vit_parameters(arrays, config))
-    last, seen = model.through_layers(block, images)
-    logits = model.logits(last)
-    value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    hidden = [model.embed(images), *seen["blocks"]]
-    return value, {"loss": value, "logits": logits, **{f"hidden/{i}": x for i, x in enumerate(hidden)}}
-
-  grads, outputs = jax.jit(jax.grad(loss, has_aux=True))(under(a, "param/"))
-  theirs = widest(a, "grad/")
-  # Softmax does not change with what all keys have in common, so these gradients are 0 but for rounding errors.
-  theirs |= {name: np.zeros_like(gradient) for name, gradient in theirs.items() if name.endswith("k_proj.bias")}
-  return Row(golden.name, output_error(outputs, widest(a)), gradient_error(grads, theirs))
+  errors = output_error(outputs, widest(a)), gradient_error({n: grads[n] for n in theirs}, theirs)
+  return [Row(golden.name, *errors)]
 
 
 def built(config: ModelConfig, parameters):
@@ -124,34 +89,6 @@ def crammed_config(golden: Golden, classifies: bool = False) -> ModelConfig:
     embedding_norm="layer_norm" if embedding["normalization"] else "none",
     attention=dict(positions=_CRAMMED_POSITIONS[embedding["pos_embedding"]]),
     **(dict(task="classify", classifier=head) if classifies else {}),
-  )
-
-
-def vit_config(golden: Golden) -> ModelConfig:
-  """The model of a description of Hugging Face's ViT.
-
-  Raises:
-    NoModelError: a setting for which there is no part.
-  """
-  c = golden.description["config"]
-  if c["hidden_act"] not in _VIT_ACTIVATIONS:
-    raise NoModelError(f"no part for hidden_act={c['hidden_act']!r}")
-  _need(c, dict(qkv_bias=True))
-  return ModelConfig.named(
-    "tiny",
-    "vit",
-    num_layers=c["num_hidden_layers"],
-    hidden_size=c["hidden_size"],
-    num_heads=c["num_attention_heads"],
-    ffn_tokens=c["intermediate_size"],
-    norm_epsilon=c["layer_norm_eps"],
-    ffn=dict(activation=_VIT_ACTIVATIONS[c["hidden_act"]]),
-    vision=dict(
-      image_size=c["image_size"],
-      patch_size=c["patch_size"],
-      channels=c["num_channels"],
-      num_classes=len(golden.arrays["param/classifier.weight"]),
-    ),
   )
 
 
@@ -193,33 +130,6 @@ def crammed_parameters(arrays, config: ModelConfig):
       "ffn/keys": halves[0],
       "ffn/gates": halves[1],
       "ffn/values": a["ffn.dense_out.weight"].T,
-    }
-
-  return _stacked(ours, layer, config)
-
-
-def vit_parameters(arrays, config: ModelConfig):
-  """Ours from Hugging Face's, whose kernel of patches is [d, channel, height, width]."""
-  patches = "vit.embeddings.patch_embeddings.projection"
-  ours = {
-    "patches/weight": arrays[f"{patches}.weight"].transpose(2, 3, 1, 0).reshape(-1, config.hidden_size),
-    "patches/bias": arrays[f"{patches}.bias"],
-    "class_token": arrays["vit.embeddings.cls_token"].reshape(-1),
-    "position_embedding": arrays["vit.embeddings.position_embeddings"][0],
-    **_weight_and_bias("final_norm", "vit.layernorm", arrays),
-    **_dense("classes", "classifier", arrays),
-  }
-
-  def layer(index):
-    a = under(arrays, f"vit.layers.{index}.")
-    found = _weight_and_bias("norm", "layernorm_before", a) | _weight_and_bias("ffn_norm", "layernorm_after", a)
-    for name, source in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("proj", "o_proj")):
-      found |= _dense(f"attention/{name}", f"attention.{source}", a)
-    return found | {
-      "ffn/keys": a["mlp.fc1.weight"],
-      "ffn/key_biases": a["mlp.fc1.bias"],
-      "ffn/values": a["mlp.fc2.weight"].T,
-      "ffn/bias": a["mlp.fc2.bias"],
     }
 
   return _stacked(ours, layer, config)

@@ -186,7 +186,7 @@ def _program(config: ModelConfig):
   def loss(arrays, tokens):
     model = nnx.merge(graphdef, parameters(arrays, config), tau)
 
-    outputs = outputs_of(model, tokens)
+    outputs = outputs_of(model, {"tokens": tokens})
     value = next_token_loss(outputs["logits"], tokens)
     return value, {"loss": value, **outputs}
 

@@ -14,8 +14,9 @@ from tests import parity_table, small_run
 from tests.golden_files import GOLDEN
 from tokenformer_jax import data
 from tokenformer_jax.config import Config, DataConfig, ModelConfig
-from tokenformer_jax.models.masked_language_model import MaskedLanguageModel, TextClassifier
+from tokenformer_jax.models.masked_language_model import MaskedLanguageModel
 from tokenformer_jax.models.model_class import model_class
+from tokenformer_jax.models.text_encoder import TextClassifier
 from tokenformer_jax.models.vision_classifier import VisionClassifier
 from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.context import Context
@@ -44,7 +45,7 @@ def drawn(config):
   return graphdef, jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape).astype(np.float32), params), tau
 
 
-@pytest.mark.parametrize("path", ["bert/bertA_cramming_preln", "dense/vit_A"])
+@pytest.mark.parametrize("path", ["bert/bertA_cramming_preln", "bert/bert_mlm_A", "bert/bert_classes_A", "dense/vit_A"])
 def test_outputs_and_gradients_are_those_of_the_original(path):
   (row,) = parity_table.rows_of(GOLDEN / f"{path}.npz")
   assert row.passes and not row.missing, row
@@ -208,7 +209,7 @@ def test_the_task_chooses_the_class(config, expected):
 @pytest.mark.parametrize(
   "make, message",
   [
-    (lambda: encoder(task="masked"), "task='masked': choose one of .* classify. Did you mean 'masked_token'?"),
+    (lambda: encoder(task="masked"), "task='masked': choose one of .* encode. Did you mean 'masked_token'?"),
     (lambda: encoder(task="classify"), "classifier.num_classes=0: a classifier of texts needs at least 1"),
     (lambda: encoder(classifier=CLASSES), "classifier.num_classes=3: only task='classify' of texts has this head"),
     (lambda: encoder("vit", vision=dict(image_size=32)), "vision.image_size=32: images .* choose 'classify'"),
@@ -216,7 +217,10 @@ def test_the_task_chooses_the_class(config, expected):
     (lambda: vision(seq_length=9), "seq_length=9: vision.image_size=8: an image has 4 tokens"),
     (lambda: vision(vision=dict(image_size=9, patch_size=4)), "image_size=9: must be a multiple of patch_size=4"),
     (lambda: encoder(vision=dict(num_classes=3)), "num_classes=3: image_size=0 is a model of text; leave 0"),
-    (lambda: encoder(classifier=dict(pooler_size=3)), "pooler_size=3: num_classes=0 is no head; leave 0"),
+    (
+      lambda: encoder(classifier=dict(pooler_size=3)),
+      "classifier.pooler_size=3: task='masked_token' has no pooler; .* leave 0",
+    ),
     (lambda: vision(tied=False), "tied=False: task='classify' has no logits of tokens; leave True"),
   ],
 )

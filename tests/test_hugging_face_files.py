@@ -160,6 +160,6 @@ def test_the_documented_configuration_trains_on_from_a_folder(tmp_path, monkeypa
   folder_of(tmp_path / "pythia-160m", "gpt_neox")
   monkeypatch.chdir(tmp_path)
   names = {}
-  exec(blocks("python", "docs/released_models.md")[-1], names)
+  exec(blocks("python", "docs/released_models.md")[-2], names)
   config = Config.from_dict(names["get_config"]())
   check_same_weights(load(config.init_from).config, config.model, config.init_from)

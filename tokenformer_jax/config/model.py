@@ -42,6 +42,10 @@ class ModelConfig(Checked):
     embedding_norm: the norm of the embedded tokens, before the first block.
     norm_epsilon: ε of all norms.
     tied: whether the logits' matrix is the embedding's, or one of its own.
+    token_types: how many kinds of tokens, such as those of a pair's two sentences, have an embedding of their own, which
+      is added (BERT's `token_type_ids`); 0 is none.
+    transform: whether the logits of a masked token are those of LayerNorm(f(h W + b)), with the feed-forward's activation
+      f, and have a bias for each entry of the vocabulary, as BERT's.
     rotary_fraction: the share of each head's channels that rotate.
     rotary_base: the base of the rotary frequencies.
     compute_dtype: dtype of products and activations; parameters and sums are float32 or wider.
@@ -49,11 +53,12 @@ class ModelConfig(Checked):
       products with parameters. `full`: a whole layer from its input.
     kernel: how pattention is computed: by the `reference`, or `fused` on TPUs (`kernels/fused_pattention.py`). `auto`
       is the fastest that was measured, which is the reference so far.
-    task: `next_token`, a language model; `masked_token`, an encoder with logits of each token itself; or `classify`, an
-      encoder of images or texts with a head of classes. The tokens of an encoder see those before and behind them.
+    task: `next_token`, a language model; `masked_token`, an encoder with logits of each token itself; `classify`, an
+      encoder of images or texts with a head of classes; or `encode`, one that gives a vector of each image or text. The
+      tokens of an encoder see those before and behind them.
     attention, ffn, residual: the parts of a block.
     depth: which blocks only some of the tokens go through.
-    vision, classifier: what a model that classifies reads, and its head; `classifier` is for texts.
+    vision, classifier: the images that a model reads, and the head on one vector of a text or image.
   """
 
   vocab_size: int
@@ -71,6 +76,8 @@ class ModelConfig(Checked):
   embedding_norm: str = "none"
   norm_epsilon: float = 1e-5
   tied: bool = True
+  token_types: int = 0
+  transform: bool = False
   rotary_fraction: float = 0.25
   rotary_base: float = 10_000.0
   compute_dtype: str = "float32"

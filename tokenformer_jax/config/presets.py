@@ -84,6 +84,19 @@ PRESETS |= {
     attention=dict(projection="dense", positions="scaled_sinusoidal"),
     ffn=dict(kind="gated"),
   ),
+  # arXiv 1810.04805
+  "bert-original": dict(
+    task="masked_token",
+    norm="layer_norm",
+    final_norm="none",
+    embedding_norm="layer_norm",
+    norm_epsilon=1e-12,
+    token_types=2,
+    transform=True,
+    attention=dict(projection="dense", bias="all", positions="learned"),
+    ffn=dict(kind="mlp", bias=True),
+    residual=dict(norms="post"),
+  ),
   # arXiv 2010.11929
   "vit": dict(
     task="classify",

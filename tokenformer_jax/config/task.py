@@ -5,20 +5,20 @@ from typing import Any
 
 from tokenformer_jax.config.validation import Checked, require, require_choice
 
-TASKS = ("next_token", "masked_token", "classify")
+TASKS = ("next_token", "masked_token", "classify", "encode")
 POOLS = ("mean", "class_token")
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(Checked):
-  """A classifier of images, which are cut into square patches (arXiv 2010.11929).
+  """A model of images, which are cut into square patches (arXiv 2010.11929).
 
   Attributes:
     image_size: height and width of the images in pixels; 0 is a model of text.
     patch_size: height and width of a patch; each one is a token.
     channels: of a pixel.
-    num_classes: the number of classes.
-    pool: what the classes are read from: the `mean` of all patches, or a `class_token` in front of them.
+    num_classes: the number of classes of a classifier, 0 otherwise.
+    pool: what the classes, or the vector of an image, are read from: the `mean` of all patches, or a `class_token` in front of them.
   """
 
   image_size: int = 0
@@ -44,8 +44,7 @@ class VisionConfig(Checked):
     near = max(1, round(self.image_size / self.patch_size)) * self.patch_size
     why = f"must be a multiple of patch_size={self.patch_size}; the nearest is {near}."
     require(self.image_size > 0 and self.image_size % self.patch_size == 0, "image_size", self.image_size, why)
-    for field in ("channels", "num_classes"):
-      require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1 for images.")
+    require(self.channels >= 1, "channels", self.channels, "must be at least 1 for images.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,8 @@ class ClassifierConfig(Checked):
 
   Attributes:
     num_classes: the number of classes, or 1 for a regression; 0 is no such head.
-    pooler_size: the number of channels between W and W'; 0 is the model's.
+    pooler_size: the number of channels between W and W'; 0 is the model's. With `task='encode'`, of texts or images, that
+      of the vector tanh(h W + b); 0 is h itself.
   """
 
   num_classes: int = 0
@@ -63,8 +63,6 @@ class ClassifierConfig(Checked):
   def validate(self) -> None:
     for field in ("num_classes", "pooler_size"):
       require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative.")
-    if self.num_classes == 0:
-      require(self.pooler_size == 0, "pooler_size", self.pooler_size, "num_classes=0 is no head; leave 0.")
 
 
 def check_task(config: Any) -> None:
@@ -76,7 +74,13 @@ def check_task(config: Any) -> None:
   require_choice("task", config.task, TASKS)
   if config.reads_images:
     size = f"vision.image_size={config.vision.image_size}"
-    require(config.task == "classify", "task", config.task, f"{size}: images are classified; choose 'classify'.")
+    why = f"{size}: images are classified or encoded; choose 'classify' or 'encode'."
+    require(config.task in ("classify", "encode"), "task", config.task, why)
+    classes, needs_classes = config.vision.num_classes, config.task == "classify"
+    way_out = (
+      "must be at least 1 for a classifier of images." if needs_classes else "task='encode' has no classes; give 0."
+    )
+    require((classes >= 1) == needs_classes, "vision.num_classes", classes, way_out)
     require(config.vocab_size == 0, "vocab_size", config.vocab_size, f"{size}: images have no vocabulary; choose 0.")
     tokens = config.vision.num_tokens
     require(config.seq_length == tokens, "seq_length", config.seq_length, f"{size}: an image has {tokens} tokens.")
@@ -87,8 +91,17 @@ def check_task(config: Any) -> None:
   if not needs_head:
     way_out = "only task='classify' of texts has this head; leave 0."
   require((classes >= 1) == needs_head, "classifier.num_classes", classes, way_out)
-  if config.task == "classify":
-    require(config.tied, "tied", config.tied, "task='classify' has no logits of tokens; leave True.")
+  pooler, has_pooler = config.classifier.pooler_size, needs_head or config.task == "encode"
+  way_out = f"task={config.task!r} has no pooler; only 'encode' and a classifier of texts have; leave 0."
+  require(pooler == 0 or has_pooler, "classifier.pooler_size", pooler, way_out)
+  if config.task in ("classify", "encode"):
+    require(config.tied, "tied", config.tied, f"task={config.task!r} has no logits of tokens; leave True.")
+  reads_text = not (config.is_causal or config.reads_images)
+  require(config.token_types >= 0, "token_types", config.token_types, "must not be negative; 0 is none.")
+  way_out = "only an encoder of texts tells kinds of tokens apart; leave 0."
+  require(config.token_types == 0 or reads_text, "token_types", config.token_types, way_out)
+  way_out = "only task='masked_token' has such logits; leave False."
+  require(config.task == "masked_token" or not config.transform, "transform", config.transform, way_out)
   is_routed = config.depth.capacity < 1.0
   way_out = f"task={config.task!r}: an encoder's tokens all go through every block; leave 1.0."
   require(config.is_causal or not is_routed, "depth.capacity", config.depth.capacity, way_out)

@@ -11,13 +11,21 @@ from typing import Any
 
 from etils import epath
 
-from tokenformer_jax.data import byte_level_bpe
+from tokenformer_jax.data import byte_level_bpe, word_piece
 from tokenformer_jax.data.canonical_tokenizer import canonical
 from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from tokenformer_jax.paths import replace_text, user_path
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 RECORD = "tokenformer_jax"
+# What transformers calls the special tokens of encoders.
+_NAMES = {
+  "unk_token": "[UNK]",
+  "cls_token": "[CLS]",
+  "sep_token": "[SEP]",
+  "pad_token": "[PAD]",
+  "mask_token": "[MASK]",
+}
 
 
 def config_path(path: epath.Path) -> epath.Path:
@@ -56,6 +64,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
   settings = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": record.get("end_of_document", byte_level_bpe.END_OF_DOCUMENT),
+    **{name: token for name, token in _NAMES.items() if token in _added(tokenizer.huggingface())},
     "clean_up_tokenization_spaces": False,
     "split_special_tokens": record["kind"] == "bytes" or record.get("special_tokens") == "text",
     RECORD: record,
@@ -80,8 +89,8 @@ def open_tokenizer(spec: str, special_tokens: str | None = None) -> Tokenizer:
 
   Args:
     spec: `bytes`; or `WHERE[#TOKEN]`. WHERE is a tokenizer.json (Hugging Face's or one of `save_tokenizer`), a
-      folder with one or with GPT-2 style `vocab.json` and `merges.txt`, or a name on the Hugging Face hub; files
-      and folders may be URIs (gs://…). TOKEN ends documents; if it is not given, the file's record names it, or
+      folder with one, with GPT-2 style `vocab.json` and `merges.txt` or with BERT's `vocab.txt`, or a name on the Hugging
+      Face hub; files and folders may be URIs (gs://…). TOKEN ends documents; if it is not given, the file's record names it, or
       it is the first of `<|endoftext|>` and the like that the vocabulary has, or the `eos_token` of the
       tokenizer_config.json.
     special_tokens: `recognise` or `text`, see `HuggingFaceTokenizer`; None takes what the file's record says.
@@ -97,8 +106,10 @@ def open_tokenizer(spec: str, special_tokens: str | None = None) -> Tokenizer:
   if path.is_dir():
     path = _file_in(path)
   if path.is_file():
-    is_gpt2 = path.name in ("vocab.json", "merges.txt")
-    description = _vocab_and_merges(path.parent) if is_gpt2 else _read_json(path)
+    if path.name in ("vocab.json", "merges.txt"):
+      description = _vocab_and_merges(path.parent)
+    else:
+      description = _word_piece(path) if path.suffix == ".txt" else _read_json(path)
     return _from_file(path, description, end_of_document, special_tokens)
   if where.startswith((".", "/", "~")) or where.endswith(".json") or where.count("/") > 1:
     raise ValueError(
@@ -163,11 +174,13 @@ def _file_in(folder: epath.Path) -> epath.Path:
     return folder / "tokenizer.json"
   if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
     return folder / "merges.txt"
+  if (folder / "vocab.txt").is_file():
+    return folder / "vocab.txt"
   names = sorted(path.name for path in folder.iterdir())
   candidates = [name for name in names if name.endswith(".json") and "tokenizer" in name and "_config" not in name]
   if len(candidates) != 1:
     raise ValueError(
-      f"tokenizer folder {folder} has neither tokenizer.json nor vocab.json with merges.txt: "
+      f"tokenizer folder {folder} has neither tokenizer.json nor vocab.json with merges.txt nor vocab.txt: "
       f"name the file itself. It holds {', '.join(names) or 'nothing'}."
     )
   return folder / candidates[0]
@@ -208,6 +221,17 @@ def _vocab_and_merges(folder: epath.Path) -> dict[str, Any]:
   return byte_level_bpe.describe(vocab, pairs)
 
 
+def _word_piece(path: epath.Path) -> dict[str, Any]:
+  """BERT's WordPiece with the vocabulary of a file; the tokenizer_config.json beside it says whether it is cased."""
+  beside = path.with_name("tokenizer_config.json")
+  settings = _read_json(beside) if beside.is_file() else {}
+  try:
+    tokens = _read_text(path).removesuffix("\n").split("\n")
+    return word_piece.describe([t.rstrip("\r") for t in tokens], lower_case=settings.get("do_lower_case") is not False)
+  except ValueError as error:
+    raise ValueError(f"tokenizer {path} is not a vocabulary of WordPiece: {error}.") from None
+
+
 def _from_hub(name: str) -> epath.Path:
   import huggingface_hub
 
@@ -221,11 +245,15 @@ def _from_hub(name: str) -> epath.Path:
     ) from None
 
 
+def _added(description: dict[str, Any]) -> set[Any]:
+  """The names of the tokens that were added to the vocabulary."""
+  return {token.get("content") for token in description.get("added_tokens") or () if isinstance(token, dict)}
+
+
 def _guess_end(description: dict[str, Any], eos_token: Any, name: str) -> str:
   model = description.get("model", {})
   vocab = model.get("vocab", ()) if isinstance(model, dict) else ()
-  tokens = description.get("added_tokens") or ()
-  names = {token.get("content") for token in tokens if isinstance(token, dict)}
+  names = _added(description)
   eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
   for end in (*END_OF_DOCUMENT_NAMES, eos_token):
     if end in names or (isinstance(vocab, dict) and end in vocab):

@@ -21,7 +21,7 @@ from tokenformer_jax.evaluation.tasks import read_task
 from tokenformer_jax.interop.hub import local_path
 from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.models.masked_language_model import TextClassifier
+from tokenformer_jax.models.text_encoder import TextClassifier
 from tokenformer_jax.paths import user_path
 from tokenformer_jax.training.checkpoints import load, load_tokenizer
 

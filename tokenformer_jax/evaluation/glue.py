@@ -13,7 +13,7 @@ from tokenformer_jax.data import Tokenizer
 from tokenformer_jax.data.glue import TASKS, GlueSplit, read_glue, task_name
 from tokenformer_jax.data.text_classes import TextPairs, in_order
 from tokenformer_jax.evaluation.report import Metrics, Results
-from tokenformer_jax.models.masked_language_model import TextClassifier
+from tokenformer_jax.models.text_encoder import TextClassifier
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.paths import user_path
 

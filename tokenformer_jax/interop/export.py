@@ -1,6 +1,6 @@
 """Writes models as weight files, in PyTorch's format or safetensors, with a model card.
 
-A TokenFormer has the released names, and a dense model that transformers knows has the names that it has there.
+A TokenFormer has the released names, and a model that transformers knows has the names that it has there.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import traverse_util
 from tokenformer_jax import data
 from tokenformer_jax.config import TOKEN_COUNTS, ModelConfig
 from tokenformer_jax.config.validation import require
-from tokenformer_jax.interop.hub import local_path
+from tokenformer_jax.interop.hub import NORMALISATION, local_path
 from tokenformer_jax.interop.hugging_face_config import config_fields
 from tokenformer_jax.interop.hugging_face_files import their_arrays, written_config
 from tokenformer_jax.interop.model_card import model_card
@@ -28,6 +28,7 @@ from tokenformer_jax.interop.stored_array import ComputedArray
 from tokenformer_jax.interop.torch_file import write_torch
 from tokenformer_jax.interop.weight_config import CONFIG_KEY, config_beside, config_json
 from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.models.model_class import AnyModel
 from tokenformer_jax.nn.parameters import Tree, split
 from tokenformer_jax.nn.pattention import require_float_tokens
 from tokenformer_jax.nn.theta import initial_tau
@@ -36,7 +37,7 @@ from tokenformer_jax.paths import user_path
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 # A folder may have any other ending in its name, as in tokenformer-1.5b.
 _OTHER_FILES = (".pt", ".pth", ".ckpt", ".npz", ".h5", ".gguf", ".msgpack", ".zip")
-_FILES_BESIDE = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
+_FILES_BESIDE = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json", NORMALISATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Exported:
 
 
 def export(
-  model: LanguageModel,
+  model: AnyModel,
   path: str | os.PathLike,
   *,
   dtype: str = "float32",
@@ -74,7 +75,7 @@ def export(
   architecture is written under the paths of its parameters (`own_form`), for this package alone.
 
   Args:
-    model: the model, with float parameters.
+    model: the model, with float parameters: a `LanguageModel` or an encoder.
     path: a file that ends in `.bin` (PyTorch's format) or `.safetensors`, or a folder, which gets a
       `model.safetensors`; local or a URI. Existing files are not overwritten.
     dtype: `float32` (exact), `bfloat16` or `float16`. A model that was read from arrays of one of these is written back
@@ -109,12 +110,8 @@ def export(
     if existing.exists():
       raise ValueError(f"{existing}: this file exists and is not overwritten; choose an empty folder.")
   require_float_tokens(model, "exported")
-  if not isinstance(model, LanguageModel):
-    raise ValueError(
-      f"model: a {type(model).__name__} cannot be exported, only a LanguageModel; keep the work folder of its run."
-    )
   fields = config_fields(model.config)
-  if has_released_form(model.config):
+  if isinstance(model, LanguageModel) and has_released_form(model.config):
     form = _released_form(model, file, released)
   else:
     require(not released, "released", released, "is for a TokenFormer; leave it out.")
@@ -131,8 +128,9 @@ def export(
     folder=folder,
     step=step,
   )
-  if tokenizer is None and folder is not None:
+  if tokenizer is None and folder is not None and not form.config.reads_images:
     tokenizer = _tokenizer(folder, form.config)
+  normalisation = None if folder is None else (folder if folder.is_dir() else folder.parent) / NORMALISATION
   if fields is None:
     description = config_json(form.config)
   else:
@@ -147,6 +145,8 @@ def export(
     write_safetensors(file, arrays, dtype, metadata)
   beside["config.json"].write_bytes(description.encode())
   beside["README.md"].write_bytes(card.encode())
+  if form.config.reads_images and normalisation is not None and normalisation.is_file():
+    beside[NORMALISATION].write_bytes(normalisation.read_bytes())
   if tokenizer is not None:
     data.save_tokenizer(tokenizer, beside["tokenizer.json"])
   return Exported(file, form.config, form.rows_added, form.keeps_grown_tau)
@@ -186,7 +186,7 @@ def _released_form(model: LanguageModel, file: epath.Path, released: bool | None
   return _Form(config, arrays, metadata, released, rows_added, keeps_grown_tau=grown and not released)
 
 
-def _own_form(model: LanguageModel, file: epath.Path) -> _Form:
+def _own_form(model: AnyModel, file: epath.Path) -> _Form:
   if file.suffix == ".bin":
     raise ValueError(
       f"{file}: neither the released code nor transformers has this architecture, and a .bin has no place for its "
@@ -197,7 +197,7 @@ def _own_form(model: LanguageModel, file: epath.Path) -> _Form:
   return _Form(model.config, own_arrays(parameters), own_metadata(tau), False, rows_added, keeps_grown_tau=False)
 
 
-def _hugging_face_form(model: LanguageModel, fields: dict[str, Any]) -> _Form:
+def _hugging_face_form(model: AnyModel, fields: dict[str, Any]) -> _Form:
   _, parameters, _ = split(model)
   arrays = their_arrays(fields["model_type"], parameters, model.config)
   return _Form(model.config, arrays, {}, False, dict.fromkeys(TOKEN_COUNTS, 0), keeps_grown_tau=False)
@@ -262,7 +262,7 @@ def released_arrays(
 def _tokenizer(folder: epath.Path, config: ModelConfig) -> data.Tokenizer | None:
   """The tokenizer in a folder of weights or beside a weight file, None if there is none."""
   beside = folder if folder.is_dir() else folder.parent
-  names = [name for name in ("tokenizer.json", "merges.txt") if (beside / name).is_file()]
+  names = [name for name in ("tokenizer.json", "merges.txt", "vocab.txt") if (beside / name).is_file()]
   if not names:
     return None
   path = beside / names[0]

@@ -8,7 +8,16 @@ from etils import epath
 from tokenformer_jax.interop.weights import SUFFIXES
 from tokenformer_jax.paths import is_uri, user_path
 
-_OTHER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+NORMALISATION = "preprocessor_config.json"  # How the images of a Hugging Face model are resized and normalised.
+_OTHER_FILES = (
+  "config.json",
+  NORMALISATION,
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "vocab.txt",
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 

@@ -1,4 +1,4 @@
-"""The config.json of Hugging Face's GPT-NeoX (Pythia), GPT-2, Llama and Mixtral models, to and from our configuration."""
+"""The config.json of Hugging Face's models (`FAMILIES`), to and from our configuration."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,6 +7,9 @@ from typing import Any
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.config.parts import FeedForwardConfig
 from tokenformer_jax.config.presets import PARTS, PRESETS
+from tokenformer_jax.config.task import VisionConfig
+from tokenformer_jax.config.validation import build
+from tokenformer_jax.interop.hugging_face_families import FAMILIES, Family
 from tokenformer_jax.interop.stored_array import quoted
 
 # The names of the activations that transformers knows, and ours. The first name of each of ours is the one that is written.
@@ -24,104 +27,6 @@ _ACTIVATIONS = {
 _TRAINING = ("capacity", "balance", "router_z")
 # Fields that change how a model is computed and not which function it is, or that a dense model does not read.
 _FREE = ("compute_dtype", "remat", "kernel", "theta", "gelu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """What one `model_type` calls the fields of our configuration.
-
-  Attributes:
-    preset: our name of the architecture.
-    architecture: the class in transformers.
-    sizes: our field -> theirs, which a config.json must have.
-    options: our field, with its part, -> (theirs, the value where a config.json leaves it out).
-    fixed: their field -> (the only value that is supported, which is also the value where it is left out).
-  """
-
-  preset: str
-  architecture: str
-  sizes: dict[str, str]
-  options: dict[str, tuple[str, Any]]
-  fixed: dict[str, Any]
-
-
-_SIZES = {
-  "vocab_size": "vocab_size",
-  "num_layers": "num_hidden_layers",
-  "hidden_size": "hidden_size",
-  "num_heads": "num_attention_heads",
-  "ffn_tokens": "intermediate_size",
-}
-_COMMON = {"quantization_config": None}
-
-FAMILIES = {
-  "gpt_neox": Family(
-    preset="gpt-neox",
-    architecture="GPTNeoXForCausalLM",
-    sizes=_SIZES,
-    options={
-      "seq_length": ("max_position_embeddings", 2048),
-      "norm_epsilon": ("layer_norm_eps", 1e-5),
-      "ffn.activation": ("hidden_act", "gelu"),
-      "tied": ("tie_word_embeddings", False),
-      "attention.bias": ("attention_bias", True),
-      "residual.parallel": ("use_parallel_residual", True),
-      "rotary_fraction": ("rotary_pct", 0.25),
-      "rotary_base": ("rotary_emb_base", 10_000.0),
-    },
-    fixed=_COMMON,
-  ),
-  "gpt2": Family(
-    preset="gpt2",
-    architecture="GPT2LMHeadModel",
-    sizes={"vocab_size": "vocab_size", "num_layers": "n_layer", "hidden_size": "n_embd", "num_heads": "n_head"},
-    options={
-      "ffn_tokens": ("n_inner", None),
-      "seq_length": ("n_positions", 1024),
-      "norm_epsilon": ("layer_norm_epsilon", 1e-5),
-      "ffn.activation": ("activation_function", "gelu_new"),
-      "tied": ("tie_word_embeddings", True),
-    },
-    fixed={
-      **_COMMON,
-      "scale_attn_weights": True,
-      "scale_attn_by_inverse_layer_idx": False,
-      "add_cross_attention": False,
-    },
-  ),
-  "llama": Family(
-    preset="transformer",
-    architecture="LlamaForCausalLM",
-    sizes=_SIZES,
-    options={
-      "attention.num_kv_heads": ("num_key_value_heads", None),
-      "seq_length": ("max_position_embeddings", 2048),
-      "norm_epsilon": ("rms_norm_eps", 1e-6),
-      "ffn.activation": ("hidden_act", "silu"),
-      "tied": ("tie_word_embeddings", False),
-      "attention.bias": ("attention_bias", False),
-      "ffn.bias": ("mlp_bias", False),
-      "rotary_base": ("rope_theta", 10_000.0),
-    },
-    fixed=_COMMON,
-  ),
-  "mixtral": Family(
-    preset="mixtral",
-    architecture="MixtralForCausalLM",
-    sizes=_SIZES,
-    options={
-      "attention.num_kv_heads": ("num_key_value_heads", 8),
-      "seq_length": ("max_position_embeddings", 131_072),
-      "norm_epsilon": ("rms_norm_eps", 1e-5),
-      "ffn.activation": ("hidden_act", "silu"),
-      "ffn.experts": ("num_local_experts", 8),
-      "ffn.chosen": ("num_experts_per_tok", 2),
-      "tied": ("tie_word_embeddings", False),
-      "rotary_base": ("rope_theta", 1_000_000.0),
-    },
-    fixed={**_COMMON, "sliding_window": None},
-  ),
-}
 
 
 def model_config(fields: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -144,6 +49,7 @@ def model_config(fields: dict[str, Any], where: str = "config.json") -> ModelCon
     )
   faults: list[str] = []
   read = _with_rope(fields, family, faults)
+  task = _task(read, family, faults)
   for theirs, only in family.fixed.items():
     if read.get(theirs, only) != only:
       faults.append(f"{theirs}={quoted(read[theirs])} is not supported, only {only}")
@@ -157,6 +63,7 @@ def model_config(fields: dict[str, Any], where: str = "config.json") -> ModelCon
     value = read.get(theirs)
     found[ours] = default if value is None else value
   _check_types(found, family, faults)
+  heads = _heads(task, read, family, faults)
   if faults:
     raise ValueError(f"{where}: {'; '.join(faults)}.")
   if found.get("ffn_tokens") is None:
@@ -169,6 +76,7 @@ def model_config(fields: dict[str, Any], where: str = "config.json") -> ModelCon
   found["ffn.activation"] = _ACTIVATIONS[found["ffn.activation"]]
   if "attention.bias" in found:
     found["attention.bias"] = "all" if found["attention.bias"] else "none"
+  found |= {"task": task, **{name: found["hidden_size"] if value is None else value for name, value in heads.items()}}
   if found.get("attention.num_kv_heads") in (None, found["num_heads"]):
     found["attention.num_kv_heads"] = 0
   try:
@@ -183,6 +91,8 @@ def config_fields(config: ModelConfig) -> dict[str, Any] | None:
   They are those of transformers 4 and 5: rotary settings are given in both forms.
   """
   for model_type, family in FAMILIES.items():
+    if config.task not in family.architectures.values():
+      continue
     fields = _fields(model_type, family, config)
     try:
       if comparable(model_config(fields)) == comparable(config):
@@ -203,6 +113,9 @@ def comparable(config: ModelConfig) -> ModelConfig:
   if ffn.experts > 1:
     ffn = dataclasses.replace(ffn, **{name: getattr(FeedForwardConfig, name) for name in _TRAINING})
   changes: dict[str, Any] = {**defaults, "attention": attention, "ffn": ffn}
+  if config.task == "encode" and not config.classifier.pooler_size:
+    # No config.json says whether there is a pooler.
+    changes["classifier"] = dataclasses.replace(config.classifier, pooler_size=config.hidden_size)
   return dataclasses.replace(config, **changes)
 
 
@@ -227,6 +140,38 @@ def _with_rope(fields: dict[str, Any], family: Family, faults: list[str]) -> dic
       elif rope[theirs] != 1.0:
         faults.append(f"{name}.{theirs}={quoted(rope[theirs])} is not supported, only 1.0")
   return read
+
+
+def _task(read: dict[str, Any], family: Family, faults: list[str]) -> str:
+  """Our task of the class that a config.json names; of several tasks, a class that is none of the family's is a fault."""
+  first = next(iter(family.architectures.values()))
+  named = read.get("architectures") or []
+  if len(family.architectures) == 1 or not named:
+    return first
+  known = [family.architectures[name] for name in named if isinstance(name, str) and name in family.architectures]
+  if not known:
+    faults.append(f"architectures={quoted(named)} is not supported, only {', '.join(family.architectures)}")
+  return known[0] if known else first
+
+
+def _heads(task: str, read: dict[str, Any], family: Family, faults: list[str]) -> dict[str, Any]:
+  """Our fields of the head on the last block; None is as many channels as the model has."""
+  if task == "masked_token":
+    return {}
+  part = "vision" if family.preset == "vit" else "classifier"
+  heads: dict[str, Any] = {"transform": False} if part == "classifier" and task != "next_token" else {}
+  if task == "encode":
+    heads |= {
+      "classifier.pooler_size": read.get("pooler_output_size"),
+      **({"vision.num_classes": 0} if part == "vision" else {}),
+    }
+  if task == "classify":
+    labels = read.get("id2label")
+    classes = len(labels) if isinstance(labels, dict) else read.get("num_labels", 2)
+    if type(classes) is not int or classes < 1:
+      faults.append(f"num_labels={quoted(classes)} is not a number of classes")
+    heads[f"{part}.num_classes"] = classes
+  return heads
 
 
 def _check_types(found: dict[str, Any], family: Family, faults: list[str]) -> None:
@@ -263,12 +208,14 @@ def _built(family: Family, found: dict[str, Any]) -> ModelConfig:
   for name, value in found.items():
     part, _, field = name.rpartition(".")
     (fields[part] if part else fields)[field] = value
+  if fields["vision"]:
+    fields |= {"vocab_size": 0, "seq_length": build(VisionConfig, fields["vision"], "vision").num_tokens}
   return ModelConfig.from_dict(fields)
 
 
 def _fields(model_type: str, family: Family, config: ModelConfig) -> dict[str, Any]:
   """A config.json of this family with the sizes and options of `config`."""
-  fields: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
+  fields: dict[str, Any] = {"architectures": [_class(family, config.task)], "model_type": model_type}
   names = {**family.sizes, **{ours: theirs for ours, (theirs, _) in family.options.items()}}
   for ours, theirs in names.items():
     part, _, field = ours.rpartition(".")
@@ -280,8 +227,19 @@ def _fields(model_type: str, family: Family, config: ModelConfig) -> dict[str, A
     elif ours == "ffn.activation":
       value = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == value)
     fields[theirs] = value
+  classes = config.vision.num_classes or config.classifier.num_classes
+  if classes:
+    labels = [f"LABEL_{index}" for index in range(classes)]
+    fields |= {"id2label": {str(i): label for i, label in enumerate(labels)}}
+    fields |= {"label2id": {label: i for i, label in enumerate(labels)}}
+  if config.task == "encode" and config.classifier.pooler_size and model_type == "vit":
+    fields["pooler_output_size"] = config.classifier.pooler_size
   if "rotary_base" in family.options:
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rotary_base}
     if "rotary_fraction" in family.options:
       fields["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
   return fields
+
+
+def _class(family: Family, task: str) -> str:
+  return next(name for name, its_task in family.architectures.items() if its_task == task)

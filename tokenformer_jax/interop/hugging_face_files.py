@@ -1,4 +1,4 @@
-"""Weight files of Hugging Face's dense models: which model they hold, and its arrays in our layout, read one by one."""
+"""Weight files of Hugging Face's models: which model they hold, and its arrays in our layout, read one by one."""
 
 import dataclasses
 import json
@@ -11,8 +11,11 @@ from flax import traverse_util
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.config.validation import flattened
-from tokenformer_jax.interop.hugging_face import Place, family_of, name_at, table, their_shapes, with_full_names
+from tokenformer_jax.interop.hugging_face import table, their_shapes, without_absent_pooler
 from tokenformer_jax.interop.hugging_face_config import comparable, config_fields, model_config
+from tokenformer_jax.interop.hugging_face_families import FAMILIES
+from tokenformer_jax.interop.hugging_face_names import COPIES, family_of, with_full_names, without_prefix
+from tokenformer_jax.interop.hugging_face_places import Place
 from tokenformer_jax.interop.names import EMBEDDING, differences
 from tokenformer_jax.interop.stored_array import FLOATS, ComputedArray, StoredArray, Weights
 from tokenformer_jax.interop.weight_config import config_beside, config_in_metadata
@@ -27,13 +30,13 @@ class Leaf:
     array: the array.
     place: the leaves that it holds.
     part: which of them this is.
-    head_dim: channels of a head.
+    config: the model's.
   """
 
   array: StoredArray
   place: Place
   part: int
-  head_dim: int
+  config: ModelConfig
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -41,10 +44,10 @@ class Leaf:
 
   def blocks(self, rows: slice) -> Iterator[tuple[slice, np.ndarray]]:
     """Reads rows of the leaf, as `StoredArray.blocks` does; an array that is rearranged is read whole."""
-    if len(self.place.paths) == 1 and not self.place.transposed:
+    if not self.place.is_rearranged:
       yield from self.array.blocks(rows)
     else:
-      yield slice(None), self.place.ours(self.array.read(), self.head_dim)[self.part][rows]
+      yield slice(None), self.place.ours(self.array.read(), self.config)[self.part][rows]
 
 
 def hugging_face_fields(weights: Weights, path: epath.Path) -> dict[str, Any] | None:
@@ -83,7 +86,8 @@ def leaves_of(
       f"{weights.where}: config.json is that of a model of {config.num_layers} layers; the {len(weights.arrays)} "
       "arrays are not such a model."
     )
-  arrays = with_full_names(model_type, weights.arrays)
+  arrays = with_full_names(model_type, weights.arrays, config.task)
+  config = without_absent_pooler(config, arrays)
   if config.tied:
     _leave_out_tied_head(weights.where, model_type, arrays)
   faults = differences({name: array.shape for name, array in arrays.items()}, their_shapes(model_type, config))
@@ -94,23 +98,26 @@ def leaves_of(
   found: dict[str, dict[str, Leaf]] = {}
   for name, (place, _) in table(model_type, config).items():
     for part, path in enumerate(place.paths):
-      found.setdefault(path, {})[name] = Leaf(arrays[name], place, part, config.head_dim)
+      found.setdefault(path, {})[name] = Leaf(arrays[name], place, part, config)
   return config, found
 
 
 def their_arrays(model_type: str, parameters: Tree, config: ModelConfig) -> dict[str, ComputedArray]:
-  """Their state dict of our parameters; each array is computed when it is read."""
+  """Their state dict of our parameters; each array is computed when it is read. Without a head the names have no prefix."""
   flat = traverse_util.flatten_dict(parameters, sep="/")
   shapes = their_shapes(model_type, config)
 
   def computed(name: str, place: Place, index: tuple[int, ...]) -> ComputedArray:
     def read() -> np.ndarray:
       leaves = [np.asarray(flat[path][index]) for path in place.paths]
-      return place.theirs(leaves, config.head_dim)
+      return place.theirs(leaves, config)
 
     return ComputedArray(shapes[name], read)
 
-  return {name: computed(name, *where) for name, where in table(model_type, config).items()}
+  arrays = {name: computed(name, *where) for name, where in table(model_type, config).items()}
+  if config.task == "encode":
+    arrays = {without_prefix(model_type, name): array for name, array in arrays.items()}
+  return arrays
 
 
 def written_config(
@@ -125,10 +132,17 @@ def written_config(
     dtype: the type of the arrays.
     end_of_document: the id that ends and begins documents, which is written where `before` says nothing.
   """
-  same = before is not None and before.get("model_type") == fields["model_type"]
-  kept = before if same else dict(bos_token_id=end_of_document, eos_token_id=end_of_document)
-  types = {"torch_dtype": dtype, **({"dtype": dtype} if "dtype" in (kept or {}) else {})}
-  return json.dumps({**(kept or {}), **fields, **types}, indent=2) + "\n"
+  kept: dict[str, Any] = dict(bos_token_id=end_of_document, eos_token_id=end_of_document)
+  if before is not None and before.get("model_type") == fields["model_type"]:
+    kept = before
+  labels = {name: kept[name] for name in ("id2label", "label2id") if _as_many(kept, fields, name)}
+  types = {"torch_dtype": dtype, **({"dtype": dtype} if "dtype" in kept else {})}
+  return json.dumps({**kept, **fields, **labels, **types}, indent=2) + "\n"
+
+
+def _as_many(before: dict[str, Any], fields: dict[str, Any], name: str) -> bool:
+  """Whether both have this field with as many entries."""
+  return isinstance(before.get(name), dict) and len(before[name]) == len(fields.get(name, ()))
 
 
 def _described(weights: Weights, fields: dict[str, Any], config: ModelConfig | None) -> tuple[str, ModelConfig]:
@@ -156,16 +170,18 @@ def _described(weights: Weights, fields: dict[str, Any], config: ModelConfig | N
 
 
 def _leave_out_tied_head(where: str, model_type: str, arrays: dict[str, StoredArray]) -> None:
-  """Removes a stored copy of the embedding, which is the head of a tied model."""
-  name = name_at(model_type, "head")
-  head, embedding = arrays.get(name), arrays.get(name_at(model_type, "embedding"))
-  if head is None or embedding is None:
-    return
-  if head != embedding and not all(
-    np.array_equal(block, embedding.read(rows), equal_nan=True) for rows, block in head.blocks(slice(None))
-  ):
-    raise ValueError(
-      f"{where}: {name} differs from the embedding, but config.json has tie_word_embeddings=true; "
-      "set it to false to use both."
-    )
-  del arrays[name]
+  """Removes stored copies of the embedding, which is the head of a tied model, and of BERT's bias of the logits."""
+  for name, original in COPIES.get(model_type, {}).items():
+    copy, first = arrays.get(name), arrays.get(original)
+    if copy is None or first is None:
+      continue
+    if copy != first and not all(
+      np.array_equal(block, first.read(rows), equal_nan=True) for rows, block in copy.blocks(slice(None))
+    ):
+      way_out = "set it to false to use both"
+      if "tie_word_embeddings" in FAMILIES[model_type].fixed:
+        way_out = f"an untied {model_type} is not supported"
+      raise ValueError(
+        f"{where}: {name} differs from {original}, but config.json has tie_word_embeddings=true; {way_out}."
+      )
+    del arrays[name]

@@ -9,6 +9,7 @@ from etils import epath
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.interop.names import has_released_form
 from tokenformer_jax.interop.pretrained import is_work_folder
+from tokenformer_jax.models.model_class import model_class
 
 # Our field -> the name of the same field in the released code's YAML files.
 _RELEASED_FIELDS = {
@@ -50,11 +51,12 @@ def model_card(
   Raises:
     ValueError: the work folder `source` has a broken config.json.
   """
-  kind, description = "Language model", "A language model, written by tokenformer_jax."
+  kind = "Language model" if config.is_causal else model_class(config).__name__
+  description = f"A {kind[0].lower() + kind[1:] if config.is_causal else kind}, written by tokenformer_jax."
   names = f"Arrays have the paths of the parameters in tokenformer_jax, which alone reads them, and are {dtype}."
   if architecture is not None:
     kind = architecture
-    names = f"Arrays have the names of transformers and are {dtype}: `AutoModelForCausalLM` reads the folder."
+    names = f"Arrays have the names of transformers and are {dtype}: `transformers.{architecture}` reads the folder."
   elif has_released_form(config):
     kind, names = "TokenFormer", _tau_description(config, dtype, released, rows_added)
     description = (

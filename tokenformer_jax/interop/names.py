@@ -40,8 +40,8 @@ _MOST_HINTS = 20
 def has_released_form(config: ModelConfig) -> bool:
   """Whether a model is a TokenFormer as the released code has it, apart from its sizes, Θ and positions."""
   parts = [getattr(config, part) for part in PARTS]
-  ends = (config.task, config.norm, config.final_norm, config.embedding_norm, config.tied)
-  released_ends = ("next_token", "plain", "layer_norm", "none", True)
+  ends = (config.task, config.norm, config.final_norm, config.embedding_norm, config.tied, config.token_types)
+  released_ends = ("next_token", "plain", "layer_norm", "none", True, 0)
   return ends == released_ends and all(part == type(part)() for part in parts)
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,6 @@ from tokenformer_jax.interop.own_form import is_own_form, read_own_form
 from tokenformer_jax.interop.stored_array import FLOATS, StoredArray, Weights, quoted
 from tokenformer_jax.interop.weight_config import config_for
 from tokenformer_jax.interop.weights import open_weights
-from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.nn.theta import initial_tau
@@ -36,16 +36,17 @@ Sources = Mapping[str, StoredArray | Leaf]
 
 def from_pretrained(
   path_or_hub_id: str | os.PathLike, config: ModelConfig | None = None, *, mesh: jax.sharding.Mesh | None = None
-) -> LanguageModel:
-  """Loads the model in a weight file: a TokenFormer, or a dense model of Hugging Face.
+) -> Any:
+  """Loads the model in a weight file: a TokenFormer, or a model of Hugging Face.
 
   A TokenFormer's sizes come from the arrays' shapes. What shapes do not determine (heads, Θ, rotary settings, sequence
   length) comes from the first of: `config`, the file's metadata, a config.json of this package beside it, the
   named size with these shapes. τ comes from the metadata; without it, τ is that of the released code.
 
-  Of Hugging Face's models, `gpt_neox` (Pythia), `gpt2`, `llama` and `mixtral` are read. Their config.json must lie beside the
-  weights; all of its fields that change the function are obeyed or refused. It is computed in float32, whatever type the
-  arrays have, unless `config` has another `compute_dtype`.
+  Of Hugging Face's models, those of `hugging_face_families` are read: `gpt_neox` (Pythia), `gpt2`, `llama`, `mixtral`,
+  `bert` and `vit`. Their config.json must lie beside the weights; all of its fields that change the function are obeyed or
+  refused, and the class that it names decides between masked tokens, classes and no head. It is computed in float32,
+  whatever type the arrays have, unless `config` has another `compute_dtype`.
 
   Args:
     path_or_hub_id: a local path, a URI, or the name OWNER/MODEL of a model on the Hugging Face hub. A path may
@@ -59,7 +60,7 @@ def from_pretrained(
       other, and only the parts that the devices of this process hold.
 
   Returns:
-    The model, with float32 parameters, ready to be called.
+    The model, with float32 parameters, ready to be called: a `LanguageModel` or another of `models.model_class`.
 
   Raises:
     ValueError: the path is not a weight file, the file is damaged, the shapes do not determine a model or

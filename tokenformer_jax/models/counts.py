@@ -34,7 +34,7 @@ def forward_flops_per_token(config: ModelConfig) -> int:
   # In a routed layer the square of the capacity's share of all pairs.
   layers = sum(config.depth.capacity**2 if config.is_routed(layer) else 1 for layer in range(config.num_layers))
   between_tokens = round((2 if config.is_causal else 4) * config.seq_length * config.hidden_size * layers)
-  logits = 0 if config.task == "classify" else 2 * config.vocab_size * config.hidden_size
+  logits = 0 if config.task in ("classify", "encode") else 2 * config.vocab_size * config.hidden_size
   return 2 * num_active_parameters(config) + between_tokens + logits
 
 

@@ -39,6 +39,8 @@ class TextModel(VocabularyEnds, nnx.Module):
     self.first, self.blocks = make_blocks(config, rngs=rngs)
     self.final_norm = Norm(config.final_norm, size, config.norm_epsilon, rngs=rngs)
     self.make_positions(rngs)
+    if config.token_types:
+      self.type_embedding = parameter(rngs, (config.token_types, size), (None, "embed"), normal)
     self.embedding_norm = Norm(config.embedding_norm, size, config.norm_epsilon, rngs=rngs)
     if not config.tied:
       self.head = parameter(rngs, (config.vocab_size, size), ("vocab", "embed"), normal)
@@ -50,6 +52,7 @@ class TextModel(VocabularyEnds, nnx.Module):
     segments: Int[Array, "batch time"] | None = None,
     real: Bool[Array, "batch time"] | None = None,
     training: bool = False,
+    types: Int[Array, "batch time"] | None = None,
   ) -> tuple[Float[Array, "batch time embed"], Said]:
     """(outputs of the final norm [B, T, d], what the blocks say beside them: scalars by name, means over the layers).
 
@@ -60,9 +63,10 @@ class TextModel(VocabularyEnds, nnx.Module):
       real: which tokens are not padding, by default all. No token of an encoder sees padding; a language model reads
         this for the statistics of routers alone, since the padding is behind its tokens or in segments of its own.
       training: whether routers may drop tokens, as they do in training.
+      types: the kind of each token, in [0, config.token_types); by default 0.
     """
 
-    hidden, said = self.through_layers(run_block, tokens, positions, segments, real, training)
+    hidden, said = self.through_layers(run_block, tokens, positions, segments, real, training, types)
     return hidden, mean_over_layers(said)
 
   def through_layers(
@@ -73,12 +77,13 @@ class TextModel(VocabularyEnds, nnx.Module):
     segments: Int[Array, "batch time"] | None = None,
     real: Bool[Array, "batch time"] | None = None,
     training: bool = False,
+    types: Int[Array, "batch time"] | None = None,
   ) -> tuple[Float[Array, "batch time embed"], dict]:
     """Applies a function to each layer, and collects what it observes.
 
     Args:
       apply: `(block, x [B, T, d], context) -> (x, observed)`, called in the place of each block.
-      tokens, positions, segments, real, training: as for `hidden`.
+      tokens, positions, segments, real, training, types: as for `hidden`.
 
     Returns:
       (outputs of the final norm [B, T, d], what `apply` observed, by path as in `nn.stack.through_blocks`).
@@ -93,7 +98,7 @@ class TextModel(VocabularyEnds, nnx.Module):
           f"most {self.config.seq_length} tokens a row."
         )
       positions = jnp.arange(tokens.shape[1])[None]
-    x_BxTxD = self.embed(tokens, positions)
+    x_BxTxD = self.embed(tokens, positions, types)
     context = Context(
       positions, self.rotation(positions), segments, real, causal=self.config.is_causal, training=training
     )

@@ -1,18 +1,30 @@
-"""Encoders of texts: logits of each token itself, for masked ones, and a classifier of whole texts."""
+"""The masked language model: logits of what stands at each token itself."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.models.language_model import TextModel
+from tokenformer_jax.nn.feed_forward import ACTIVATIONS
 from tokenformer_jax.nn.initializers import STD
+from tokenformer_jax.nn.norm import Norm
+from tokenformer_jax.nn.parameters import parameter
 from tokenformer_jax.nn.projection import Dense
 
 
 class MaskedLanguageModel(TextModel):
-  """A `TextModel` whose tokens see those before and behind them, as BERT's do (arXiv 1810.04805)."""
+  """A `TextModel` whose tokens see those before and behind them, as BERT's do (arXiv 1810.04805).
+
+  With `config.transform` its logits are LayerNorm(f(h W + b)) tableᵀ + bias, where f is the feed-forward's activation.
+  """
+
+  transform: "LogitsTransform | None" = None
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    if config.transform:
+      self.transform = LogitsTransform(config, rngs=rngs)
 
   def __call__(
     self,
@@ -20,6 +32,7 @@ class MaskedLanguageModel(TextModel):
     real: Bool[Array, "batch time"] | None = None,
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
+    types: Int[Array, "batch time"] | None = None,
   ) -> Float[Array, "batch time vocab"]:
     """Float32 logits [B, T, V] of what stands at each of `tokens` [B, T], some of which are masks.
 
@@ -30,38 +43,41 @@ class MaskedLanguageModel(TextModel):
       real: which tokens are not padding, by default all. No token sees padding.
       positions: position of each token in its document; by default 0 … T − 1.
       segments: document of each token; attention stays inside a document. By default one document.
+      types: the kind of each token, in [0, config.token_types); by default 0.
     """
-    return self.logits(self.hidden(tokens, positions, segments, real)[0])
+    return self.logits(self.hidden(tokens, positions, segments, real, types=types)[0])
+
+  def factors(
+    self, hidden: Float[Array, "*batch embed"]
+  ) -> tuple[Float[Array, "*batch channel"], Float[Array, "vocab channel"]]:
+    """As `VocabularyEnds.factors`. The bias of the logits is one more channel of the table, which the tokens have at 1."""
+    if self.transform is None:
+      return super().factors(hidden)
+    transformed = self.transform(hidden)
+    ones = jnp.ones((*hidden.shape[:-1], 1), hidden.dtype)
+    table = jnp.concatenate([super().table(), self.transform.logits_bias[...][:, None]], axis=1)
+    return jnp.concatenate([transformed, ones], axis=-1), self._gathered(table)
+
+  def table(self) -> Float[Array, "vocab embed"]:
+    if self.transform is not None:
+      raise TypeError("with transform=True the logits are no product with the hidden states; take `factors(hidden)`.")
+    return super().table()
 
 
-class TextClassifier(TextModel):
-  """A `TextModel` with a head of classes on its first token: tanh(h₀ W + b) W' + b'.
+class LogitsTransform(nnx.Module):
+  """What BERT does between the last block and the logits: x -> LayerNorm(f(x W + b)); and the bias of the logits [vocab].
 
-  `config.classifier` describes the head, whose matrices begin at N(0, 0.02) and biases at 0. The other parameters have
-  the names of a `MaskedLanguageModel`'s, so that a pretrained one can be loaded into it.
+  Args:
+    config: of the model; f is its feed-forward's activation.
+    rngs: W is drawn from `rngs.params()`.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    super().__init__(config, rngs=rngs)
-    part, size = config.classifier, config.hidden_size
-    pooled, normal = part.pooler_size or size, nnx.initializers.normal(STD)
-    self.pooler = Dense(size, pooled, axes=("embed", None), bias=True, init=normal, rngs=rngs)
-    self.classes = Dense(pooled, part.num_classes, axes=("embed", None), bias=True, init=normal, rngs=rngs)
+    size, normal, zeros = config.hidden_size, nnx.initializers.normal(STD), nnx.initializers.zeros
+    self.activation = config.ffn.activation
+    self.dense = Dense(size, size, axes=("embed", None), bias=True, init=normal, rngs=rngs)
+    self.norm = Norm("layer_norm", size, config.norm_epsilon, rngs=rngs)
+    self.logits_bias = parameter(rngs, (config.vocab_size,), ("vocab",), zeros, decayed=False)
 
-  def __call__(
-    self,
-    tokens: Int[Array, "batch time"],
-    real: Bool[Array, "batch time"] | None = None,
-    positions: Int[Array, "batch time"] | None = None,
-    segments: Int[Array, "batch time"] | None = None,
-  ) -> Float[Array, "batch class"]:
-    """Float32 logits [B, classes] of each text; arguments as for a `MaskedLanguageModel`."""
-    return self.logits(self.hidden(tokens, positions, segments, real)[0])
-
-  def logits(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch class"]:
-    """Float32 logits [B, classes] from the outputs of the final norm [B, T, d]."""
-    first = hidden[:, 0].astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    return self.classes(jnp.tanh(self.pooler(first)))
-
-  def table(self) -> jax.Array:
-    raise TypeError("a TextClassifier has no logits of tokens; `logits(hidden)` gives those of the classes.")
+  def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+    return self.norm(ACTIVATIONS[self.activation](self.dense(x)))

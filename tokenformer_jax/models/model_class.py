@@ -6,8 +6,11 @@ from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.models.language_model import LanguageModel
-from tokenformer_jax.models.masked_language_model import MaskedLanguageModel, TextClassifier
-from tokenformer_jax.models.vision_classifier import VisionClassifier
+from tokenformer_jax.models.masked_language_model import MaskedLanguageModel
+from tokenformer_jax.models.text_encoder import TextClassifier, TextEncoder
+from tokenformer_jax.models.vision_classifier import VisionClassifier, VisionEncoder
+
+AnyModel = LanguageModel | MaskedLanguageModel | TextEncoder | VisionEncoder
 
 
 def model_class(config: ModelConfig) -> type[Any]:
@@ -17,6 +20,8 @@ def model_class(config: ModelConfig) -> type[Any]:
       return LanguageModel
     case "masked_token":
       return MaskedLanguageModel
+    case "encode":
+      return VisionEncoder if config.reads_images else TextEncoder
   return VisionClassifier if config.reads_images else TextClassifier
 
 

@@ -1,4 +1,4 @@
-"""A classifier of images: a vision transformer (arXiv 2010.11929) of the parts that its configuration describes."""
+"""Vision transformers (arXiv 2010.11929) of the parts that their configuration describes: vectors and classes of images."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.models.positions import WithPositions
+from tokenformer_jax.models.text_encoder import make_pooler
 from tokenformer_jax.nn.block import Said
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.initializers import STD
@@ -15,17 +16,20 @@ from tokenformer_jax.nn.projection import Dense
 from tokenformer_jax.nn.stack import Apply, make_blocks, mean_over_layers, run_block, through_blocks
 
 
-class VisionClassifier(WithPositions, nnx.Module):
-  """Patches as tokens, `num_layers` blocks under one scan, a final norm, and classes from the mean or a class token.
+class VisionEncoder(WithPositions, nnx.Module):
+  """Patches as tokens, `num_layers` blocks under one scan, a final norm, and a vector h: the mean or a class token's.
+
+  Where `config.classifier.pooler_size` is set, the vector is tanh(h W + b).
 
   Parameters are float32; products run in `config.compute_dtype`, sums in float32 or wider.
 
   Args:
-    config: sizes and choices, which the model keeps as `model.config`; `config.vision` describes images and classes.
+    config: sizes and choices, which the model keeps as `model.config`; `config.vision` describes the images.
     rngs: parameters are drawn from `rngs.params()`.
   """
 
   class_token: nnx.Param | None = None
+  pooler: Dense | None = None
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -38,15 +42,15 @@ class VisionClassifier(WithPositions, nnx.Module):
     self.embedding_norm = Norm(config.embedding_norm, size, config.norm_epsilon, rngs=rngs)
     self.first, self.blocks = make_blocks(config, rngs=rngs)
     self.final_norm = Norm(config.final_norm, size, config.norm_epsilon, rngs=rngs)
-    self.classes = Dense(size, part.num_classes, axes=("embed", None), bias=True, init=normal, rngs=rngs)
+    self.pooler = make_pooler(config, rngs=rngs)
 
-  def __call__(self, images: Float[Array, "batch height width channel"]) -> Float[Array, "batch class"]:
-    """Float32 logits [B, classes] of normalised images [B, H, W, C].
+  def __call__(self, images: Float[Array, "batch height width channel"]) -> Float[Array, "batch channel"]:
+    """Float32 vectors [B, channels] of normalised images [B, H, W, C].
 
     Raises:
       ValueError: images of another size or number of channels than the model's.
     """
-    return self.logits(self.hidden(images)[0])
+    return self.pooled(self.hidden(images)[0])
 
   def hidden(
     self, images: Float[Array, "batch height width channel"], training: bool = False
@@ -87,8 +91,25 @@ class VisionClassifier(WithPositions, nnx.Module):
       x_BxTxD = jnp.concatenate([token, x_BxTxD], axis=1)
     return self.embedding_norm(self.placed(x_BxTxD, jnp.arange(x_BxTxD.shape[1])[None]))
 
+  def pooled(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch channel"]:
+    """Float32 vectors [B, channels] from the outputs of the final norm [B, T, d]."""
+    wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    h = jnp.mean(wide, axis=1) if self.class_token is None else wide[:, 0]
+    return h if self.pooler is None else jnp.tanh(self.pooler(h))
+
+
+class VisionClassifier(VisionEncoder):
+  """A `VisionEncoder` with a head of classes, h W + b, which `config.vision` describes."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    normal, classes = nnx.initializers.normal(STD), config.vision.num_classes
+    self.classes = Dense(config.hidden_size, classes, axes=("embed", None), bias=True, init=normal, rngs=rngs)
+
+  def __call__(self, images: Float[Array, "batch height width channel"]) -> Float[Array, "batch class"]:
+    """Float32 logits [B, classes] of normalised images [B, H, W, C]; see `VisionEncoder`."""
+    return self.logits(self.hidden(images)[0])
+
   def logits(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch class"]:
     """Float32 logits [B, classes] from the outputs of the final norm [B, T, d]."""
-    wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    pooled = jnp.mean(wide, axis=1) if self.class_token is None else wide[:, 0]
-    return self.classes(pooled)
+    return self.classes(self.pooled(hidden))

@@ -81,7 +81,8 @@ def masked_tokens(model, batch, z_loss: float, training: bool):
   real = None if batch.segments is None else batch.segments > 0
   hidden, said = model.hidden(batch.inputs, batch.positions, batch.segments, real, training)
   chosen_BxMxD = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
-  return *loss_sums(chosen_BxMxD, model.table(), batch.labels, batch.weights, z_loss), said
+  chosen_BxMxD, table = model.factors(chosen_BxMxD)
+  return *loss_sums(chosen_BxMxD, table, batch.labels, batch.weights, z_loss), said
 
 
 def classes(model, batch, z_loss: float, training: bool):
