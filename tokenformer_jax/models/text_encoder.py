@@ -31,11 +31,11 @@ class TextEncoder(TextModel):
     positions: Int[Array, "batch time"] | None = None,
     segments: Int[Array, "batch time"] | None = None,
     types: Int[Array, "batch time"] | None = None,
-  ) -> Float[Array, "batch channel"]:
+  ) -> Float[Array, "batch pooled"]:
     """Float32 vectors [B, channels] of the texts; arguments as for a `MaskedLanguageModel`."""
     return self.pooled(self.hidden(tokens, positions, segments, real, types=types)[0])
 
-  def pooled(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch channel"]:
+  def pooled(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch pooled"]:
     """Float32 vectors [B, channels] from the outputs of the final norm [B, T, d]."""
     first = hidden[:, 0].astype(jnp.promote_types(hidden.dtype, jnp.float32))
     return first if self.pooler is None else jnp.tanh(self.pooler(first))

@@ -44,7 +44,7 @@ class VisionEncoder(WithPositions, nnx.Module):
     self.final_norm = Norm(config.final_norm, size, config.norm_epsilon, rngs=rngs)
     self.pooler = make_pooler(config, rngs=rngs)
 
-  def __call__(self, images: Float[Array, "batch height width channel"]) -> Float[Array, "batch channel"]:
+  def __call__(self, images: Float[Array, "batch height width channel"]) -> Float[Array, "batch pooled"]:
     """Float32 vectors [B, channels] of normalised images [B, H, W, C].
 
     Raises:
@@ -91,7 +91,7 @@ class VisionEncoder(WithPositions, nnx.Module):
       x_BxTxD = jnp.concatenate([token, x_BxTxD], axis=1)
     return self.embedding_norm(self.placed(x_BxTxD, jnp.arange(x_BxTxD.shape[1])[None]))
 
-  def pooled(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch channel"]:
+  def pooled(self, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch pooled"]:
     """Float32 vectors [B, channels] from the outputs of the final norm [B, T, d]."""
     wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     h = jnp.mean(wide, axis=1) if self.class_token is None else wide[:, 0]
