@@ -91,7 +91,9 @@ def test_names_without_prefix_buffers_and_a_copy_of_the_embedding_are_read(tmp_p
   arrays["lm_head.weight"] = parameters["transformer.wte.weight"]
   assert_same_leaves(from_pretrained(folder_of(tmp_path / "b", "gpt2", arrays)), model_from(*golden("gpt2")))
   arrays["lm_head.weight"] = arrays["lm_head.weight"] + 1
-  with pytest.raises(ValueError, match="lm_head.weight differs from transformer.wte.weight, but .*tie_word_embeddings=true"):
+  with pytest.raises(
+    ValueError, match="lm_head.weight differs from transformer.wte.weight, but .*tie_word_embeddings=true"
+  ):
     from_pretrained(folder_of(tmp_path / "c", "gpt2", arrays))
   untied = from_pretrained(folder_of(tmp_path / "d", "gpt2", arrays, tie_word_embeddings=False))
   np.testing.assert_array_equal(untied.head[...], arrays["lm_head.weight"])
