@@ -110,6 +110,10 @@ def export(
     if existing.exists():
       raise ValueError(f"{existing}: this file exists and is not overwritten; choose an empty folder.")
   require_float_tokens(model, "exported")
+  if not isinstance(model, AnyModel):
+    raise ValueError(
+      f"model: a {type(model).__name__} has no released names and no paths of its own; give a whole model."
+    )
   fields = config_fields(model.config)
   if isinstance(model, LanguageModel) and has_released_form(model.config):
     form = _released_form(model, file, released)
