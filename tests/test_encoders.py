@@ -22,6 +22,7 @@ from tokenformer_jax.nn.block import Block
 from tokenformer_jax.nn.context import Context
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.nn.shaping import Shaping
+from tokenformer_jax.training.objective import objective_of
 from tokenformer_jax.training.program import make_program
 
 SMALL = dict(vocab_size=48, num_layers=2, hidden_size=16, num_heads=2, ffn_tokens=24, seq_length=12)
@@ -233,6 +234,8 @@ def test_what_an_encoder_cannot_do_is_refused():
   model = nnx.merge(*drawn(encoder(vocab_size=264)))
   with pytest.raises(ValueError, match="model is a MaskedLanguageModel: an encoder .* generates no text; give a Lang"):
     tf.generate(model, data.open_tokenizer("bytes"), "a", max_new_tokens=1)
+  with pytest.raises(ValueError, match="model.task='encode': it has no loss of its own; choose one of next_token, m"):
+    objective_of(encoder(task="encode"))
   images = nnx.merge(*drawn(vision()))
   with pytest.raises(ValueError, match=r"images \(2, 8, 8, 3\): expected \[batch, 8, 8, 1\], height, width, channels"):
     images(jnp.zeros((2, 8, 8, 3)))

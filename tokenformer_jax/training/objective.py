@@ -47,7 +47,16 @@ class Objective(NamedTuple):
 
 
 def objective_of(config: ModelConfig) -> Objective:
-  """The objective of a model's task."""
+  """The objective of a model's task.
+
+  Raises:
+    ValueError: the task has none.
+  """
+  if config.task not in _OBJECTIVES:
+    raise ValueError(
+      f"model.task={config.task!r}: it has no loss of its own; choose one of {', '.join(_OBJECTIVES)}, or see "
+      "training/contrastive.py."
+    )
   return _REGRESSION if is_regression(config) else _OBJECTIVES[config.task]
 
 
