@@ -14,6 +14,7 @@ import collections
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ import time
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 40
+PATIENCE = 900  # Seconds; a start takes less than 20 on a machine that does nothing else.
 EVENTS = ("kill", "SIGTERM", "SIGINT", "SIGHUP", "two signals", "full disk", "disk error", "nothing")
 DAMAGES = ("flipped bit", "cut file", "deleted file", "nothing", "nothing")
 # What a start may end with: complete, saved, ended by a second signal or before it handles signals, killed.
@@ -48,6 +50,7 @@ def train(arguments, log, failing):
   for number in (1, 2):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
   sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+  faulthandler.register(signal.SIGUSR1, file=sys.stderr)
   if failing:
     folder, number, error = failing
     ctypes.CDLL(None).fail_at(folder.encode(), number, error)
@@ -96,10 +99,12 @@ class Soak:
         failing = (f"{workdir}/", number, errno.ENOSPC if event == "full disk" else errno.EIO)
       process = self.start(workdir, failing)
       self.act(event, process)
-      process.join(timeout=300)
+      process.join(timeout=PATIENCE)
       if process.exitcode is None:
+        os.kill(process.pid, signal.SIGUSR1)  # Its threads' stacks go to its log.
+        process.join(timeout=5)
         process.kill()
-        raise AssertionError(f"{name}: {event}: no end after 300 s\n{tail(workdir)}")
+        raise AssertionError(f"{name}: {event}: no end after {PATIENCE} s\n{tail(workdir, 20_000)}")
       self.counts[event] += 1
       self.counts[f"code {process.exitcode}"] += 1
       allowed = CODES | ({1} if failing or "SIGINT" in event or event == "two signals" else set())
@@ -152,8 +157,8 @@ def result(workdir: pathlib.Path) -> tuple:
   return small_run.digest(state), rows
 
 
-def tail(workdir: pathlib.Path) -> str:
-  return pathlib.Path(f"{workdir}.log").read_text(errors="replace")[-3000:]
+def tail(workdir: pathlib.Path, size: int = 3000) -> str:
+  return pathlib.Path(f"{workdir}.log").read_text(errors="replace")[-size:]
 
 
 def main() -> None:
@@ -170,7 +175,7 @@ def main() -> None:
     while time.monotonic() < until:
       ended = soak.disturbed(f"run{complete}", until)
       if ended is None:
-        break
+        break  # The time is up.
       assert ended[0] == whole[0], f"run{complete}: the last state has other bits"
       assert ended[1] == whole[1], f"run{complete}: metrics.jsonl has other rows"
       complete += 1

@@ -52,6 +52,8 @@ def run(main, renamed: Mapping[str, str] | None = None) -> None:
     # A terminal in latin-1 cannot show every character of a text: the rest is shown by its number.
     sys.stdout.reconfigure(errors="backslashreplace")
   logging.set_verbosity(logging.WARNING)  # Orbax writes some twenty lines for each save; --verbosity=0 shows them.
+  logging.get_absl_logger().addFilter(_is_news)
+  sys.unraisablehook = _report_unraisable
   # ml_collections looks for a configuration's fields in sys.argv itself.
   sys.argv[1:] = [_current_name(argument, {**_RENAMED, **(renamed or {})}) for argument in sys.argv[1:]]
 
@@ -108,6 +110,17 @@ def fail(message: str, code: int = 2) -> typing.NoReturn:
   sys.exit(code)
 
 
+def _is_news(record) -> bool:
+  """Whether a line of the log is to be shown: Orbax shows pages for a failed save, of which the run says one line."""
+  return logging.level_info() or record.levelname != "ERROR" or "/orbax/checkpoint/" not in record.pathname
+
+
+def _report_unraisable(unraisable) -> None:
+  """Python's report, except where tensorstore ends a write that nobody waits for after another write failed."""
+  if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
 def _several():
   """The module that tells other processes of a failure, None where there are none; imports no jax."""
   failures = sys.modules.get("tokenformer_jax.distributed.failures")
@@ -126,9 +139,11 @@ class _Reporting:
     if isinstance(error, BrokenPipeError):
       _discard_stdout()
       sys.exit(128 + signal.SIGPIPE)
-    if full := next((cause for cause in _causes(error) if _is_full(cause)), None):
+    if full := [cause for cause in _causes(error) if _is_full(cause)]:
       _discard_stdout()
-      fail(f"the device is full, and what was being written is not complete: {full}", code=1)
+      # What names the newest checkpoint says more than the error of a log that is closed after it.
+      told = next((cause for cause in full if isinstance(cause, OSError) and cause.errno is None), full[0])
+      fail(f"the device is full, and what was being written is not complete: {told}", code=1)
     if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):  # A checkpoint that could not be saved, too.
       fail(str(error), code=1)
     if isinstance(error, FloatingPointError):

@@ -42,6 +42,7 @@ from tokenformer_jax.training.checkpoint_files import (
   step_handler,
   stored_model,
 )
+from tokenformer_jax.training.failed_saves import cause, wait_for_writers
 from tokenformer_jax.training.lock import WorkFolderLock
 from tokenformer_jax.training.manifest import FORMAT
 from tokenformer_jax.training.state import TrainState
@@ -79,6 +80,7 @@ class Checkpoints:
     self._checkpointer = ocp.AsyncCheckpointer(step_handler(ocp.StandardCheckpointHandler), async_options=ASYNC_OPTIONS)
     self._saving: tuple[int, threading.Thread, list[Exception]] | None = None
     self._failures = 0
+    self._failed_step: int | None = None
 
   def claim(self) -> None:
     """Takes the work folder for this run, and puts out of the way what is no checkpoint. `save` does it otherwise.
@@ -162,14 +164,15 @@ class Checkpoints:
     if not errors:
       self._failures = 0
       return
-    self._failures += 1
+    self._failures, self._failed_step = self._failures + 1, step
     if jax.process_index() == 0:
+      wait_for_writers()
       remove_unfinished(self._folder, step)
-    cause = " ".join(str(errors[0]).split())[:300] or type(errors[0]).__name__
-    text = f"{self._folder / str(step)}: the checkpoint could not be saved ({self._failures} in a row): {cause}"
+    reason = f"{cause(errors[0]).rstrip('.')}."
+    text = f"{self._folder / str(step)}: the checkpoint could not be saved ({self._failures} in a row): {reason}"
     if self._failures >= failures or jax.process_count() > 1:
       raise OSError(f"{text} {self._newest()}") from errors[0]
-    logging.warning("%s; the run saves again at its next interval.", text)
+    logging.warning("%s The run saves again at its next interval.", text)
 
   def _newest(self) -> str:
     steps = whole_steps(self._folder)
@@ -204,6 +207,9 @@ class Checkpoints:
     try:
       self._end_save(1)
     finally:
+      if self._failed_step is not None and jax.process_index() == 0:
+        # tensorstore may have written on for a moment after the save failed.
+        remove_unfinished(self._folder, self._failed_step)
       if self._lock is not None:
         self._lock.release()
       self._checkpointer.close()

@@ -27,8 +27,11 @@ class LogFile:
 
   def write(self, data: bytes) -> None:
     if self._file:
-      self._file.write(data)
-      self._file.flush()
+      try:
+        self._file.write(data)
+        self._file.flush()
+      except OSError as error:  # A full device, for instance; the system's own text names no file.
+        raise OSError(error.errno, error.strerror, str(self._path)) from None
       return
     self._content += data
     self._changed = True

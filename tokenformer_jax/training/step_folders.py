@@ -116,15 +116,15 @@ def remove(path: epath.Path) -> None:
 
 
 def remove_unfinished(folder: epath.Path, step: int) -> None:
-  """Removes what a failed save of `step` left."""
+  """Removes what a failed save of `step` left, and failed ones before it; no save may be under way."""
   if not folder.is_dir():
     return
   if is_uri(folder):
     if (folder / str(step)).exists() and incomplete(folder / str(step)):
       (folder / str(step)).rmtree()
     return
-  for path in folder.iterdir():
-    if path.name.startswith(f"{step}{_UNFINISHED}"):
+  for path in list(folder.iterdir()):
+    if _UNFINISHED in path.name:
       _delete(path)
 
 
