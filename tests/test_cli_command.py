@@ -12,9 +12,11 @@ COMMAND = '''"""Runs a small command."""
 
 import errno
 import os
+import sys
+import types
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 from tokenformer_jax.cli import command
 from tokenformer_jax.config import ModelConfig
@@ -47,6 +49,11 @@ def main(argv):
       raise OSError("run/checkpoints/8: the checkpoint could not be saved")
     case "a full device behind a library":
       raise ValueError("RESOURCE_EXHAUSTED: Error writing run/d/0: No space left on device")
+    case "a failed save of Orbax":
+      logging.error("ours")
+      code = compile("logging.error('a page'); logging.warning('news')", "/orbax/checkpoint/save.py", "exec")
+      exec(code, {"logging": logging})
+      sys.unraisablehook(types.SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
     case "a foreign ValueError":
       int("seven")
     case "an internal KeyError":
@@ -114,6 +121,13 @@ def test_a_run_that_cannot_continue_is_one_line_and_exit_code_1(command, what, m
   code, _, errors = command(f"--do={what}")
   assert code == 1 and len(errors) == 1, errors
   assert re.match(f"error: {message}", errors[0])
+
+
+def test_of_a_failed_save_orbaxs_pages_are_not_shown_unless_asked_for(command):
+  for verbosity, shown in (-1, ["ours", "news"]), (0, ["ours", "a page", "news"]):
+    code, _, errors = command("--do=a failed save of Orbax", f"--verbosity={verbosity}")
+    text = "\n".join(errors)
+    assert code == 0 and [said for said in ("ours", "a page", "news", "Event loop") if said in text] == shown
 
 
 def test_a_run_that_diverged_is_one_line_and_exit_code_3(command):

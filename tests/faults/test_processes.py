@@ -1,4 +1,4 @@
-"""F3, F23, F24: signals, and processes that fail, die or hang. Real processes, which take steps together."""
+"""F3, F7, F23, F24: signals, and processes that fail, die or hang. Real processes, which take steps together."""
 
 import re
 import signal
@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests import small_run
-from tests.faults import two_processes
+from tests.faults import two_processes, two_saves
 from tests.test_processes import outcome, run
 from tokenformer_jax.training import loop
 from tokenformer_jax.training.run_log import read_metrics
@@ -68,6 +68,22 @@ def test_f23_the_first_process_is_killed_and_the_others_end():
   codes, seconds, _, errors = after_fault(2, "kill", failing=0)
   # JAX's own runtime may end the process before it has said its line.
   assert codes[1] in (1, -signal.SIGABRT) and seconds < 20, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_f7_a_save_that_fails_on_one_process_ends_all(tmp_path, failing):
+  workdir = tmp_path / "run"
+  processes = run(2, "-m", "tests.faults.two_saves", f"--workdir={workdir}", f"--failing={failing}")
+  codes, out, errors = outcome(processes, timeout=120)
+  end = time.time()
+  (at,) = re.findall(rf"^{two_saves.AT} (\S+)$", "\n".join(out), re.MULTILINE)
+  assert codes == [1, 1] and end - float(at) < 30, errors
+  told = f"{workdir}/checkpoints/2: the checkpoint could not be saved (1 in a row): [Errno 5] Input/output error."
+  (line,), (other,) = errors_of(errors[failing]), errors_of(errors[1 - failing])
+  assert line == f"error: {told} The newest checkpoint is that of step 1."
+  assert other.startswith(f"error: process {failing} failed: {told}")
+  assert not any("Traceback" in text for text in errors), errors
 
 
 @pytest.mark.slow

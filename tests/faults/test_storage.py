@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from tests import small_run
 from tests.small_run import MODEL
 from tokenformer_jax import data
 from tokenformer_jax.interop.convert import convert
-from tokenformer_jax.training import checkpoint_files, lock, manifest
+from tokenformer_jax.training import checkpoint_files, lock, loop, manifest
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.lock import WorkFolderLock
 from tokenformer_jax.training.loop import train
@@ -170,9 +171,7 @@ def test_F5_a_flipped_bit_is_seen_in_every_file(workdir):
 
 
 def test_F5_a_damaged_step_is_set_aside_and_the_run_ends_as_if_nothing_had_happened(tmp_path, capsys, caplog):
-  (tmp_path / "text.txt").write_text(small_run.TEXT)
-  config = small_run.config(f"text:{tmp_path}/text.txt", num_steps=4, log_every=1, eval_every=4, checkpoint_every=2)
-  run = tmp_path / "run"
+  run, config = tmp_path / "run", run_config(tmp_path)
   losses = [train(config, str(run))]
   state = Checkpoints(str(run)).restore(4, SHAPES)
   largest = max((run / "checkpoints" / "4").rglob("d/*"), key=os.path.getsize)
@@ -295,7 +294,7 @@ def test_F7_a_clock_that_is_set_forward_during_a_save_does_not_fail_it(workdir, 
   assert len(calls) > 6 and newest(workdir / "checkpoints") == 6
 
 
-def test_F7_a_deleted_work_folder_ends_the_run(tmp_path):
+def test_F7_a_log_that_was_deleted_ends_the_run(tmp_path):
   log = RunLog(str(tmp_path), 0)
   log.write(1, **{"train/loss": 1.0})
   log.flush()
@@ -306,6 +305,48 @@ def test_F7_a_deleted_work_folder_ends_the_run(tmp_path):
     log.flush()
   with pytest.raises(FileNotFoundError):
     log.close()
+
+
+def run_config(tmp_path):
+  (tmp_path / "text.txt").write_text(small_run.TEXT)
+  return small_run.config(f"text:{tmp_path}/text.txt", num_steps=4, log_every=1, eval_every=4, checkpoint_every=2)
+
+
+def test_F7_a_work_folder_that_is_deleted_under_a_run_ends_it(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "must_stop", lambda step: step == 1 and shutil.rmtree(tmp_path / "run"))
+  with pytest.raises(
+    FileNotFoundError, match="run/metrics.jsonl: it was deleted or replaced while this run was writing"
+  ):
+    train(run_config(tmp_path), str(tmp_path / "run"))
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_F7_a_read_only_work_folder_is_named_before_anything_is_computed(tmp_path, monkeypatch):
+  mkdir = os.mkdir
+
+  def read_only(path, *args, **kwargs):
+    if str(path).startswith(f"{tmp_path}/run"):
+      raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    mkdir(path, *args, **kwargs)
+
+  monkeypatch.setattr(os, "mkdir", read_only)
+  monkeypatch.setattr(loop, "first_state", lambda *_: pytest.fail("computed"))
+  with pytest.raises(OSError, match="Read-only file system: .*/run"):
+    train(run_config(tmp_path), str(tmp_path / "run"))
+
+
+def test_F7_an_error_of_the_system_inside_tensorstores_text_is_told_by_its_own(workdir, monkeypatch, caplog):
+  text = f"RESOURCE_EXHAUSTED: Failed writing: {'x' * 400} No space left on device [os_error_code='28']"
+  checkpoints = Checkpoints(str(workdir))
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint_files, "write_manifest", mock.Mock(side_effect=ValueError(text)))
+    checkpoints.save(6, STATES[2], RECORD)
+    ended(checkpoints).check()
+  assert "6: the checkpoint could not be saved (1 in a row): No space left on device. The run saves" in caplog.text
+  # A write that nobody waited for ends late.
+  (workdir / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+  checkpoints.close()
+  assert names(workdir) == ["2", "4"]
 
 
 # F8: numbered entries that are no checkpoints.

@@ -145,6 +145,9 @@ class _Reporting:
       told = next((cause for cause in full if isinstance(cause, OSError) and cause.errno is None), full[0])
       fail(f"the device is full, and what was being written is not complete: {told}", code=1)
     if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):  # A checkpoint that could not be saved, too.
+      failures = _several()
+      if failures and error.__cause__ and (lost := failures.reason(error.__cause__)):
+        fail(lost[1], lost[0])
       fail(str(error), code=1)
     if isinstance(error, FloatingPointError):
       fail(str(error), code=DIVERGED_EXIT_CODE)
