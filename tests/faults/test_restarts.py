@@ -1,5 +1,6 @@
 """The restarts of docs/running.md: they act on the exit codes of `cli.train`, and stop where no step was gained."""
 
+import configparser
 import os
 import pathlib
 import re
@@ -11,8 +12,12 @@ import time
 import pytest
 import yaml
 
+from tests.faults import fault_table
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
-SECTION = (ROOT / "docs" / "running.md").read_text().partition("## Restarts")[2].partition("\n## ")[0]
+RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+SECTION = RUNNING.partition("## Restarts")[2].partition("\n## ")[0]
+TRAINS = "tokenformer_jax.cli.train"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 RESUME, SLURM = (text for language, text in BLOCKS if language == "bash")
 # Saves one more step each time it is called, if there is a number left for it in the file `gains`; ends with $CODES's next code.
@@ -89,11 +94,33 @@ def test_f23_the_job_of_kubernetes_does_not_start_mistakes_again():
   assert pod["restartPolicy"] == "Never" and [container["name"] for container in pod["containers"]] == ["train"]
 
 
+def unit():
+  (text,) = (text for language, text in BLOCKS if language == "ini")
+  return text
+
+
+def test_f23_the_unit_starts_training_through_resume_sh(tmp_path):
+  parsed = configparser.ConfigParser()
+  parsed.optionxform = str
+  parsed.read_string(unit().replace("\\\n", ""))
+  service = parsed["Service"]
+  script, workdir, *command = service["ExecStart"].split()
+  assert script.endswith("/resume.sh") and f"--workdir={workdir}" in command and command[1:3] == ["-m", TRAINS]
+  # Codes with which resume.sh gives up must not start it again; a signal for it is sent on by itself.
+  assert (service["Restart"], service["SuccessExitStatus"], service["KillMode"]) == ("on-abnormal", "143", "mixed")
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 def test_f23_systemd_accepts_the_unit(tmp_path):
-  (text,) = (text for language, text in BLOCKS if language == "ini")
-  unit = tmp_path / "train.service"
-  unit.write_text(text.replace("/opt/tokenformer/.venv/bin/python", shutil.which("true")))
-  ended = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, timeout=60)
+  path = tmp_path / "train.service"
+  path.write_text(unit().replace("/opt/tokenformer/resume.sh", shutil.which("true")))
+  ended = subprocess.run(["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, timeout=60)
   assert ended.returncode == 0 and "train.service:" not in ended.stderr, ended.stderr
-  assert "RestartPreventExitStatus=2 3\n" in text and "Restart=on-failure\n" in text
+
+
+def test_the_slurm_script_of_the_document_is_one():
+  assert RUNNING.count("#SBATCH --nodes") == 1
+
+
+def test_the_table_of_faults_is_that_of_the_tests():
+  assert fault_table.table() in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
