@@ -44,7 +44,6 @@ PROMPT = 5  # Tokens that are read at once; the others are read after them.
 # These presets have all parts of the others among them.
 USUAL = (
   "tokenformer",
-  "tokenformer-groups",
   "transformer",
   "gpt2",
   "gpt-neox",

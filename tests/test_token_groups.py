@@ -218,6 +218,20 @@ def test_a_trained_model_gets_a_router_and_more_groups_and_keeps_its_function(pl
     with_router(routed, group_tokens=6)
 
 
+def test_a_prompt_and_a_step_of_one_row_equal_the_whole_texts():
+  config = dataclasses.replace(model_config(), num_layers=1)
+
+  @jax.jit
+  def run(ids):
+    model = tf.LanguageModel(config, rngs=nnx.Rngs(0))
+    decoding = model.for_decoding()
+    prompt, cache = decoding.prefill(ids[:1, :5], jnp.zeros(1, jnp.int32), 8)
+    return model.hidden(ids)[0], prompt, decoding.extend(ids[:1, 5:6], cache)[0]
+
+  whole, prompt, step = run(IDS)
+  np.testing.assert_allclose(jnp.concatenate([prompt, step], axis=1), whole[:1, :6], atol=1e-5)
+
+
 def test_priors_of_new_groups_rise_with_their_age_and_routers_as_other_new_rows():
   axes = {"prior": ("layer", "token_group"), "router": ("layer", "token_group", "router")}
   born = dict.fromkeys(axes, jnp.array([0, 0, 3, 3], jnp.int32))
