@@ -10,7 +10,7 @@ from flax import nnx
 
 import tokenformer_jax as tf
 from tests import oracle, small_run
-from tokenformer_jax.config import MeshConfig, ModelConfig
+from tokenformer_jax.config import GrowthConfig, MeshConfig, ModelConfig
 from tokenformer_jax.config.parts import FeedForwardConfig
 from tokenformer_jax.distributed import axes, mesh
 from tokenformer_jax.distributed.collectives import collectives
@@ -170,6 +170,10 @@ def test_devices_that_would_split_a_group_are_refused():
       lambda: FeedForwardConfig(kind="mlp", group_tokens=6),
       "kind='mlp': group_tokens=6: groups are of parameter tokens",
     ),
+    (
+      lambda: ModelConfig.named("tiny", "tokenformer-groups", "dense"),
+      "model.ffn: kind='mlp': group_tokens=128: groups are of parameter tokens; choose 'pattention'",
+    ),
     (lambda: FeedForwardConfig(group_tokens=6, capacity=1.5), "capacity=1.5: group_tokens=6; leave 0.0"),
     (lambda: FeedForwardConfig(group_tokens=6, experts=2), "experts=2: group_tokens=6; leave 1"),
   ],
@@ -250,11 +254,11 @@ def test_priors_of_new_groups_rise_with_their_age_and_routers_as_other_new_rows(
 def test_every_leaf_of_a_training_state_grows_by_groups():
   config = dataclasses.replace(small_run.config(), model=routed_run(16))
   shapes = make_program(config, config.model, small_run.mesh(token=2)).shapes
-  plan = plan_growth(shapes, config.model, routed_run(48))
+  plan = plan_growth(shapes, config.model, routed_run(48), GrowthConfig(method="exact"))
   found = {path: (leaf.new_shape, leaf.new_rows.name) for path, leaf in plan.items() if "/ffn/" in path}
   assert found == {
-    "params/blocks/ffn/keys": ((2, 48, 16), "LIVE"),
-    "params/blocks/ffn/values": ((2, 48, 16), "ZERO"),
+    "params/blocks/ffn/keys": ((2, 48, 16), "ZERO"),
+    "params/blocks/ffn/values": ((2, 48, 16), "RANDOM"),
     "params/blocks/ffn/router": ((2, 6, 16), "RANDOM"),
     "params/blocks/ffn/prior": ((2, 6), "ZERO"),
     "tau/blocks/ffn/tau": ((2,), "SCALED_TAU"),

@@ -294,7 +294,7 @@ class ModelConfig(Checked):
       elif fields["ffn"].get("kind", "pattention") == "pattention":
         fields["ffn"] |= dict(kind="mlp")
     layers, hidden, heads, attention_tokens, ffn_tokens, seq_length = NAMED_SIZES[name]
-    if preset in GROUPS and fields["ffn"].get("kind", "pattention") == "pattention":
+    if preset in GROUPS:
       groups, chosen = GROUPS[preset]
       rows = fields.setdefault("ffn_tokens", ffn_tokens * groups // chosen)
       fields["ffn"] = dict(group_tokens=max(rows // groups, 1), chosen=chosen) | fields["ffn"]
