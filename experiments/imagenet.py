@@ -12,8 +12,8 @@ appendix A.2), with which the paper of TokenFormer reports on the 50,000 validat
 | `tokenformer-86m` | TokenFormer-B/16 | 86,446,312 | 576 | 2304 | 82.1 |
 | `tokenformer-109m` | TokenFormer-B/16 | 108,859,624 | 728 | 2912 | 82.5 |
 
-The token counts of the 109M model are not published; these keep the ratio of the 86M model. docs/images.md has what a
-chip holds and how long a step takes at least, by `compile_check`.
+The token counts of the 109M model are not published; these keep the ratio of the 86M model. The recipe's stochastic depth
+of 0.1 is missing here. docs/images.md has the least that a step takes, by `compile_check`.
 """
 
 from tokenformer_jax.config import (

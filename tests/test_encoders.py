@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import tokenformer_jax as tf
+from experiments import imagenet
 from tests import parity_table, small_run
 from tests.golden_files import GOLDEN
 from tokenformer_jax import data
@@ -190,6 +191,7 @@ def test_parameters_of_the_image_models():
   assert tokens.num_non_embedding_parameters == 12 * (4 * 2 * 576 + 2 * 2304) * 768
   assert tokens.num_parameters == 86_446_312
   assert ModelConfig.named("150m", "vit").num_parameters == 86_567_656
+  assert Config.from_dict(imagenet.get_config("tokenformer-109m")).model.num_parameters == 108_859_624
 
 
 @pytest.mark.parametrize(
