@@ -4,6 +4,8 @@ Each device scores its own images with all texts, [B / devices, B]. The texts' v
 images that the other direction needs, one number for each text is sent.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -12,6 +14,23 @@ from jaxtyping import Array, Float, Int
 from tokenformer_jax.config.image_text import CONTRASTIVE_LOSSES
 from tokenformer_jax.config.validation import require_choice
 from tokenformer_jax.distributed.axes import per_device, splits
+from tokenformer_jax.training.objective import ClassSums, Objective
+
+
+class PairBatch(NamedTuple):
+  """Images with their texts.
+
+  Attributes:
+    images: float32 [B, height, width, channels], normalised.
+    tokens: int32 [B, T].
+    segments: int32 [B, T], 1 for the tokens of a text and 0 for padding.
+    meanings: int32 [B], see `contrastive_loss`.
+  """
+
+  images: jax.Array
+  tokens: jax.Array
+  segments: jax.Array
+  meanings: jax.Array
 
 
 def contrastive_loss(
@@ -64,3 +83,15 @@ def contrastive_loss(
 
   rows, whole = PartitionSpec(axes or None), PartitionSpec()
   return per_device(local, (rows, rows, rows, whole, whole), (whole, whole))(images, texts, meanings, scale, bias)
+
+
+def _pairs(model, batch: PairBatch, z_loss: float, training: bool):
+  """The loss of an `ImageTextModel`; every micro-batch has pairs of its own."""
+  del z_loss, training
+  images, texts = model.of_images(batch.images), model.of_texts(batch.tokens, batch.segments > 0)
+  loss, hits = contrastive_loss(images, texts, model.scale(), model.offset(), batch.meanings, kind=model.config.loss)
+  rows = jnp.float32(len(batch.meanings))
+  return loss * rows, ClassSums(*jax.lax.stop_gradient((loss * rows, hits * rows, rows))), {}
+
+
+CONTRASTIVE = Objective(_pairs, ClassSums, "nats a pair")  # For `make_train_step`.
