@@ -154,6 +154,22 @@ def test_weights_fit_another_length_precision_and_remat_but_no_other_model():
     check_same_weights(gpt2, dataclasses.replace(gpt2, seq_length=64, tied=False), "runs/a")
 
 
+@pytest.mark.parametrize(
+  "preset, field, values", [("mixtral", "ffn.experts", (1, 8)), ("mod", "depth.capacity", (1.0, 0.125))]
+)
+def test_a_router_that_only_one_of_two_models_has_is_named_with_both_values(preset, field, values):
+  plain, routed = (ModelConfig.named("tiny", name) for name in ("transformer", preset))
+  none, some = (f"({field}={value})" for value in values)
+  for models, said in (
+    ((plain, routed), f"{none} and this run's needs one {some}: set model.{field}={values[0]} and"),
+    ((routed, plain), f"{some} and this run's has none {none}: take model."),
+  ):
+    with pytest.raises(ValueError) as caught:
+      check_same_weights(*models, "runs/a")
+    assert "\n" not in str(caught.value) and said in str(caught.value)
+    assert str(caught.value).startswith("init_from=runs/a: its model has ")
+
+
 def test_a_tokenizer_file_of_something_else_is_refused(tmp_path):
   tokenizer = data.open_tokenizer("bytes")
   check_tokenizer_file(str(tmp_path), tokenizer)

@@ -15,6 +15,13 @@ CONFIG = "config.json"
 # These fields change how fast a model runs and how much memory it takes, but not its function.
 _FREE_MODEL_FIELDS = ("remat", "kernel")
 
+# Fields that give a model a router, what it chooses, and the value without one.
+_ROUTERS = (
+  ("ffn.experts", "to experts", 1),
+  ("ffn.group_tokens", "to groups of parameter tokens", 0),
+  ("depth.capacity", "past blocks", 1.0),
+)
+
 
 def check_same_model(stored: dict[str, Any], config: Config, step: int, workdir: str) -> ModelConfig:
   """Returns the model to restore at `step`: the stored one, with the free fields of this run.
@@ -154,6 +161,7 @@ def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> 
   if config.task == "classify":
     free |= {"task", "tied", "transform", "classifier.num_classes", "classifier.pooler_size", "vision.num_classes"}
   had = flattened(model)
+  _check_same_routers(had, flattened(config), source)
   differing = {
     field: (had[field], want) for field, want in flattened(config).items() if field not in free and had[field] != want
   }
@@ -161,6 +169,23 @@ def check_same_weights(model: ModelConfig, config: ModelConfig, source: str) -> 
     has = ", ".join(f"{field}={have!r}, this run's {want!r}" for field, (have, want) in differing.items())
     changes = ", ".join(f"model.{field}={have!r}" for field, (have, _) in differing.items())
     raise ValueError(f"init_from={source}: its model has {has}; set {changes}.")
+
+
+def _check_same_routers(had: dict[str, Any], wanted: dict[str, Any], source: str) -> None:
+  """Raises ValueError if only one of two models, fields by their paths, has a router: its weights would be missing."""
+  for field, what, none in _ROUTERS:
+    have, want = had[field], wanted[field]
+    if have != none and want == none:
+      raise ValueError(
+        f"init_from={source}: its model has a router {what} ({field}={have!r}) and this run's has none ({field}={want!r}): "
+        f"take model.{field.split('.')[0]} from its configuration, or leave init_from out."
+      )
+    if have == none and want != none and field != "ffn.group_tokens":  # The run makes the router of groups.
+      raise ValueError(
+        f"init_from={source}: its model has no router {what} ({field}={have!r}) and this run's needs one ({field}={want!r}): "
+        f"set model.{field}={have!r} and leave the other fields of model.{field.split('.')[0]} as it has them, or train "
+        "the routed model from the beginning, without init_from."
+      )
 
 
 def check_same_optimizer(stored: dict[str, Any], config: Config, workdir: str) -> None:
