@@ -10,6 +10,7 @@ from flax import nnx
 
 from tests import small_run
 from tokenformer_jax import data
+from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.config.task import ClassifierConfig
 from tokenformer_jax.data.masking import Masking, mask_id
 from tokenformer_jax.data.tokenizer import ByteTokenizer
@@ -21,15 +22,20 @@ from tokenformer_jax.training.loop import train
 from tokenformer_jax.training.objective import measures, objective_of, summed
 from tokenformer_jax.training.run_log import read_metrics
 
-MODEL = dataclasses.replace(small_run.MODEL, task="masked_token")
+# One layer of matrices compiles fast; hidden units grow as parameter tokens do.
+MODEL = ModelConfig.named(
+  "tiny", "bert", vocab_size=264, num_layers=1, hidden_size=16, num_heads=2, ffn_tokens=16, seq_length=16
+)
+GROWN = MODEL.grown(ffn_tokens=32)
 GROWTH_STEP, STEPS = 1, 3
 
 
 def config(text, **changes):
   """A run with a growth in its middle."""
-  run = small_run.config(f"text:{text}", [small_run.stage(GROWTH_STEP)])
+  run = small_run.config(f"text:{text}")
+  growth = dataclasses.replace(run.growth, stages=(small_run.stage(GROWTH_STEP, GROWN),))
   training = dict(num_steps=STEPS, log_every=1, eval_every=1, checkpoint_every=1, checkpoints_kept=9)
-  return small_run.replace(dataclasses.replace(run, model=MODEL), training=training, **changes)
+  return small_run.replace(dataclasses.replace(run, model=MODEL, growth=growth), training=training, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def test_a_pretrained_encoder_is_fine_tuned_with_a_fresh_head(run, tmp_path, cap
   lines = "".join(f"{i}\tit is {i}\tso\t{'not_' * (i % 3 > 0)}entailment\n" for i in range(11))
   for name in ("train", "dev"):
     (glue / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + lines)
-  model = dataclasses.replace(small_run.GROWN, task="classify", classifier=ClassifierConfig(num_classes=2))
+  model = dataclasses.replace(GROWN, task="classify", classifier=ClassifierConfig(num_classes=2))
   tuned = dataclasses.replace(small_run.config(num_steps=1, log_every=1), model=model, init_from=str(folder))
   tuned = small_run.replace(
     tuned, data=dict(source=f"glue:{glue}"), optimizer=dict(learning_rate=1e-9, min_learning_rate=0.0)
