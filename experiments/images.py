@@ -6,7 +6,8 @@
 
 `TOKENFORMER_DATA` names the folder with `mnist` (the four files of MNIST) and `clothing_small_64` (`train.npz`,
 `validation.npz` and `test.npz`: 3,068, 341 and 372 photographs of ten kinds of clothes, 64 × 64). A run that was stopped
-resumes, one that is done is not repeated, and `--report` prints what is done. One run is also a configuration of the CLI:
+resumes, one that is done is not repeated, and `--report` prints what is done. No run has been taken to its end yet. One run
+is also a configuration of the CLI:
 
     python -m tokenformer_jax.cli.train --config=experiments/images.py:mnist,grown --workdir=runs/mnist
 """
@@ -36,7 +37,7 @@ from tokenformer_jax.training.run_log import read_metrics
 MODELS = {"vit": "ViT", "tokenformer": "TokenFormer", "grown": "TokenFormer, grown half-way"}
 SEEDS = 3
 # Layers, channels, heads, patch, then batch, epochs and rate.
-SIZES = {"mnist": (4, 64, 4, 7, 128, 12, 2e-3), "clothing": (4, 96, 4, 8, 64, 60, 1e-3)}
+SIZES = {"mnist": (4, 64, 4, 7, 128, 20, 2e-3), "clothing": (4, 96, 4, 8, 64, 60, 1e-3)}
 TRAIN_IMAGES = {"mnist": 60_000, "clothing": 3_068}
 
 
@@ -72,7 +73,9 @@ def run(dataset: str, name: str, seed: int = 0) -> Config:
       "tiny", "tokenformer-vit", qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=4 * tokens, **sizes
     )
     if name == "grown":
-      growth = GrowthConfig(stages=(GrowthStage(steps // 2, tokens, tokens, 4 * tokens),), tau_steps=steps // 10)
+      growth = GrowthConfig(
+        stages=(GrowthStage(steps // 2, tokens, tokens, 4 * tokens),), tau_steps=max(steps // 10, 1)
+      )
       model = model.grown(qkv_tokens=tokens // 2, proj_tokens=tokens // 2, ffn_tokens=2 * tokens)
   return Config(
     model=model,
