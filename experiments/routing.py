@@ -104,6 +104,7 @@ def strength(routes: Routes) -> np.ndarray:
 
 def draw(all_routes: list[Routes], texts: list[str], path: pathlib.Path, width: int = 64) -> pathlib.Path:
   """Writes the picture, with `width` tokens in each line."""
+  width = min(width, len(texts))
   lines = -(-len(texts) // width)
   figure = matplotlib.figure.Figure(
     figsize=(0.22 * width + 1, lines * (0.22 * len(all_routes) + 0.7)), layout="constrained"
