@@ -49,6 +49,12 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: order.get(item.path.stem, len(_LONGEST)))
 
 
+def pytest_runtest_setup(item):
+  """Further cases of what the usual tests show for some are run only where `-m every_combination` asks for them."""
+  if item.get_closest_marker("every_combination") and "every_combination" not in item.config.option.markexpr:
+    pytest.skip("a further case of what another test shows: pytest -m every_combination")
+
+
 @pytest.fixture
 def strict_dtypes():
   """Forbids implicit dtype promotion. Not for all tests, because `jax.nn.dot_product_attention` promotes bfloat16."""

@@ -106,7 +106,7 @@ def moved(config):
 IDS = np.random.default_rng(0).integers(0, 32, (2, 8))
 
 
-@pytest.mark.parametrize("preset, layers", [("mod", 2), ("sas", 3)])
+@pytest.mark.parametrize("preset, layers", [("mod", 2), pytest.param("sas", 3, marks=pytest.mark.every_combination)])
 def test_prompts_and_steps_equal_the_whole_text(preset, layers):
   """Rows of different lengths, with padding on their left, and one row alone."""
   config = small(preset, layers, depth=dict(capacity=0.5))

@@ -206,7 +206,7 @@ def test_scan_is_the_loop_over_layers():
   np.testing.assert_allclose(jax.jit(model.hidden)(tokens)[0], jax.jit(unrolled)(tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.every_combination)])
 def test_remat_changes_only_what_is_kept(dtype):
   # More rows than those for which a CPU multiplies with the table on the left.
   tokens, labels = random_tokens((6, 12)), random_tokens((6, 12), seed=1)

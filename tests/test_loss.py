@@ -100,7 +100,9 @@ MODEL = ModelConfig(
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("sizes", [{}, dict(data=2, token=2)], ids=str)
+@pytest.mark.parametrize(
+  "sizes", [dict(data=2, token=2), pytest.param({}, marks=pytest.mark.every_combination)], ids=str
+)
 def test_logits_of_a_batch_never_exist(train, sizes):
   mesh = small_run.mesh(**sizes)
   program = make_program(small_run.config(), MODEL, mesh)

@@ -80,7 +80,13 @@ def compiled_on(index: int):
   return program, program.train_step.lower(program.shapes, small_run.placed(batch(), mesh)).compile(), mesh
 
 
-@pytest.mark.parametrize("index", range(len(MESHES)), ids=map(str, MESHES))
+@pytest.mark.parametrize(
+  "index",
+  [
+    pytest.param(index, id=str(sizes), marks=[] if len(sizes) == 3 else pytest.mark.every_combination)
+    for index, sizes in enumerate(MESHES)
+  ],
+)
 def test_every_mesh_trains_like_one_device(one_device, index):
   start, expected, expected_losses = one_device
   program, step, mesh = compiled_on(index)
@@ -114,7 +120,14 @@ def check_sent(found: list[Collective], model: ModelConfig, accumulation: int, s
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "remat, sizes",
-  [("none", MESHES[5]), ("dots", MESHES[3]), ("full", MESHES[3]), ("full", dict(token=4, data=2))],
+  [
+    ("none", MESHES[5]),
+    ("full", MESHES[3]),
+    *(
+      pytest.param(*case, marks=pytest.mark.every_combination)
+      for case in (("dots", MESHES[3]), ("full", dict(token=4, data=2)))
+    ),
+  ],
   ids=str,
 )
 def test_train_step_of_150m(remat, sizes):

@@ -97,7 +97,14 @@ def test_slices_are_all_rows_in_order_and_small(shape, rows):
 # What is grown.
 
 
-@pytest.mark.parametrize("method", ["exact", "live", "released", "duplicate"])
+@pytest.mark.parametrize(
+  "method",
+  [
+    "live",
+    "duplicate",
+    *(pytest.param(method, marks=pytest.mark.every_combination) for method in ("exact", "released")),
+  ],
+)
 def test_the_grown_checkpoint_is_that_of_growth_in_memory(source, tmp_path, method):
   before = small_run.folder_digest(source)
   report = grow_run(str(source), str(tmp_path / "grown"), method=method, **TOKENS)
@@ -189,7 +196,9 @@ def grow_and_be_killed(source, output, moment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [0, 1, 25, 40, 59, "committed"])
+@pytest.mark.parametrize(
+  "moment", [40, "committed", *(pytest.param(slices, marks=pytest.mark.every_combination) for slices in (0, 1, 25, 59))]
+)
 def test_killed_it_leaves_the_source_and_no_target_and_a_rerun_gives_the_same(source, tmp_path, moment):
   before, target = small_run.folder_digest(source), tmp_path / "grown"
   process = PROCESSES.Process(target=grow_and_be_killed, args=(source, target, moment))

@@ -68,7 +68,7 @@ def test_learned_tau_is_adam_on_its_logarithm_once_grown(birth):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["moved", "learned"])
+@pytest.mark.parametrize("rule", ["learned", pytest.param("moved", marks=pytest.mark.every_combination)])
 def test_a_run_moves_tau_by_its_rule_from_growth_on(rule):
   config = dataclasses.replace(
     small_run.config(), growth=GrowthConfig(method="exact", tau=rule, tau_steps=2, warmup_steps=0)

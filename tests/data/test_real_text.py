@@ -13,7 +13,8 @@ MARKER = "<|endoftext|>"
 
 
 @pytest.mark.parametrize(
-  "split, tokens", [pytest.param("train", 13_054_574, marks=pytest.mark.slow), ("valid", 651_370), ("test", 943_563)]
+  "split, tokens",
+  [pytest.param("train", 13_054_574, marks=pytest.mark.every_combination), ("valid", 651_370), ("test", 943_563)],
 )
 def test_neox_counts_of_the_novels_are_those_of_their_readme(split, tokens, data_folder):
   """The README counts pieces of 100,000 characters of the text between markers, without the markers."""
