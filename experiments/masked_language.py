@@ -15,6 +15,8 @@ are <|endoftext|>), glue (a folder of each task) and tokenizers/gpt2_tiny_5k.
 trained on the same rows with the same masks and learning rate, which rises and falls as Crammed BERT's. The mask is
 `ÿ`, the byte 0xFF, which no text contains. A task is learned by each encoder from its pretrained weights and from random
 ones, with the same rate in both cases; there is no dropout.
+
+The table has not been filled yet. It takes 3 runs of 1,000 updates and 36 of 200, of models with half a million parameters.
 """
 
 import dataclasses

@@ -19,7 +19,7 @@ from tokenformer_jax.evaluation.glue import METRICS, glue_metrics, glue_score
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.checkpoints import Checkpoints, load
 from tokenformer_jax.training.loop import train
-from tokenformer_jax.training.objective import measures, objective_of, summed
+from tokenformer_jax.training.objective import class_logits, measures, objective_of, summed
 from tokenformer_jax.training.run_log import read_metrics
 
 # One layer of matrices compiles fast; hidden units grow as parameter tokens do.
@@ -179,7 +179,9 @@ def test_losses_of_classes_shares_and_numbers():
   log_p = np.float64(logits) - np.log(np.sum(np.exp(np.float64(logits)), axis=1, keepdims=True))
 
   class Model:
-    def hidden(self, inputs, *args, **kwargs):
+    config = MODEL
+
+    def hidden(self, inputs, **kwargs):
       return inputs, {}
 
     def logits(self, hidden):
@@ -201,3 +203,21 @@ def test_losses_of_classes_shares_and_numbers():
   expected = np.average((logits[:, 0] - shares[:, 0]) ** 2, weights=weights)
   assert list(measures(regression, summed([sums]))) == ["loss"]
   np.testing.assert_allclose(measures(regression, summed([sums]))["loss"], expected, rtol=1e-6)
+
+
+def test_types_of_tokens_reach_models_that_have_them():
+  class Model:
+    def __init__(self, config):
+      self.config = config
+
+    def hidden(self, inputs, *, real, training, types):
+      return (real, types), {}
+
+    def logits(self, hidden):
+      return hidden
+
+  ids, segments = np.zeros((1, 4), np.int32), np.array([[1, 1, 1, 0]], np.int32)
+  batch = data.ClassBatch(ids, np.zeros(1, np.int32), segments, types=np.array([[0, 0, 1, 0]], np.int32))
+  for kinds, expected in ((0, None), (2, batch.types)):
+    (real, types), _ = class_logits(Model(dataclasses.replace(MODEL, token_types=kinds)), batch, training=True)
+    assert real.tolist() == [[True, True, True, False]] and types is expected

@@ -16,6 +16,7 @@ from tokenformer_jax.evaluation.report import Metrics, Results
 from tokenformer_jax.models.text_encoder import TextClassifier
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.paths import user_path
+from tokenformer_jax.training.objective import class_logits
 
 # The metrics of each task; the first is the one whose mean over all tasks is the score.
 METRICS = {
@@ -110,8 +111,7 @@ def measure_glue(
 
   @jax.jit
   def outputs(leaves, batch):
-    model = nnx.merge(graphdef, *leaves)
-    return model.logits(model.hidden(batch.inputs, real=batch.segments > 0)[0])
+    return class_logits(nnx.merge(graphdef, *leaves), batch, training=False)[0]
 
   metrics: Metrics = {}
   for name, of_split in splits.items():

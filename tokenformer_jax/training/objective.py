@@ -97,15 +97,22 @@ def masked_tokens(model, batch, z_loss: float, training: bool):
 def classes(model, batch, z_loss: float, training: bool):
   """The cross entropy of each class of a `data.ClassBatch`, or the squared error of each number."""
   del z_loss
+  logits, said = class_logits(model, batch, training)
+  losses_B, right_B = class_losses(logits, batch.labels)
+  weights_B = jnp.ones_like(losses_B) if batch.weights is None else batch.weights.astype(losses_B.dtype)
+  total, weight = jnp.sum(weights_B * losses_B), jnp.sum(weights_B)
+  return total, ClassSums(*jax.lax.stop_gradient((total, jnp.sum(weights_B * right_B), weight))), said
+
+
+def class_logits(model, batch, training: bool) -> tuple[Float[Array, "batch class"], Said]:
+  """(the logits of a `data.ClassBatch`, what the blocks say); types of tokens are for models that have two of them."""
   if batch.inputs.ndim > 2:
     hidden, said = model.hidden(batch.inputs, training=training)
   else:
     real = None if batch.segments is None else batch.segments > 0
-    hidden, said = model.hidden(batch.inputs, None, None, real, training)
-  losses_B, right_B = class_losses(model.logits(hidden), batch.labels)
-  weights_B = jnp.ones_like(losses_B) if batch.weights is None else batch.weights.astype(losses_B.dtype)
-  total, weight = jnp.sum(weights_B * losses_B), jnp.sum(weights_B)
-  return total, ClassSums(*jax.lax.stop_gradient((total, jnp.sum(weights_B * right_B), weight))), said
+    types = batch.types if model.config.token_types > 1 else None
+    hidden, said = model.hidden(batch.inputs, real=real, training=training, types=types)
+  return model.logits(hidden), said
 
 
 def class_losses(
