@@ -14,7 +14,8 @@ from tokenformer_jax.data import save_tokenizer
 from tokenformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.inference.continuation import Continuation
-from tokenformer_jax.inference.generate import _draw, bucket, generate, slots
+from tokenformer_jax.inference.decoding import bucket, draw, slots
+from tokenformer_jax.inference.generate import generate
 from tokenformer_jax.interop.export import export
 from tokenformer_jax.interop.pretrained import from_pretrained
 from tokenformer_jax.models.decoding_model import DecodingModel
@@ -122,7 +123,7 @@ def test_nothing_is_compiled_twice_in_a_bucket(model, monkeypatch):
     # Each request has a new model, because a compiled program belongs to the shapes and not to the weights.
     fresh = LanguageModel(config, rngs=nnx.Rngs(seed))
     generate(fresh, Bytes(), **settings, seed=seed)
-    draws.append(_draw._cache_size())
+    draws.append(draw._cache_size())
   assert len(set(draws)) == 1
   assert traced == [((1, 16), 32), ((1, 1), 32)]
   generate(fresh, Bytes(), "ab" * 10, max_new_tokens=4)
@@ -139,7 +140,7 @@ def test_a_cache_that_doubles_gives_the_text_of_one_that_has_all_slots(model, mo
     return with_slots(self, num_slots)
 
   monkeypatch.setattr(KVCache, "with_slots", recording)
-  monkeypatch.setattr("tokenformer_jax.inference.generate._LEAST_SLOTS", 8)
+  monkeypatch.setattr("tokenformer_jax.inference.decoding._LEAST_SLOTS", 8)
   assert generate(model, Bytes(), prompts, **settings) == at_once
   assert sizes == [(32, 32, 64)]
 

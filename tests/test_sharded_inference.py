@@ -18,7 +18,7 @@ from tokenformer_jax.data import save_tokenizer
 from tokenformer_jax.data.tokenizer import ByteTokenizer
 from tokenformer_jax.distributed.collectives import collectives
 from tokenformer_jax.evaluation.log_likelihood import Request, log_likelihoods
-from tokenformer_jax.inference.generate import decoding_programs
+from tokenformer_jax.inference.decoding import decoding_programs
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.program import make_program

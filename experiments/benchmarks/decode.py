@@ -4,7 +4,8 @@
 
 Weights are random, in float32 by default. Prompts have 128 tokens, followed by 128 new ones, the likeliest or drawn. The
 *limit* is the time of one jitted sum over the same weights and cache leaves, which every step has to read. Rounds
-alternate; the figures are medians. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the
+alternate; the figures are medians. With `--room=1024` up to 1,024 new tokens are asked for, and the cache is measured with all
+of its slots from the start as well as doubled when it is full. `--huggingface` needs PyTorch and transformers, and takes the shape of Pythia 160M (the
 same matrices: 12 layers of 12 · 768² parameters) with its own cache.
 """
 
@@ -23,13 +24,14 @@ from absl import app, flags
 from flax import nnx
 
 import tokenformer_jax as tf
-from tokenformer_jax.inference.generate import bucket, decoding_programs
+from tokenformer_jax.inference.decoding import bucket, decoding_programs, slots
 from tokenformer_jax.inference.sampling import Sampling, sample
 from tokenformer_jax.nn.parameters import split
 
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Rows.")
 _PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of each prompt.")
 _NEW = flags.DEFINE_integer("new", 128, "New tokens after each prompt.")
+_ROOM = flags.DEFINE_integer("room", 0, "New tokens that are asked for, of which --new are generated.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; medians are reported.")
 _DTYPE = flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Dtype of products and cache.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -39,13 +41,19 @@ _HUGGINGFACE = flags.DEFINE_bool("huggingface", False, "Also measure GPTNeoXForC
 
 
 class Ours:
-  """This package: reads the prompts once and then runs the compiled step for every token."""
+  """This package: reads the prompts once and then runs the compiled step for every token.
 
-  def __init__(self, prompts):
+  Args:
+    prompts: ids [B, T].
+    doubles: whether the cache has few slots at first and doubles when it is full, as `generate` does it.
+  """
+
+  def __init__(self, prompts, doubles=True):
     config = tf.ModelConfig.named("150m", compute_dtype=_DTYPE.value)
     graphdef, *self._leaves = split(tf.LanguageModel(config, rngs=nnx.Rngs(0)).for_decoding())
     self._prefill, self._decode_step = decoding_programs(graphdef)
     self._prompts, self._start = prompts, np.zeros(len(prompts), np.int32)
+    self._most, self._doubles = bucket(_PROMPT.value + max(_NEW.value, _ROOM.value)), doubles
     self._sampling = Sampling.checked(
       vocab_size=config.vocab_size, temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
     )
@@ -55,12 +63,13 @@ class Ours:
   def run(self):
     """Returns seconds (for the prompts, for all new tokens)."""
     begin = time.perf_counter()
-    logits, cache = self._prefill(
-      self._leaves, self._prompts, self._start, num_slots=bucket(_PROMPT.value + _NEW.value)
-    )
+    num_slots = slots(_PROMPT.value + 1, self._most) if self._doubles else self._most
+    logits, cache = self._prefill(self._leaves, self._prompts, self._start, num_slots=num_slots)
     tokens = self._draw(logits, self._sampling, np.int32(0)).block_until_ready()
     read = time.perf_counter()
     for index in range(_NEW.value):
+      if _PROMPT.value + index == cache.num_slots:
+        cache = cache.with_slots(slots(cache.num_slots + 1, self._most))
       logits, cache = self._decode_step(self._leaves, tokens, cache)
       tokens = self._draw(logits, self._sampling, np.int32(index + 1))
       tokens.block_until_ready()  # `generate` also waits for each token, to show it.
@@ -131,6 +140,8 @@ def main(argv):
   del argv
   prompts = np.random.default_rng(0).integers(0, 50000, (_BATCH.value, _PROMPT.value)).astype(np.int32)
   sides = {"ours": Ours(prompts)}
+  if _ROOM.value:
+    sides["ours, all slots"] = Ours(prompts, doubles=False)
   if _HUGGINGFACE.value:
     sides["GPTNeoXForCausalLM"] = HuggingFace(prompts)
   for side in sides.values():

@@ -21,7 +21,7 @@ import tokenformer_jax as tf
 from tokenformer_jax.config import Config, ModelConfig, TrainingConfig
 from tokenformer_jax.data import Batch
 from tokenformer_jax.distributed.mesh import make_mesh
-from tokenformer_jax.inference.generate import decoding_programs
+from tokenformer_jax.inference.decoding import decoding_programs
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.program import make_program
 

@@ -26,7 +26,7 @@ from tokenformer_jax.data.spec import parse_sources
 from tokenformer_jax.distributed.axes import replicated
 from tokenformer_jax.distributed.topologies import kept_out_of_the_cache, parse_topology, slice_mesh
 from tokenformer_jax.evaluation.perplexity import perplexity
-from tokenformer_jax.inference.generate import decoding_programs
+from tokenformer_jax.inference.decoding import decoding_programs
 from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.nn.cache import KVCache
 from tokenformer_jax.nn.parameters import split

@@ -30,6 +30,10 @@ _REPETITION_PENALTY = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 _INT8 = flags.DEFINE_bool("int8", False, "Round parameter tokens to int8: half of bfloat16's memory. Needs qwix.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text before which the continuation stops; repeat it for several.")
+_DRAFT = flags.DEFINE_string(
+  "draft", None, "Smaller model with the same tokenizer that drafts tokens: a work folder, weights or a hub name."
+)
+_DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 4, "How many tokens --draft drafts at a time.")
 _LOG_PROBS = flags.DEFINE_bool("log_probs", False, "Print each continuation's log-probability on stderr, in nats.")
 mesh_flags.define()
 process_flags.define()
@@ -41,8 +45,9 @@ def main(argv):
   from tokenformer_jax.evaluation.evaluate import open_model
 
   say = print if process_flags.start() else lambda *_, **__: None
+  mesh = mesh_flags.mesh()
   source = _WORKDIR.value, _STEP.value, _PRETRAINED.value, _TOKENIZER.value
-  model, tokenizer = open_model(*source, mesh=mesh_flags.mesh())
+  model, tokenizer = open_model(*source, mesh=mesh)
   if _INT8.value:
     model = tf.int8_tokens(model)
   if hasattr(model, "for_decoding"):  # `generate` refuses others.
@@ -66,6 +71,8 @@ def main(argv):
     seed=_SEED.value,
     stop=_STOP.value,
     stream=stream if len(prompts) == 1 else None,
+    draft=None if _DRAFT.value is None else tf.from_pretrained(_DRAFT.value, mesh=mesh),
+    draft_tokens=_DRAFT_TOKENS.value,
     return_log_probs=True,
   )
   if len(prompts) == 1:

@@ -13,7 +13,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from tokenformer_jax.evaluation.log_likelihood import Request, encode_pair, log_likelihoods
 from tokenformer_jax.evaluation.perplexity import windows
-from tokenformer_jax.inference.generate import bucket, generate
+from tokenformer_jax.inference.decoding import bucket
+from tokenformer_jax.inference.generate import generate
 from tokenformer_jax.inference.sampling import Sampling
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.progress import Progress

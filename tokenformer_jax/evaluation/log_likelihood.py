@@ -11,7 +11,7 @@ from flax import nnx
 
 from tokenformer_jax.distributed.axes import constrain, mesh_of, parts_of, traced_on
 from tokenformer_jax.distributed.processes import whole
-from tokenformer_jax.inference.generate import bucket
+from tokenformer_jax.inference.decoding import bucket
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.progress import Progress

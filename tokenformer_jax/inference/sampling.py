@@ -132,9 +132,7 @@ def sample(
 def _sample_row(logits_V, sampling, key, read_S):
   # Padding is cut off inside each branch; before both of them, XLA would write out all logits once more.
   def draw_any(logits_V):
-    logits_V = within_vocabulary(logits_V, sampling.vocab_size)
-    logits_V = logits_V / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
-    return draw(truncate(logits_V, sampling.top_k, sampling.top_p), key)
+    return draw(kept(logits_V, sampling), key)
 
   def take_highest(logits_V):
     return greedy(within_vocabulary(logits_V, sampling.vocab_size))
@@ -145,6 +143,12 @@ def _sample_row(logits_V, sampling, key, read_S):
 
   logits_V = jax.lax.cond(sampling.repetition_penalty != 1, penalised, lambda logits_V: logits_V, logits_V)
   return jax.lax.cond(sampling.temperature > 0, draw_any, take_highest, logits_V)
+
+
+def kept(logits_V: Float[Array, "vocab"], sampling: Sampling) -> Float[Array, "vocab"]:
+  """The logits divided by the temperature, with −∞ for ids that top_k, top_p or the vocabulary leave out."""
+  logits_V = within_vocabulary(logits_V, sampling.vocab_size)
+  return truncate(logits_V / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE), sampling.top_k, sampling.top_p)
 
 
 def log_probs(

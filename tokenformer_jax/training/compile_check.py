@@ -23,7 +23,7 @@ from tokenformer_jax.distributed.topologies import (
   slice_mesh,
 )
 from tokenformer_jax.growth.plan import check_growth
-from tokenformer_jax.inference.generate import bucket, decoding_programs
+from tokenformer_jax.inference.decoding import bucket, decoding_programs
 from tokenformer_jax.nn.parameters import split
 from tokenformer_jax.training.flops import product_flops, update_flops_per_token
 from tokenformer_jax.training.program import Program, make_program

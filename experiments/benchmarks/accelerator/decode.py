@@ -11,7 +11,7 @@ from flax import nnx
 
 from experiments.benchmarks.accelerator.timing import seconds
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.inference.generate import decoding_programs
+from tokenformer_jax.inference.decoding import decoding_programs
 from tokenformer_jax.inference.int8 import int8_tokens
 from tokenformer_jax.models.language_model import LanguageModel
 from tokenformer_jax.models.model_class import abstract_model
