@@ -100,6 +100,7 @@ def _tau_description(config: ModelConfig, dtype: str, released: bool, rows_added
 def _run_description(workdir: epath.Path, step: int | None) -> list[str]:
   """The data and metrics of the run, as far as its folder has them."""
   # `training` may import this package, which therefore imports it only in this case.
+  from tokenformer_jax.training.objective import objective_of
   from tokenformer_jax.training.run_log import read_metrics
 
   path = workdir / "config.json"
@@ -116,7 +117,7 @@ def _run_description(workdir: epath.Path, step: int | None) -> list[str]:
   ]
   if evaluated:
     parts.append(
-      f"## Metrics\n\nHeld-out loss {evaluated[-1]['held_out/loss']:.4f} nats a token after "
+      f"## Metrics\n\nHeld-out loss {evaluated[-1]['held_out/loss']:.4f} {objective_of(run.model).unit} after "
       f"{evaluated[-1]['step']:,} updates."
     )
   return parts
