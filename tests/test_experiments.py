@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import tokenformer_jax as tf
 from tests import small_run
 from tests.small_run import MODEL
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.data import Batch
+from tokenformer_jax.data.image_sources import ImageSource
 from tokenformer_jax.training.program import make_program
 
 CHAINS = {"paper": [123_569_664, 354_190_848, 753_796_608, 1_309_705_728], "released": [353_503_232, 756_156_416]}
@@ -106,3 +108,25 @@ def test_the_picture_of_routing_shows_where_the_model_sends_each_token(tmp_path)
   plain = nnx.eval_shape(lambda: tf.LanguageModel(ModelConfig.named("tiny", **sizes), rngs=nnx.Rngs(0)))
   with pytest.raises(ValueError, match="the model has no router"):
     routing.routes_of(plain, ids)
+
+
+def test_captions_of_the_image_text_experiment_have_their_labels_and_depend_on_the_step_alone():
+  experiment = importlib.import_module("experiments.image_text")
+  names = ("dress", "t-shirt", "hat")
+  pixels = np.arange(12 * 16 * 16 * 3, dtype=np.uint32).astype(np.uint8).reshape(12, 16, 16, 3)
+  source = ImageSource("", 12, lambda index: (Image.fromarray(pixels[index]), index % 3), str, names, 3, {})
+  pairs, again = experiment.Pairs(source), experiment.Pairs(source)
+  first, same, next_one = pairs.batch(0, 7, 8), again.batch(0, 7, 8), pairs.batch(0, 8, 8)
+  for ours, theirs in zip(first, same):
+    np.testing.assert_array_equal(ours, theirs)
+  assert np.any(first.images != next_one.images)
+  ends = pairs.texts(["x"])[0][0, [0, 2]]
+  for label in range(3):
+    ids, segments = pairs.texts(
+      [template.format(names[label]) for template in experiment.TEMPLATES + experiment.PROMPTS]
+    )
+    assert np.all(ids[:, 0] == ends[0]) and np.all(np.sum(ids == ends[1], axis=1) == 1) and not np.any(ids == 1)
+    np.testing.assert_array_equal(ids != 0, segments == 1)
+    word = pairs.texts([names[label]])[0][0, 1]
+    assert np.array_equal(np.any(first.tokens == word, axis=1), first.meanings == label)
+  assert not set(experiment.TEMPLATES) & set(experiment.PROMPTS)
