@@ -41,7 +41,7 @@ def contrastive_loss(
   meanings: Int[Array, "batch"] | None = None,
   kind: str = "softmax",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """(the mean loss of an image or text, the share of images whose nearest text of the batch is theirs).
+  """(the mean loss of an image or text, the share of images whose nearest text of the batch is theirs)::
 
       softmax   half the mean over images of −log softmax(scores of all texts) at its texts, averaged over these, and half
                 the same over texts
