@@ -15,6 +15,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from tokenformer_jax import allocator
 from tokenformer_jax.cli import command, process_flags, stored_config
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -33,6 +34,7 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv):
   del argv
+  allocator.keep_freed_memory_on_cpus()
   # These import jax, which --help and a wrong flag do not need.
   from tokenformer_jax.training import resume
   from tokenformer_jax.training.loop import train

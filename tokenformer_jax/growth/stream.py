@@ -4,7 +4,6 @@ Orbax still writes the checkpoint, its metadata and its commit; only its handlin
 """
 
 import collections
-import ctypes
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -131,17 +130,6 @@ class _LeafHandler(type_handlers.TypeHandler):
       _write(leaf, info)
       self._written(info.name)
     return []
-
-
-def keep_little_freed_memory() -> None:
-  """Makes this process return freed memory to the system.
-
-  glibc keeps freed memory in an arena of the thread that freed it, and the many threads of tensorstore and XLA all free
-  slices.
-  """
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, "mallopt"):
-    libc.mallopt(-8, 2)  # M_ARENA_MAX
 
 
 async def _open(info: type_handlers.ParamInfo) -> LeafStream:

@@ -16,13 +16,14 @@ from etils import epath
 from jax.sharding import AbstractMesh
 
 from tokenformer_jax import data
+from tokenformer_jax.allocator import return_freed_memory
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.distributed.axes import tree_shardings
 from tokenformer_jax.distributed.mesh import MESH_AXES, make_mesh
 from tokenformer_jax.growth.plan import counts_of, layers_of, path_name, plan_growth
 from tokenformer_jax.growth.report import GrowthReport
 from tokenformer_jax.growth.shrink import ShrinkReport, check_shrink, least_used
-from tokenformer_jax.growth.stream import LeafStream, grown, keep_little_freed_memory, shrunk
+from tokenformer_jax.growth.stream import LeafStream, grown, shrunk
 from tokenformer_jax.models.model_class import abstract_model
 from tokenformer_jax.nn.parameters import logical_axes, split
 from tokenformer_jax.paths import is_uri, user_path
@@ -116,7 +117,7 @@ class Source:
   """
 
   def __init__(self, workdir: str, step: int | None):
-    keep_little_freed_memory()  # This must come before many threads are started.
+    return_freed_memory()
     self._workdir = workdir
     self._streams = CheckpointStreams(workdir)
     self.step, self.record = self._streams.record(step)
