@@ -158,7 +158,7 @@ def test_a_number_too_large_for_float16_is_refused(tmp_path):
   assert exported["transformer.wte.weight"][0, 0] == ml_dtypes.bfloat16(-7e4)
 
 
-def test_the_documented_configuration_trains_on_from_a_folder(tmp_path, monkeypatch):
+def test_the_documented_configuration_fits_the_weights_of_a_folder(tmp_path, monkeypatch):
   folder_of(tmp_path / "pythia-160m", "gpt_neox")
   monkeypatch.chdir(tmp_path)
   names = {}

@@ -142,7 +142,7 @@ def check_leaves(state: TrainState, where: epath.Path) -> None:
     if leaf.size == 0:
       raise ValueError(f"{where}: the leaf {path} {tuple(leaf.shape)} has no entries, and would not be restored.")
   floats = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-  finite = np.asarray(_all_finite(list(floats.values())))
+  finite = np.asarray(_finite_leaves(list(floats.values())))
   if not finite.all():
     bad = [path for path, good in zip(floats, finite) if not good]
     raise FloatingPointError(
@@ -151,5 +151,5 @@ def check_leaves(state: TrainState, where: epath.Path) -> None:
 
 
 @jax.jit
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+def _finite_leaves(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
