@@ -114,8 +114,8 @@ def test_zero_shot_accuracy_and_recall_count_the_nearest():
   # The first class's mean is (0.9, 0.3) / √0.9.
   assert zero_shot(images, classes).tolist() == [0, 0, 1, 1]
   scores = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-  meanings = np.array([0, 1]), np.array([1, 0, 1])
-  assert recall_at(scores, *meanings, (1, 2, 3)) == {1: 0.5, 2: 1.0, 3: 1.0}
+  meanings = np.array([0, 1]), np.array([1, 0, 0])
+  assert recall_at(scores, *meanings, (1, 2, 3)) == {1: 0.0, 2: 0.5, 3: 1.0}
   with pytest.raises(ValueError, match="k=4: there are only 3 .* choose at most 3"):
     recall_at(scores, *meanings, (4,))
 
