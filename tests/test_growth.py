@@ -88,7 +88,7 @@ def test_softmax_is_refused():
 
 
 def test_a_state_of_another_model_is_refused(state):
-  with pytest.raises(ValueError, match="params/blocks/attention/proj/keys.*axis 1 should have the model's 9 tokens"):
+  with pytest.raises(ValueError, match="params/blocks/attention/proj/keys.*axis 1 should have the model's 9 rows"):
     grow_state(state, MODEL.grown(proj_tokens=9), GROWN)
 
 

@@ -225,7 +225,7 @@ def test_a_broken_run_writes_nothing(tmp_path, model):
   [
     (int8_tokens, "int8"),
     (LanguageModel.for_decoding, "a DecodingModel only decodes and cannot be exported"),
-    (lambda model: model.blocks, "a Block cannot be exported"),
+    (lambda model: model.blocks, "a Block has no released names"),
   ],
 )
 def test_a_model_in_another_form_is_refused(tmp_path, model, changed, message):

@@ -427,8 +427,8 @@ def test_a_model_of_the_hub_is_downloaded(tmp_path, released, monkeypatch):
   monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name: ["a.bin", "README.md"])
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   assert from_pretrained("somebody/TokenFormer-tiny", config).config == config
-  patterns = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
-  patterns += ["*.bin", "*.bin.index.json"]
+  patterns = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+  patterns += ["merges.txt", "vocab.txt", "*.bin", "*.bin.index.json"]
   assert asked == [("somebody/TokenFormer-tiny", patterns)]
 
   def fail(self, name):

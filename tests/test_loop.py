@@ -236,7 +236,7 @@ def test_sixty_batches_are_evaluated_on_eight_devices(second):
   program = make_program(config, GROWN, mesh)
   state = Checkpoints(str(workdir)).restore(1, program.shapes)
   batch = small_run.placed(small_run.batch(), mesh)
-  one, sixty = (held_out.held_out_losses(program, state, {"a": [batch] * count})["a"] for count in (1, 60))
+  one, sixty = (held_out.held_out_measures(program, state, {"a": [batch] * count})["a"]["loss"] for count in (1, 60))
   np.testing.assert_allclose(sixty, one, rtol=1e-12)
 
 

@@ -13,9 +13,9 @@ from tests import small_run
 from tests.commands import call
 from tests.small_run import MODEL, OPTIMIZER
 from tokenformer_jax.config import TrainingConfig
-from tokenformer_jax.training import step as step_module
 from tokenformer_jax.training.checkpoints import Checkpoints
 from tokenformer_jax.training.loop import train
+from tokenformer_jax.training.objective import NEXT_TOKEN
 from tokenformer_jax.training.program import make_program
 from tokenformer_jax.training.run_log import read_metrics
 from tokenformer_jax.training.skips import Diverged, Skips
@@ -36,22 +36,21 @@ def one_step():
 
   breaking = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), break_update)
   optimizer = optax.chain(program.optimizer, breaking)
-  loss_of = step_module._loss
 
-  def breakable(graphdef, params, tau, batch, z_loss, training):
-    nats, sums, said = loss_of(graphdef, params, tau, batch, z_loss, training)
-    zero = 0.0 * params["embedding"][0, 0]
+  def breakable(model, batch, z_loss, training):
+    nats, sums, said = NEXT_TOKEN.loss(model, batch, z_loss, training)
+    zero = 0.0 * model.embedding[0, 0]
     # The square root of 0 is 0, and its derivative, infinity times 0 here, is NaN.
     return nats + jax.lax.cond(batch.inputs[0, 0] == BAD_GRADIENT, jnp.sqrt, lambda x: x, zero), sums, said
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(step_module, "_loss", breakable)
-    step = jax.jit(make_train_step(program.graphdef, optimizer, program.tau_rule, optax.constant_schedule(0.1), 0.0, 1))
-    state = program.initial_state()
-    state = dataclasses.replace(state, opt_state=(state.opt_state, optax.EmptyState()))
-    for seed in range(2):
-      state, metrics = step(state, batch(seed), np.float32(math.inf))
-      assert metrics["skipped"] == 0
+  objective = NEXT_TOKEN._replace(loss=breakable)
+  schedule = optax.constant_schedule(0.1)
+  step = jax.jit(make_train_step(program.graphdef, optimizer, program.tau_rule, schedule, 0.0, 1, objective=objective))
+  state = program.initial_state()
+  state = dataclasses.replace(state, opt_state=(state.opt_state, optax.EmptyState()))
+  for seed in range(2):
+    state, metrics = step(state, batch(seed), np.float32(math.inf))
+    assert metrics["skipped"] == 0
   return state, step, batch(2)
 
 

@@ -31,11 +31,13 @@ def after_fault(count, fault, failing=0):
 
 
 @pytest.fixture(autouse=True)
-def interrupts_are_not_ignored():
-  """Jobs that a shell starts in the background ignore SIGINT, and so does what they start themselves."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_are_not_ignored():
+  """Jobs in a shell's background ignore SIGINT, and those of nohup SIGHUP, and so does what they start themselves."""
+  usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+  before = {number: signal.signal(number, handler) for number, handler in usual.items()}
   yield
-  signal.signal(signal.SIGINT, before)
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 def errors_of(text):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests import small_run
 from tests.small_run import MODEL
 from tokenformer_jax.config import Config, GrowthConfig, OptimizerConfig
-from tokenformer_jax.config.training import GROWTH_METHODS, SCHEDULES
+from tokenformer_jax.config.training import GROWTH_METHODS
 from tokenformer_jax.data.corpus import Corpus, Part
 from tokenformer_jax.data.loader import endless_order
 from tokenformer_jax.data.packing import ContiguousWindows, PackedDocuments
@@ -165,7 +165,7 @@ def test_f19_every_epoch_of_a_source_has_each_of_its_rows_once(lengths, seed):
 
 @properties
 @given(
-  schedule=st.sampled_from(SCHEDULES),
+  schedule=st.sampled_from(("warmup_stable_decay", "warmup_cosine")),  # A triangle has no other lengths than the run's.
   warmup=st.integers(0, 30),
   decay=st.integers(0, 30),
   num_steps=st.integers(1, 60),
