@@ -228,7 +228,7 @@ def test_hostile_and_broken_pickles_cost_little(path, program, message):
   with pytest.raises(ValueError, match=message) as caught:
     read_torch(path)
   # The slowest takes a quarter of a second; the limit leaves time for a busy machine.
-  assert time.process_time() - start < 2.0
+  assert time.process_time() - start < 5.0
   assert len(str(caught.value)) < 600 + len(str(path)) and "\n" not in str(caught.value)
 
 
