@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from tokenformer_jax import data
 from tokenformer_jax.config import (
@@ -20,6 +22,8 @@ from tokenformer_jax.config import (
 from tokenformer_jax.distributed.axes import batch_sharding
 from tokenformer_jax.distributed.mesh import make_mesh
 from tokenformer_jax.growth.plan import leaves_by_path
+from tokenformer_jax.models.language_model import LanguageModel
+from tokenformer_jax.nn.parameters import split
 
 # 8 divides every axis that a mesh may split.
 MODEL = ModelConfig(
@@ -73,6 +77,14 @@ def noise(shapes, seed: int = 0):
     return jax.device_put(np.asarray(values, leaf.dtype), leaf.sharding)
 
   return jax.tree.map(draw, shapes)
+
+
+def drawn_model() -> LanguageModel:
+  """Returns a model with MODEL's sizes, far from the initial one."""
+  graphdef, params, tau = split(LanguageModel(MODEL, rngs=nnx.Rngs(0)))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+  return nnx.merge(graphdef, params, tau)
 
 
 def assert_same(tree, other) -> None:

@@ -5,13 +5,10 @@ import shutil
 import subprocess
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-import tokenformer_jax as tf
-from tests import oracle
+from tests import oracle, small_run
 from tests.small_run import MODEL
 from tokenformer_jax import data
 from tokenformer_jax.atlas.atlas import atlas
@@ -26,12 +23,7 @@ TEXT = "The clock struck twelve. " * 20
 
 @pytest.fixture(scope="module")
 def model():
-  """A model far from the initial one."""
-  graphdef, params, tau = split(tf.LanguageModel(MODEL, rngs=nnx.Rngs(0)))
-  rng = np.random.default_rng(0)
-  return nnx.merge(
-    graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params), tau
-  )
+  return small_run.drawn_model()
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,7 @@ BACK = {field: getattr(MODEL, field) for field in ("qkv_tokens", "proj_tokens", 
 
 @pytest.fixture(scope="module")
 def model():
-  """A model far from the initial one."""
-  graphdef, params, tau = split(tf.LanguageModel(MODEL, rngs=nnx.Rngs(0)))
-  rng = np.random.default_rng(0)
-  return nnx.merge(
-    graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params), tau
-  )
+  return small_run.drawn_model()
 
 
 @pytest.fixture(scope="module")
